@@ -1,0 +1,170 @@
+"""recipe -> `Run`: finds recipe files, lays them over the schema, and refuses what does not fit.
+
+A recipe is named (`recipe=bert_to_distil`) or given as a file (`recipe=mine.yaml`). Names are those of the shipped
+`recipes/*.yaml` and of a folder `recipes` where the command is run, which wins.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill import targets
+from distill.config import Run
+from distill.errors import UserError
+
+PACKAGE = Path(__file__).parent
+SHIPPED = next(folder for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if folder.is_dir())
+
+OPEN = re.compile(r"(task|callbacks|loss\.terms|teacher\.config|student\.config)[.=]")  # their keys are those of the class they name
+ASKS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc")
+
+HELP = """Distils a Transformers model into a smaller one, measures both and exports the student.
+
+  python -m distill.train recipe=NAME [key=value ...]     one run; recipe=FILE.yaml works too
+  python -m distill.train -m recipe=A,B key=1,2           every combination
+
+Recipes: {recipes}
+
+Keys and their defaults; a recipe sets some of them, key=value on the command line wins:
+
+$CONFIG
+"""
+
+
+def files() -> dict[str, Path]:
+    """The recipes that can be named here."""
+    folders = [SHIPPED, Path.cwd() / "recipes"]
+    return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
+
+
+def read(file: Path) -> DictConfig:
+    """One recipe file, as it stands; its name is its file's unless it gives one."""
+    try:
+        recipe = OmegaConf.load(file)
+    except Exception as error:  # noqa: BLE001 - YAML, encoding and file errors all mean the same to the user
+        raise UserError(f"recipe {file} cannot be read ({' '.join(str(error).split())}), but it must be a YAML file of keys: correct it") from error
+    if not isinstance(recipe, DictConfig):
+        raise UserError(f"recipe {file} holds {type(recipe).__name__}, but it must be a YAML file of keys: see {SHIPPED}")
+    return OmegaConf.merge({"name": file.stem}, recipe)  # type: ignore[return-value]
+
+
+def register(arguments: list[str]) -> list[str]:
+    """Make every recipe a choice of Hydra's, and return the command line with recipe files replaced by their names."""
+    store = ConfigStore.instance()
+    named = files()
+    if not any(argument.startswith("recipe=") or argument in ASKS for argument in arguments):
+        raise UserError(f"recipe is not given, but a run needs one: add recipe= and one of {', '.join(named)}, or a YAML file")
+    arguments = [_named(argument, named) for argument in arguments]
+    for name, file in named.items():
+        store.store(group="recipe", name=name, node=read(file), package="_global_")
+    store.store(name="schema", node=Run)
+    store.store(name="run", node=_primary(", ".join(named)))
+    return arguments
+
+
+def _named(argument: str, named: dict[str, Path]) -> str:
+    """`recipe=some/file.yaml` -> `recipe=file`, remembered in `named`; an unknown name is refused. Open keys may be new ones."""
+    if argument.startswith("="):
+        raise UserError(f"the argument is {argument}, but it must be key=value: say which key")
+    if not argument.startswith("recipe="):
+        return f"++{argument}" if OPEN.match(argument) else argument
+    names = []
+    for value in argument.removeprefix("recipe=").split(","):
+        if re.search(r"\.ya?ml$", value):
+            if not Path(value).is_file():
+                raise UserError(f"recipe is {value}, but there is no such file: give the path of a YAML file, or one of {', '.join(named)}")
+            named[Path(value).stem] = Path(value)
+            value = Path(value).stem
+        elif value not in named:
+            raise UserError(f"recipe is {value or 'empty'}, but there is no such recipe: {targets.choices(value, list(named))}")
+        names.append(value)
+    return f"recipe={','.join(names)}"
+
+
+def _primary(names: str) -> dict[str, Any]:
+    plain = {"format": "%(message)s"}
+    stamped = {"format": "%(asctime)s %(levelname)s %(message)s"}
+    handlers = {
+        "console": {"class": "logging.StreamHandler", "formatter": "plain", "level": "INFO", "stream": "ext://sys.stderr"},
+        "file": {"class": "logging.FileHandler", "formatter": "stamped", "filename": "${hydra.runtime.output_dir}/train.log", "delay": True},
+    }
+    return {
+        "defaults": ["schema", {"recipe": None}, "_self_"],
+        "hydra": {
+            "output_subdir": None,
+            "run": {"dir": "runs/${name}/${now:%Y-%m-%d_%H-%M-%S}"},
+            "sweep": {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "${hydra.job.num}"},
+            "help": {"template": HELP.format(recipes=names)},
+            "job_logging": {
+                "version": 1,
+                "formatters": {"plain": plain, "stamped": stamped},
+                "handlers": handlers,
+                "loggers": {"distill": {"level": "DEBUG"}, "lightning.pytorch": {"level": "WARNING"}, "lightning.fabric": {"level": "WARNING"}},
+                "root": {"level": "WARNING", "handlers": ["console", "file"]},
+                "disable_existing_loggers": False,
+            },
+        },
+    }
+
+
+def load_recipe(name: str) -> Run:
+    """The run that a recipe file, or a recipe of that name, describes, with nothing overridden."""
+    file = Path(name) if name.endswith((".yaml", ".yml")) else files().get(name)
+    if file is None or not file.is_file():
+        raise UserError(f"recipe is {name}, but there is no such recipe: {targets.choices(name, list(files()))}")
+    recipe = read(file)
+    if bases := recipe.pop("defaults", None):
+        raise UserError(f"recipe {name} builds on {list(bases)}, but only distill.train composes recipes: give the recipe.yaml of its run folder")
+    return checked(OmegaConf.merge(OmegaConf.structured(Run), recipe))
+
+
+def checked(composed: DictConfig) -> Run:
+    """The composed recipe as plain dataclasses, with every key and `_target_` checked."""
+    missing = OmegaConf.missing_keys(composed)
+    if missing:
+        raise UserError(f"{', '.join(sorted(missing))} is not given, but recipe {composed.name} cannot do without: set it in the recipe")
+    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.to_container(composed)))  # refuses keys added with +
+    assert isinstance(run, Run)
+    named = {"task": run.task} | {f"loss.terms.{key}": spec for key, spec in run.loss.terms.items()}
+    for where, spec in (named | {f"callbacks.{key}": spec for key, spec in run.callbacks.items()}).items():
+        targets.check(where, spec)
+    _check_together(run)
+    return run
+
+
+def save(run: Run, file: Path) -> None:
+    """The run as a recipe of its own, which gives the same weights again; local paths are made absolute."""
+    for section, key in ((run.data, "source"), (run.data, "unlabelled"), (run.tokenizer, "model"), (run.teacher, "model"), (run.student, "model")):
+        value = getattr(section, key, None)
+        if value is not None and Path(value).exists():
+            setattr(section, key, str(Path(value).absolute()))
+    file.write_text(f"# python -m distill.train recipe={file.absolute()}\n{OmegaConf.to_yaml(OmegaConf.structured(run))}")
+
+
+def _check_together(run: Run) -> None:
+    """Rules between sections."""
+    if run.loss.divergence is not None:
+        path = run.loss.divergence
+        targets.parameters(path if "." in path else f"distill.losses.{path}")
+    if run.teacher is None and run.student.layers is not None:
+        raise UserError(f"student.layers is {run.student.layers}, but there is no teacher to cut them from: set teacher.model, or use loss.alpha=1 to train without its outputs")
+    if run.teacher is None and run.loss.alpha < 1:
+        raise UserError(f"loss.alpha is {run.loss.alpha:g}, but there is no teacher to learn from: set teacher.model, or loss.alpha=1")
+    if run.loss.terms and run.teacher is not None and run.teacher.outputs == "cached":
+        names = ", ".join(run.loss.terms)
+        raise UserError(f"teacher.outputs is cached, but loss.terms ({names}) needs the teacher's hidden states: set teacher.outputs=online")
+    if run.teacher is None and run.loss.terms:
+        raise UserError(f"loss.terms is {', '.join(run.loss.terms)}, but there is no teacher to compare with: set teacher.model, or leave loss.terms out")
+
+
+def sentence(error: OmegaConfBaseException) -> str:
+    """What OmegaConf found wrong, in one line: the key, and the names that it could have been."""
+    key, kind = str(error.full_key or error.key), error.object_type
+    if kind is not None and "not in" in str(error):
+        known = list(getattr(kind, "__dataclass_fields__", {}))
+        return f"{key} is given, but there is no such key: {targets.choices(key.rpartition('.')[2], known)}"
+    return f"{key}: {str(error).splitlines()[0]}: correct it in the recipe or on the command line"

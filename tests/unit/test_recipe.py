@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill import recipe
+from distill.config import Run
+from distill.errors import UserError
+
+TINY = yaml.safe_load((recipe.SHIPPED / "tiny.yaml").read_text())
+
+
+def checked(**changes):
+    return recipe.checked(OmegaConf.merge(OmegaConf.structured(Run), {"name": "x"}, TINY, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": {"alpha": 1.5}}, ["loss.alpha is 1.5", "[0, 1]"]),
+        ({"loss": {"temperature": 0}}, ["loss.temperature is 0", "above 0"]),
+        ({"loss": {"divergence": "forward_lk"}}, ["forward_lk", "did you mean forward_kl"]),
+        ({"loss": {"divergence": "nowhere.at_all"}}, ["nowhere"]),
+        ({"loss": {"terms": {"h": {"weight": 1.0}}}}, ["loss.terms.h._target_ is None"]),
+        ({"teacher": {"outputs": "catched"}}, ["teacher.outputs is catched", "cached, online"]),
+        ({"teacher": {"model": "x"}}, ["exactly one of model and config"]),
+        ({"teacher": None}, ["student.layers is [0, 2]", "no teacher"]),
+        ({"student": {"layers": None, "architecture": None}}, ["exactly one"]),
+        ({"data": {"text": ["a", "b", "c"]}}, ["data.text is ['a', 'b', 'c']"]),
+        ({"data": {"batch_size": 0}}, ["data.batch_size is 0"]),
+        ({"tokenizer": {"model": "x"}}, ["tokenizer.model is x", "only one"]),
+        ({"task": {"max_lenght": 8}}, ["task.max_lenght", "did you mean max_length"]),
+        ({"callbacks": {"c": {"_target_": "nodots"}}}, ["callbacks.c._target_ is nodots"]),
+        ({"trainer": {"precision": "fp8"}}, ["trainer.precision is fp8"]),
+    ],
+)
+def test_a_refused_value_is_named_with_the_rule(changes, words):
+    with pytest.raises(UserError) as refused:
+        checked(**changes)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+def test_hidden_states_need_the_teacher_online():
+    terms = {"h": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {0: 0}}}
+    with pytest.raises(UserError, match="teacher.outputs=online"):
+        checked(loss={"terms": terms})
+    assert checked(loss={"terms": terms}, teacher={"outputs": "online"}).loss.terms == terms
+
+
+@pytest.mark.parametrize("key", ["loss.alhpa", "optimizer.lrr", "evaluate.request", "teacher.finetune.epoch"])
+def test_an_unknown_key_is_refused_with_the_nearest_one(key):
+    changes = OmegaConf.from_dotlist([f"{key}=1"])
+    with pytest.raises(OmegaConfBaseException) as refused:
+        OmegaConf.merge(OmegaConf.structured(Run), TINY, changes)
+    assert f"{key} is given, but there is no such key: did you mean" in recipe.sentence(refused.value)
+
+
+def test_a_key_added_by_force_is_refused():
+    composed = OmegaConf.merge(OmegaConf.structured(Run), {"name": "x"}, TINY)
+    OmegaConf.set_struct(composed, False)
+    OmegaConf.update(composed, "loss.gamma", 1, force_add=True)
+    with pytest.raises(OmegaConfBaseException, match="gamma"):
+        recipe.checked(composed)
+
+
+def test_the_user_s_recipes_folder_wins(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"seed": 7}))
+    monkeypatch.chdir(tmp_path)
+    assert recipe.load_recipe("tiny").seed == 7
+
+
+def test_a_saved_run_is_the_same_recipe(tmp_path):
+    run = checked(loss={"alpha": 0.25})
+    recipe.save(run, tmp_path / "recipe.yaml")
+    assert recipe.load_recipe(str(tmp_path / "recipe.yaml")) == run
+
+
+def test_a_saved_run_names_local_files_by_their_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("texts.csv").write_text("text,label\n")
+    run = checked(data={"source": "texts.csv"})
+    recipe.save(run, tmp_path / "recipe.yaml")
+    assert recipe.load_recipe(str(tmp_path / "recipe.yaml")).data.source == str(tmp_path / "texts.csv")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", ""])
+def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path, text):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises((UserError, OmegaConfBaseException)):
+        recipe.load_recipe(str(file))
