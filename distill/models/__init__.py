@@ -1,0 +1,38 @@
+"""Names and configs -> teacher and student.
+
+| file | what it owns |
+|---|---|
+| `architectures.py` | what differs between model families, as plain data |
+| `loading.py` | a name or a config -> a model, or one sentence that says why not |
+| `tokenizers.py` | the same for tokenizers, training one on texts, and which one a recipe uses |
+| `student.py` | a teacher's layers -> a student, every tensor accounted for |
+| `preflight.py` | do teacher, student and data agree: labels, token ids, lengths; fingerprints |
+| `forward.py` | inputs -> logits |
+"""
+
+from distill.models.architectures import attention_projections, blocks, embeddings
+from distill.models.forward import logits
+from distill.models.loading import load, save
+from distill.models.preflight import adopt_labels, check_labels, check_length, check_tokens, fingerprint, shared_vocabulary
+from distill.models.student import Account, cut
+from distill.models.tokenizers import load_tokenizer, tokenizer_for, train_tokenizer
+
+__all__ = [
+    "Account",
+    "adopt_labels",
+    "attention_projections",
+    "blocks",
+    "check_labels",
+    "check_length",
+    "check_tokens",
+    "cut",
+    "embeddings",
+    "fingerprint",
+    "load",
+    "load_tokenizer",
+    "logits",
+    "save",
+    "shared_vocabulary",
+    "tokenizer_for",
+    "train_tokenizer",
+]

@@ -1,0 +1,123 @@
+"""What must agree before two models may learn from each other: labels, token ids, lengths; and the fingerprint of a model."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.errors import UserError
+from distill.models.architectures import ARCHITECTURES
+from distill.tasks.base import Task
+
+log = logging.getLogger("distill")
+
+
+def check_labels(model: PreTrainedModel, task: Task, what: str) -> None:
+    """UserError where the model's label names are not the task's, id by id; then its config has the task's."""
+    compare_labels(model.config.id2label, task.names, what)
+    adopt_labels(model, task)
+
+
+def adopt_labels(model: PreTrainedModel, task: Task) -> None:
+    """Write the task's label names, where it has any, into the model's config: for a head that is new or will be fine-tuned."""
+    if task.names:
+        model.config.id2label = dict(enumerate(task.names))
+        model.config.label2id = {name: i for i, name in enumerate(task.names)}
+
+
+def compare_labels(declared: Any, names: tuple[str, ...], what: str) -> None:
+    """UserError at the first id whose name differs, letter case aside. Names that only repeat the ids agree with all others."""
+    if names and len(declared) != len(names):
+        raise UserError(
+            f"the {what} has {len(declared)} labels ({_listed(declared.values())}), but the data have {len(names)} ({_listed(names)}): "
+            "take a model without a trained head, or data with the same labels"
+        )
+    if _only_ids(declared.values()) or _only_ids(names):
+        return
+    for i, name in enumerate(names):
+        if declared[i].casefold() != name.casefold():
+            raise UserError(
+                f"the {what}'s label {i} is {declared[i]}, but the data's label {i} is {name}: "
+                f"set data.labels to the {what}'s order, [{', '.join(declared[i] for i in sorted(declared))}]"
+            )
+
+
+def _only_ids(names: Iterable[str]) -> bool:
+    return all(re.fullmatch(rf"(LABEL_)?{i}", name) for i, name in enumerate(names))
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    shown = list(names)
+    return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")
+
+
+def check_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, names: tuple[str, str] = ("student", "teacher")) -> None:
+    """UserError naming the first ids whose tokens differ: all models of a run read the same encoded examples."""
+    tokens, others = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (ours, theirs))
+    differing = [i for i in sorted(tokens.keys() | others.keys()) if tokens.get(i) != others.get(i)]
+    if differing:
+        shown = "; ".join(f"{i} is {tokens.get(i, 'nothing')} and {others.get(i, 'nothing')}" for i in differing[:3])
+        raise UserError(
+            f"the vocabularies of {names[0]} and {names[1]} differ at {len(differing)} ids ({shown}), but both must read the same ids: "
+            "take two models with one tokenizer, or cut the student from the teacher's layers"
+        )
+
+
+def shared_vocabulary(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+) -> int | None:
+    """Number of tokens to slice both language models' logits to; null where they are equally wide, or no language models."""
+    check_tokens(student_tokenizer, teacher_tokenizer)
+    ours, theirs = _width(student), _width(teacher)
+    if ours == theirs:
+        return None
+    shared = max(student_tokenizer.get_vocab().values()) + 1
+    if min(ours, theirs) < shared:
+        raise UserError(
+            f"the tokenizer has {shared} ids, but the student's logits have {ours} classes and the teacher's {theirs}: "
+            "take models that can predict every token"
+        )
+    log.info("the student's logits have %d classes, the teacher's %d: both are sliced to the %d tokens that exist", ours, theirs, shared)
+    return shared
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Classes of a language model's logits; 0 without such a head."""
+    head = model.get_output_embeddings()
+    return head.out_features if isinstance(head, nn.Linear) else 0
+
+
+def check_length(model: PreTrainedModel, length: int, what: str) -> None:
+    """UserError where texts of `length` tokens have more positions than the model."""
+    most = positions(model)
+    if most is not None and length > most:
+        raise UserError(f"task.max_length is {length}, but the {what} has only {most} positions: set task.max_length to {most} or less")
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest input in tokens; null where the config does not say."""
+    most: int | None = getattr(model.config, "max_position_embeddings", None)
+    family = ARCHITECTURES.get(model.config.model_type)
+    if most is not None and family is not None and family.positions_after_pad:
+        return most - int(model.config.pad_token_id) - 1
+    return most
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the config and the state dict's names, types, shapes and bytes: the same on every device and however tensors share memory."""
+    settings = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+    decisive = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version", "dtype")}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
