@@ -1,0 +1,109 @@
+"""batch -> loss: one training step, the optimizer, and what a checkpoint holds.
+
+The student, and the projections of the extra loss terms, are the module's only children. The teacher is kept outside the
+module tree, so it is in no checkpoint, optimizer or DDP bucket, and `.train()` does not reach it.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+
+from distill import config, losses, targets
+from distill.models import logits
+from distill.tasks.base import Batch, Task
+
+
+class Distillation(L.LightningModule):
+    """alpha * CE + (1 - alpha) * T^2 * divergence + the sum of weight * term, averaged over the rows of each optimizer step."""
+
+    def __init__(
+        self, task: Task, student: PreTrainedModel, teacher: PreTrainedModel | None, loss: config.Loss, optimizer: config.Optimizer, steps: int, classes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.student = student.train()
+        self.terms = nn.ModuleDict({name: targets.build(spec) for name, spec in loss.terms.items()})
+        self.task, self.loss, self.settings, self.steps = task, loss, optimizer, steps
+        self.classes = classes  # columns of the logits that both models share; null: all
+        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
+        self._divergence = divergence(task, loss)
+        self._parts: dict[str, Tensor] = {}  # of the optimizer step under way
+        self._outcomes: list[dict[str, Tensor]] = []
+        for term in self.terms.values():
+            term.attach(student, teacher)
+
+    def on_fit_start(self) -> None:
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        parts = self.parts(batch)
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0) + value.detach()
+        return parts["loss"] * self.trainer.accumulate_grad_batches  # Lightning divides by it; `batch.rows` has done so already
+
+    def parts(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of one micro-batch by name; summed over the micro-batches of a step they are that step's."""
+        teacher_NC = self._taught(batch)
+        student_NC = self.task.rows(logits(self.student, batch.inputs), batch)[:, : self.classes]
+        supervised_N = self.task.supervised(student_NC, batch.labels)
+        divergence_N = torch.zeros_like(supervised_N) if teacher_NC is None else self._divergence(student_NC, teacher_NC, self.loss.temperature)
+        parts = {"supervised": losses.mean_over(supervised_N, batch.rows), "divergence": losses.mean_over(divergence_N, batch.rows)}
+        parts["loss"] = losses.mean_over(losses.distillation(supervised_N, divergence_N, self.loss.alpha), batch.rows)
+        for name, term in self.terms.items():
+            parts[name] = term(batch)
+            parts["loss"] = parts["loss"] + term.weight * parts[name]
+        return parts
+
+    def _taught(self, batch: Batch) -> Tensor | None:
+        """The teacher's rows, (N, C), from the cache or from its forward in its own precision; None where nothing needs them."""
+        if self.loss.alpha == 1 and not self.terms:
+            return None
+        if batch.teacher is not None:
+            return batch.teacher[:, : self.classes]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.task.rows(logits(self._teacher[0], batch.inputs), batch)[:, : self.classes].float()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        values = self._parts | {"lr": torch.tensor(optimizer.param_groups[0]["lr"])}
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
+        self._parts = {}
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        """Clip here: the Trainer's own clipping refuses a fused optimizer under mixed precision."""
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.settings.clip or float("inf"))
+        self.log("train/grad_norm", norm, batch_size=1)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        rows_NC = self.task.rows(logits(self.student, batch.inputs), batch)[:, : self.classes]
+        self._outcomes.append(self.task.outcomes(rows_NC.float(), batch))
+
+    def on_validation_epoch_end(self) -> None:
+        columns = {name: torch.cat([outcome[name] for outcome in self._outcomes]).cpu() for name in self._outcomes[0]}
+        self._outcomes = []
+        self.log_dict({f"val/{name}": value for name, value in self.task.quality(columns).items()}, batch_size=1)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.settings
+        decayed = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.ndim > 1]
+        kept = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.ndim <= 1]  # biases and norms
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        fused = self.trainer.precision != "16-mixed"  # a fused optimizer would unscale after the clipping
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+        schedule = get_scheduler(settings.schedule if settings.schedule != "constant" else "constant_with_warmup", optimizer, round(settings.warmup * self.steps), self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def divergence(task: Task, loss: config.Loss) -> Any:
+    """The divergence that the recipe names, or else the task's own: (student_NC, teacher_NC, temperature) -> (N,)."""
+    name = loss.divergence or task.divergences[0]
+    if "." not in name and name not in task.divergences:
+        raise config.UserError(
+            f"loss.divergence is {name}, but {type(task).__name__} needs one that suits its logits: choose from {', '.join(task.divergences)}"
+        )
+    function = targets.find(name if "." in name else f"distill.losses.{name}")
+    return partial(function, beta=loss.beta) if "beta" in inspect.signature(function).parameters else function

@@ -1,0 +1,57 @@
+"""The student stage: build it, train it against the teacher, and save the weights that did best on the validation split."""
+
+import logging
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedModel
+
+from distill import config, data, fit, models, store, targets
+from distill.module import Distillation
+from distill.tasks.base import Task
+from distill.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def distil(
+    run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, teacher: PreTrainedModel | None, folder: Path, tracker: Tracker
+) -> PreTrainedModel:
+    """Train the recipe's student and write it to `student/` in the run folder."""
+    L.seed_everything(run.seed, verbose=False)  # whether the teacher was trained now or earlier must not matter
+    student, classes = build(run, task, tokenizer, teacher)
+    learned = useful(examples["train"], task, run)
+    train, validation = fit.loaders(run, learned, examples["validation"], task, tokenizer.pad_token_id)
+    steps = fit.steps(run.trainer, train)
+    module = Distillation(task, student, teacher, run.loss, run.optimizer, steps, classes)
+    callbacks = [targets.build(spec) for spec in run.callbacks.values()]
+    log.info("training the student on %d examples, %d steps, %s", len(learned), steps, fit.precision(run.trainer))
+    fit.fit(module, train, validation, run.trainer, folder / "checkpoints", tracker.loggers("student"), callbacks)
+    for term in module.terms.values():
+        term.detach()
+    with store.writing(folder / "student") as inside:
+        models.save(student, tokenizer, inside)
+    return student
+
+
+def build(run: config.Run, task: Task, tokenizer: Any, teacher: PreTrainedModel | None) -> tuple[PreTrainedModel, int | None]:
+    """The student before training, and how many columns of the logits it shares with its teacher (null: all)."""
+    spec = run.student
+    if spec.layers is not None and teacher is not None:
+        student, account = models.cut(teacher, spec.layers, spec.architecture, task)
+        headline, _, tensors = str(account).partition("\n")
+        log.info(headline)
+        log.debug(tensors)
+    else:
+        student = models.load(spec.model, spec.config, task, "student", tokenizer)
+        models.check_length(student, task.max_length, "student")
+        models.check_labels(student, task, "student")
+    return student, models.shared_vocabulary(tokenizer, tokenizer, student, teacher) if teacher is not None else None
+
+
+def useful(examples: Dataset, task: Task, run: config.Run) -> Dataset:
+    """The examples that have a part in the loss: those without a label have none where nothing comes from the teacher."""
+    return data.labelled_only(examples, task) if run.loss.alpha == 1 and not run.loss.terms else examples

@@ -1,0 +1,147 @@
+"""The teacher: fine-tuned once where the recipe asks for it, then frozen; and its outputs, computed once and kept beside the examples."""
+
+import logging
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from distill import config, data, fit, models, store
+from distill.errors import UserError
+from distill.module import Distillation
+from distill.tasks.base import Task
+from distill.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+CHUNK = 4096  # examples whose outputs are in memory at a time
+
+
+def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, folder: Path, tracker: Tracker) -> PreTrainedModel | None:
+    """The frozen teacher: as it is, fine-tuned on the labelled examples, or reused from an earlier run with the same ingredients."""
+    if run.teacher is None:
+        return None
+    L.seed_everything(run.seed, verbose=False)
+    teacher = models.load(run.teacher.model, run.teacher.config, task, "teacher", tokenizer)
+    models.check_length(teacher, task.max_length, "teacher")
+    if run.teacher.finetune is not None:
+        models.adopt_labels(teacher, task)
+        teacher = finetuned(run, task, tokenizer, examples, teacher, folder, tracker)
+    else:
+        models.check_labels(teacher, task, "teacher")
+        if run.teacher.model is None:
+            models.save(teacher, tokenizer, folder / "teacher")
+    return teacher.to(getattr(torch, run.teacher.dtype)).eval().requires_grad_(False)
+
+
+def finetuned(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, teacher: PreTrainedModel, folder: Path, tracker: Tracker) -> PreTrainedModel:
+    """The fine-tuned teacher, from the store or trained now and put there; its files are in the run folder too."""
+    labelled = data.labelled_only(examples["train"], task)
+    entry = store.entry("teachers", _ingredients(run, task, teacher, labelled, examples["validation"]))
+    if store.intact(entry):
+        log.info("the fine-tuned teacher of an earlier run with the same ingredients is used again")
+    else:
+        _finetune(run, task, tokenizer, labelled, examples["validation"], teacher, folder, tracker)
+        with store.writing(entry) as inside:
+            models.save(teacher, tokenizer, inside)
+    store.link(entry, folder / "teacher")
+    return models.load(str(entry), None, task, "teacher", tokenizer, strict=True)
+
+
+def _ingredients(run: config.Run, task: Task, teacher: PreTrainedModel, train: Dataset, validation: Dataset) -> dict[str, Any]:
+    """All that decides the weights of a fine-tuned teacher."""
+    assert run.teacher is not None and run.teacher.finetune is not None
+    settings = run.trainer
+    return {
+        "weights": models.fingerprint(teacher),
+        "task": [type(task).__qualname__, task.names],
+        "train": data.fingerprint(train),
+        "validation": data.fingerprint(validation),
+        "finetune": asdict(run.teacher.finetune),
+        "optimizer": asdict(run.optimizer),
+        "trainer": [fit.precision(settings), settings.accelerator, settings.accumulate, settings.validations, settings.patience],
+        "batches": [run.data.batch_size, run.data.group_by_length],
+        "seed": run.seed,
+    }
+
+
+def _finetune(
+    run: config.Run, task: Task, tokenizer: Any, labelled: Dataset, validation: Dataset, teacher: PreTrainedModel, folder: Path, tracker: Tracker
+) -> None:
+    assert run.teacher is not None and run.teacher.finetune is not None
+    settings = run.teacher.finetune
+    train, held_out = fit.loaders(run, labelled, validation, task, tokenizer.pad_token_id)
+    steps = fit.steps(run.trainer, train, settings.epochs)
+    module = Distillation(task, teacher, None, config.Loss(alpha=1.0), replace(run.optimizer, lr=settings.lr), steps)
+    log.info("fine-tuning the teacher on %d labelled examples, %d steps, %s", len(labelled), steps, fit.precision(run.trainer))
+    checkpoints = folder / "checkpoints" / "teacher"
+    fit.fit(module, train, held_out, run.trainer, checkpoints, tracker.loggers("teacher"), [])
+    shutil.rmtree(checkpoints)  # the store and the run folder hold the result
+
+
+def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dataset, task: Task, tokenizer: Any) -> Dataset:
+    """The examples with a column `teacher_logits`: for each example its rows of logits, (rows, C) in float32.
+
+    As they are where the teacher answers online, or not at all.
+    """
+    if run.teacher is None or teacher is None or run.teacher.outputs == "online" or run.loss.alpha == 1:
+        return examples
+    ingredients = {
+        "weights": models.fingerprint(teacher),  # its dtype is part of it
+        "inputs": data.fingerprint(examples),  # tokenizer, encoding arguments and data are part of it
+        "task": type(task).__qualname__,
+        "device": str(teacher.device.type),
+    }
+    entry = store.entry("outputs", ingredients)
+    if store.intact(entry):
+        log.info("the teacher's outputs of an earlier run with the same ingredients are used again")
+    else:
+        _refuse_too_large(teacher, examples)
+        with store.writing(entry) as inside:
+            _write(teacher, examples, task, tokenizer.pad_token_id, run.evaluate.batch_size, inside / "outputs.arrow")
+    outputs = Dataset.from_file(str(entry / "outputs.arrow"))
+    return concatenate_datasets([examples, outputs], axis=1)
+
+
+def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
+    width = getattr(teacher.config, "vocab_size", 0) if sum(examples["rows"]) > len(examples) else teacher.config.num_labels
+    size, free = 4 * width * sum(examples["rows"]), shutil.disk_usage(store.root()).free
+    if size > free / 2:
+        raise UserError(
+            f"teacher.outputs is cached, but these outputs take {size / 1e9:.1f} GB and the cache must leave half of the {free / 1e9:.1f} GB"
+            f" that are free at {store.root()}: set teacher.outputs=online, or DISTILL_CACHE to a larger disk"
+        )
+
+
+@torch.inference_mode()
+def _write(teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int, batch_size: int, file: Path) -> None:
+    """One forward over all examples, chunk by chunk; inside a chunk the longest go first, so that batches pad little."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher.to(device)  # type: ignore[arg-type]
+    schema = pa.schema({"teacher_logits": pa.list_(pa.list_(pa.float32()))})
+    starts = range(0, len(examples), CHUNK)
+    with pa.ipc.new_stream(str(file), schema) as stream:
+        for start in track(starts, "teacher outputs", transient=True, disable=len(starts) == 1):
+            chunk = examples.select(range(start, min(start + CHUNK, len(examples))))
+            outputs = _outputs(teacher, chunk, task, pad_id, batch_size)
+            stream.write_batch(pa.record_batch([pa.array(outputs, schema.field(0).type)], schema=schema))
+
+
+def _outputs(teacher: PreTrainedModel, chunk: Dataset, task: Task, pad_id: int, batch_size: int) -> list[list[list[float]]]:
+    outputs: list[list[list[float]]] = [[] for _ in range(len(chunk))]
+    order = sorted(range(len(chunk)), key=chunk["length"].__getitem__, reverse=True)
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        batch = task.collate([chunk[place] for place in places], pad_id)
+        batch = L.fabric.utilities.move_data_to_device(batch, teacher.device)
+        rows_NC = task.rows(models.logits(teacher, batch.inputs), batch).float().cpu()
+        for row_C, example in zip(rows_NC.tolist(), batch.example.tolist(), strict=True):
+            outputs[places[example]].append(row_C)
+    return outputs

@@ -1,0 +1,84 @@
+"""A small world for tests: a recipe on generated data, prepared up to encoded examples and random models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from omegaconf import OmegaConf
+
+from distill import config, data, models, recipe, store, targets
+from distill.tasks.base import Task
+
+TINY = {
+    "name": "tiny",
+    "task": {"_target_": "distill.tasks.SingleLabelClassification", "max_length": 24},
+    "data": {"source": "distill.corpora.generated", "batch_size": 16},
+    "tokenizer": {"vocab_size": 300},
+    "teacher": {"config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}},
+    "student": {"layers": [0, 2]},
+    "optimizer": {"lr": 2e-3},
+    "trainer": {"max_steps": 6, "validations": 2, "precision": "32-true", "accelerator": "cpu", "progress": False},
+    "tracking": {"wandb": "disabled"},
+    "evaluate": {"bootstrap": 20, "requests": 2, "batches": 2},
+    "export": {"examples": 20},
+}
+LANGUAGE = {
+    "task": {"_target_": "distill.tasks.CausalLanguageModelling", "max_length": 24},
+    "data": {"label": None},
+    "teacher": {
+        "config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32},
+        "outputs": "online",
+    },
+}
+
+
+def tiny(**changes: Any) -> config.Run:
+    """The recipe above with changes laid over it; a section that is null is left out, and another teacher replaces this one."""
+    replaced = {key for key, value in changes.items() if value is None or (isinstance(value, dict) and "model_type" in (value.get("config") or {}))}
+    kept = {key: value for key, value in TINY.items() if key not in replaced}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return recipe.checked(OmegaConf.merge(OmegaConf.structured(config.Run), kept, changes))
+
+
+@dataclass
+class World:
+    run: config.Run
+    task: Task
+    raw: DatasetDict
+    tokenizer: Any
+    examples: DatasetDict
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def model(self, what: str = "teacher", seed: int = 0, **changes: Any) -> Any:
+        """A random model of the teacher's config; spread out, so that its answers differ from text to text."""
+        assert self.run.teacher is not None
+        torch.manual_seed(seed)
+        made = models.load(None, (self.run.teacher.config or {}) | changes, self.task, what, self.tokenizer)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.mul_(2)
+        return made
+
+    def loader(self, split: str = "train", **options: Any) -> Any:
+        return data.loader(self.examples[split], self.task, self.pad_id, **({"batch_size": 16} | options))
+
+
+def world(**changes: Any) -> World:
+    run = tiny(**changes)
+    task = targets.build(run.task)
+    raw = data.load(run.data, task, run.seed)
+    tokenizer = models.tokenizer_for(run, task, raw["train"])
+    return World(run, task, raw, tokenizer, data.encode(raw, task, tokenizer, run.data, store.root() / "examples"))
+
+
+def folder_of(path: Path, made: World, **saved: Any) -> Path:
+    """A run folder with these models in it."""
+    for name, model in saved.items():
+        models.save(model, made.tokenizer, path / name)
+    recipe.save(made.run, path / "recipe.yaml")
+    return path
