@@ -1,0 +1,133 @@
+"""Raw examples -> token ids, once: files addressed by their content, that a later run maps into memory."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, List, Value
+
+from distill.config import Data
+from distill.errors import UserError
+from distill.tasks.base import Task
+
+log = logging.getLogger(__name__)
+VERSION = 1  # of what `Task.encode` returns: raise it when that changes, and no older file is used
+CHUNK = 1000  # rows that are hashed or tokenised at a time
+COLUMNS = {
+    "input_ids": List(Value("int32")),
+    "token_type_ids": List(Value("int8")),
+    "size": Value("int32"),
+    "length": Value("int32"),
+    "rows": Value("int32"),
+    "cut": Value("int8"),
+}
+
+
+def encode(raw: DatasetDict, task: Task, tokenizer: Any, data: Data, cache: Path) -> DatasetDict:
+    """Every split tokenised, from the files under `cache` where it has been done before."""
+    return DatasetDict({name: _encode(split, name, task, tokenizer, data, cache) for name, split in raw.items()})
+
+
+def _encode(split: Dataset, name: str, task: Task, tokenizer: Any, data: Data, cache: Path) -> Dataset:
+    path = cache / f"encoded-{_key(split, task, tokenizer, data)}.arrow"
+    encoded = _stored(path)
+    if encoded is None:
+        _write(split, task, tokenizer, data, path)
+        encoded = Dataset.from_file(str(path))
+    if len(encoded) == 0:
+        raise UserError(f"the {name} split has {len(split)} texts, but none of them holds a token to predict: name longer texts")
+    cut = int(np.sum(encoded.with_format("numpy")["cut"][:]))
+    if cut:
+        fate = "shortened to it" if task.uses_labels else "cut into windows of it"
+        log.info(
+            "%d of %d texts of the %s split are longer than task.max_length, %d tokens: %s", cut, len(split), name, task.max_length, fate
+        )
+    return encoded
+
+
+def _key(split: Dataset, task: Task, tokenizer: Any, data: Data) -> str:
+    """Names everything that the encoded examples depend on."""
+    ingredients = [
+        VERSION,
+        fingerprint(split),
+        _tokenizer(tokenizer),
+        f"{type(task).__module__}.{type(task).__qualname__}",
+        sorted(vars(task).items()),
+        list(data.text),
+        data.label,
+    ]
+    return hashlib.sha256(repr(ingredients).encode()).hexdigest()
+
+
+def _tokenizer(tokenizer: Any) -> list[Any]:
+    """What decides the tokenizer's answers. How it last cut and padded is part of its state, but not of that."""
+    state: Any = sorted(tokenizer.get_vocab().items())
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return [type(tokenizer).__name__, json.dumps(state, sort_keys=True), special, tokenizer.model_input_names, tokenizer.truncation_side]
+
+
+def fingerprint(split: Dataset) -> str:
+    """SHA-256 of the columns' names, types and values, wherever and however they are stored."""
+    digest = hashlib.sha256(repr(sorted((name, str(feature)) for name, feature in split.features.items())).encode())
+    table = split.with_format("arrow")
+    for start in range(0, len(split), CHUNK):
+        rows = table[start : start + CHUNK].to_pydict()
+        digest.update(repr(sorted(rows.items())).encode())
+    return digest.hexdigest()
+
+
+def _stored(path: Path) -> Dataset | None:
+    """An earlier run's file, unless it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return Dataset.from_file(str(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        log.warning("%s cannot be read (%s): the texts are tokenised again", path, error)
+        return None
+
+
+def _write(split: Dataset, task: Task, tokenizer: Any, data: Data, path: Path) -> None:
+    """Tokenise into a file of another name, which gets its own only once it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    function = partial(task.encode, tokenizer=tokenizer, data=data)
+    try:
+        split.with_format(None).map(
+            function,
+            batched=True,
+            batch_size=CHUNK,
+            remove_columns=split.column_names,
+            features=_features(function(split[:1]), task),
+            cache_file_name=str(partial_path),
+            load_from_cache_file=False,
+            new_fingerprint=path.stem[-16:],
+            desc="tokenising",
+        )
+        with partial_path.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial_path, path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def _features(columns: Iterable[str], task: Task) -> Features:
+    return Features({name: task.label_feature if name == "labels" else COLUMNS[name] for name in columns})
+
+
+def labelled_only(split: Dataset, task: Task) -> Dataset:
+    """The encoded examples that have a label: what a teacher is fine-tuned on."""
+    if not task.uses_labels:
+        return split
+    labels = np.asarray(split["labels"][:])
+    hidden = np.isnan(labels).any(-1) if labels.dtype.kind == "f" else labels < 0
+    return split if not hidden.any() else split.select(np.flatnonzero(~hidden))

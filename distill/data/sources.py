@@ -1,0 +1,124 @@
+"""`data.source` -> DatasetDict: a function, a local file or folder, or a dataset of the Hugging Face Hub."""
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetsError
+
+from distill.errors import UserError
+
+CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 1_000_000}  # only an empty cell is empty: "NA" and "None" are texts
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", CSV),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),  # an example a line, in the column `text`
+}
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+HUB_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    DatasetsError,
+)  # unreachable, or unknown; no such configuration; a dataset that is a script
+
+
+def open_source(source: str, config: str | None = None) -> DatasetDict:
+    """Every split of a source."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, config)
+    if config is not None and (path.is_file() or FUNCTION.fullmatch(source)):
+        raise UserError(f"data.config is {config}, but {source} has no configurations: leave data.config out")
+    if path.is_file():
+        return DatasetDict(train=_file(path))
+    if path.suffix in BUILDERS or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise UserError(f"data.source is {source}, but there is no such file or folder: correct the path")
+    if FUNCTION.fullmatch(source):
+        return _call(source)
+    return _hub(source, config)
+
+
+def _call(source: str) -> DatasetDict:
+    """The splits that a function makes."""
+    splits = _function(source)()
+    if not isinstance(splits, dict) or not all(isinstance(split, Dataset) for split in splits.values()):
+        raise UserError(f"data.source is {source}, but it returned {_kind(splits)}: let it return a datasets.DatasetDict")
+    return DatasetDict(splits)
+
+
+def _function(source: str) -> Callable[[], Any]:
+    module, _, name = source.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UserError(f"data.source is {source}, but {module} cannot be imported ({error}): correct the dotted path") from error
+    except AttributeError as error:
+        raise UserError(f"data.source is {source}, but the module {module} has no {name}: correct the dotted path") from error
+    if not callable(function):
+        raise UserError(f"data.source is {source}, but that is {_kind(function)}: name a function that returns a datasets.DatasetDict")
+    return function
+
+
+def _kind(value: Any) -> str:
+    return "a dict of other things than datasets" if isinstance(value, dict) else f"an object of the type {type(value).__name__}"
+
+
+def _file(path: Path) -> Dataset:
+    if path.suffix not in BUILDERS:
+        raise UserError(f"data.source is {path}, but files are read by their suffix, one of {', '.join(BUILDERS)}: convert or rename it")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty, but it must hold examples: fill it, or name another file")
+    builder, options = BUILDERS[path.suffix]
+    return _quietly(path, lambda: datasets.load_dataset(builder, data_files=str(path), split="train", **options))
+
+
+def _folder(path: Path, config: str | None) -> DatasetDict:
+    """Saved by `save_to_disk`, one file per split, or laid out as on the Hub."""
+    files = sorted(file for file in path.iterdir() if file.suffix in BUILDERS and not file.name.startswith("."))
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if not saved and (config is not None or not files):
+        return _as_dict(_quietly(path, lambda: datasets.load_dataset(str(path), config)))
+    if config is not None:
+        raise UserError(f"data.config is {config}, but {path} has no configurations: leave data.config out")
+    if saved:
+        return _as_dict(_quietly(path, lambda: datasets.load_from_disk(str(path))))
+    stems = [file.stem for file in files]
+    if len(set(stems)) < len(stems):
+        raise UserError(f"{path} holds {', '.join(file.name for file in files)}, but each split needs one file: remove the others")
+    return DatasetDict({file.stem: _file(file) for file in files})
+
+
+def _quietly(path: Path, read: Callable[[], Any]) -> Any:
+    """Read local files; what is wrong with them is one sentence."""
+    try:
+        return read()
+    except (DatasetsError, ValueError, OSError) as error:
+        reason = _reason(error.__cause__ or error)
+        raise UserError(f"{path} cannot be read ({reason}), but it must hold examples, one per row: correct or convert it") from error
+
+
+def _hub(source: str, config: str | None) -> DatasetDict:
+    name = f"{source} ({config})" if config else source
+    way_out = f"check the name and the network, or name a local file or folder, one of {', '.join(BUILDERS)}, in its place"
+    try:
+        return _as_dict(datasets.load_dataset(source, config))
+    except HUB_ERRORS as error:
+        raise UserError(
+            f"data.source is {name}, but it could not be read from the Hugging Face Hub ({_reason(error)}): {way_out}"
+        ) from error
+
+
+def _as_dict(loaded: Any) -> DatasetDict:
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a library says."""
+    return str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__

@@ -1,0 +1,313 @@
+"""However examples are ordered, padded and cut into micro-batches, each counts once and a step's loss is that of its whole batch."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
+
+from distill import corpora, losses
+from distill.config import Data
+from distill.data import BatchPlan, encode, load, loader, waste
+from distill.errors import UserError
+from distill.models import logits
+from distill.models.tokenizers import train_tokenizer
+from distill.tasks import CausalLanguageModelling, SingleLabelClassification
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+WORDS = "the cat sat on a mat while seven foxes ran home over wet grass and nobody saw them again"
+
+
+def split_of(count: int, longest: int = 60) -> Dataset:
+    """Random token ids of random lengths, labelled by chance, as `encode` stores them for a classifier."""
+    generator = np.random.default_rng(count)
+    lengths = generator.integers(1, longest + 1, count)
+    ids = [generator.integers(1, 50, length).tolist() for length in lengths]
+    labels = generator.integers(-1, 3, count)
+    columns = {"input_ids": ids, "labels": np.where(labels < 0, -100, labels), "size": [1] * count, "length": lengths, "rows": [1] * count}
+    return Dataset.from_dict(columns)
+
+
+def texts_of(count: int) -> list[str]:
+    """From one word to more than a window holds."""
+    generator = np.random.default_rng(count)
+    return [" ".join(generator.choice(WORDS.split(), size)) for size in generator.choice([1, 2, 5, 30], count)]
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    task, tokenizer = CausalLanguageModelling(max_length=24), train_tokenizer(texts_of(50), 300, classification=False)
+    raw = DatasetDict(train=Dataset.from_dict({"text": texts_of(21)}))
+    split = encode(raw, task, tokenizer, Data(source="none"), tmp_path_factory.mktemp("cache"))["train"]
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, attn_implementation="eager")
+    return task, split, AutoModelForCausalLM.from_config(config).eval(), tokenizer.pad_token_id
+
+
+@pytest.fixture(scope="module")
+def classification():
+    task = SingleLabelClassification()
+    task.names = ("a", "b", "c")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, num_labels=3, attn_implementation="eager", initializer_range=0.5, **sizes)
+    return task, split_of(21), AutoModelForSequenceClassification.from_config(config).eval(), 0
+
+
+@pytest.fixture(params=["classification", "language"])
+def problem(request):
+    return request.getfixturevalue(request.param)
+
+
+# ---- order
+
+
+PLANS = [
+    {"batch_size": size, "accumulate": parts, "seed": seed, "group_by_length": grouped}
+    for size, parts in ((8, 1), (8, 3), (7, 7), (3, 2), (1, 1), (500, 2))
+    for seed, grouped in ((0, True), (5, False), (None, True), (None, False))
+]
+
+
+@pytest.mark.parametrize("count", [1, 8, 50, 453])
+@pytest.mark.parametrize("keys", PLANS)
+def test_every_example_comes_once_per_epoch(count, keys):
+    plan = BatchPlan(split_of(count), **keys)
+    for epoch in (0, 1):
+        plan.set_epoch(epoch)
+        micro_batches = list(plan)
+        assert sorted(index for micro in micro_batches for index in micro.indices) == list(range(count))
+        assert len(micro_batches) == len(plan)
+        assert all(micro.indices for micro in micro_batches)
+
+
+def test_a_micro_batch_needs_an_example():
+    with pytest.raises(UserError, match=r"trainer.accumulate is 3, but data.batch_size is 2"):
+        BatchPlan(split_of(8), 2, 3)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_order_is_a_function_of_seed_and_epoch(grouped):
+    def order(seed, epoch, before=0):
+        plan = BatchPlan(split_of(100), 8, 2, seed, grouped)
+        for _ in range(before):
+            list(plan)
+        plan.set_epoch(epoch)
+        np.random.default_rng().random(3)
+        return [micro.indices for micro in plan]
+
+    assert order(1, 4) == order(1, 4, before=2)
+    assert len({str(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_number_of_micro_batches_does_not_change_what_shares_a_step(accumulate, grouped):
+    split = split_of(101)
+    whole, parts = BatchPlan(split, 8, 1, 0, grouped), BatchPlan(split, 8, accumulate, 0, grouped)
+    micro_batches = list(parts)
+    steps = [micro_batches[start : start + accumulate] for start in range(0, len(micro_batches), accumulate)]
+    assert len(steps) == parts.steps == whole.steps == len(whole)
+    for one, several in zip(whole, steps, strict=True):
+        assert [index for micro in several for index in micro.indices] == one.indices
+        assert {(micro.rows, micro.tokens) for micro in several} == {(one.rows, one.tokens)}
+
+
+def test_the_incomplete_batch_comes_last_and_is_any_examples():
+    split = split_of(101)
+    plan = BatchPlan(split, 8, 1, seed=0)
+    left_over = []
+    for epoch in range(200):
+        plan.set_epoch(epoch)
+        sizes = [len(micro.indices) for micro in plan]
+        assert sizes == [8] * 12 + [5]
+        left_over += list(plan)[-1].indices
+    means = np.asarray(split["length"])[left_over].mean(), np.mean(split["length"])
+    assert means[0] == pytest.approx(means[1], rel=0.1)  # neither the short nor the long ones end each epoch
+
+
+def test_long_and_short_batches_come_in_any_order():
+    split = split_of(400)
+    lengths = np.asarray(split["length"])
+    means = [lengths[micro.indices].mean() for micro in BatchPlan(split, 8, 1, seed=0)]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.4
+
+
+def test_normalisers_are_sums_over_the_global_batch(language):
+    _, split, *_ = language
+    plan = BatchPlan(split, 6, 3, seed=2)
+    rows, lengths = np.asarray(split["rows"]), np.asarray(split["length"])
+    micro_batches = list(plan)
+    for step, batch in enumerate(plan.global_batches()):
+        for micro in micro_batches[3 * step : 3 * step + 3]:
+            assert (micro.rows, micro.tokens) == (rows[batch].sum(), lengths[batch].sum())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_follows_its_plan_and_leaves_the_global_generator_alone(classification, workers):
+    task, split, _, pad_id = classification
+    batches = loader(split, task, pad_id, 6, 2, seed=3, workers=workers)
+    state = torch.get_rng_state()
+    for epoch in (0, 1):
+        batches.sampler.set_epoch(epoch)
+        assert len(batches) == len(list(batches))
+        for micro, batch in zip(batches.sampler, batches, strict=True):
+            ids = [split["input_ids"][index] for index in micro.indices]
+            assert [
+                row[mask.bool()].tolist() for row, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True)
+            ] == ids
+            assert (batch.rows, batch.tokens) == (micro.rows, micro.tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- padding
+
+
+def test_grouping_by_length_wastes_little_on_news(tmp_path):
+    task, data = SingleLabelClassification(max_length=128), Data(source="distill.corpora.bbc_news")
+    try:
+        raw = load(data, task, seed=0)
+    except UserError:
+        pytest.skip("the extra `demo` is not installed")
+    raw = DatasetDict(train=raw["train"])
+    split = encode(raw, task, train_tokenizer(raw["train"]["text"][:200], 5000, classification=True), data, tmp_path)["train"]
+    assert waste(split, BatchPlan(split, 32, 1, seed=0)) < 0.05
+
+
+def test_grouping_by_length_wastes_little_on_texts_of_any_length():
+    split = split_of(2000, longest=128)
+    assert waste(split, BatchPlan(split, 32, 1, seed=0)) < 0.05
+    assert waste(split, BatchPlan(split, 32, 1, seed=0, group_by_length=False)) > 0.3
+    assert waste(split, BatchPlan(split, 1, 1, seed=0)) == 0
+
+
+def test_waste_is_the_share_of_padding_in_what_models_are_given(classification):
+    task, split, _, pad_id = classification
+    batches = loader(split, task, pad_id, 6, 2, seed=3)
+    masks = [batch.inputs["attention_mask"] for batch in batches]
+    assert waste(split, batches.sampler) == pytest.approx(1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks))
+
+
+def padded_further(batch, more: int, pad_id: int, task):
+    """The same batch with more columns of padding; places in the flattened logits move along."""
+    width = batch.inputs["input_ids"].shape[1]
+    inputs = {
+        name: torch.nn.functional.pad(tensor, (0, more), value=pad_id if name == "input_ids" else 0)
+        for name, tensor in batch.inputs.items()
+    }
+    index = None if batch.index is None else batch.index // width * (width + more) + batch.index % width
+    return batch._replace(inputs=inputs, index=index)
+
+
+def test_padding_changes_no_loss(problem):
+    task, split, model, pad_id = problem
+    batch = next(iter(loader(split, task, pad_id, 7, seed=1)))
+    with torch.inference_mode():
+        tight, wide = (
+            task.supervised(task.rows(logits(model, each.inputs), each), each.labels)
+            for each in (batch, padded_further(batch, 9, pad_id, task))
+        )
+    assert tight.abs().sum() > 0
+    torch.testing.assert_close(tight, wide, rtol=1e-5, atol=1e-5)
+
+
+def test_neighbours_change_no_loss(problem):
+    task, split, model, pad_id = problem
+    together, alone = (_row_losses(task, split, model, pad_id, size) for size in (len(split), 1))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def _row_losses(task, split, model, pad_id, batch_size):
+    """Summed over the rows of each example, in the order of the split."""
+    batches = loader(split, task, pad_id, batch_size)
+    values = torch.zeros(len(split))
+    with torch.inference_mode():
+        for micro, batch in zip(batches.sampler, batches, strict=True):
+            rows = task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels)
+            values[micro.indices] = torch.zeros(len(micro.indices)).index_add(0, batch.example, rows)
+    return values
+
+
+# ---- normalisers
+
+
+def _loss_and_gradient(task, model, batches):
+    """What one optimizer step sees: the sum over the micro-batches, each divided by the rows of the global batch."""
+    model = copy.deepcopy(model)
+    total = torch.zeros(())
+    for batch in batches:
+        rows = task.rows(logits(model, batch.inputs), batch)
+        part = losses.mean_over(losses.distillation(task.supervised(rows, batch.labels), rows.square().mean(-1), 0.3), batch.rows)
+        part.backward()
+        total = total + part.detach()
+    return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 7])
+def test_the_micro_batches_of_a_step_sum_to_the_loss_of_the_whole_batch(problem, accumulate):
+    task, split, model, pad_id = problem
+    whole, parts = (list(loader(split, task, pad_id, 7, count, seed=1)) for count in (1, accumulate))
+    assert len({batch.labels.shape[0] for batch in parts}) > 1 or accumulate == 7 or task.uses_labels
+    one, one_gradient = _loss_and_gradient(task, model, whole[:1])
+    several, several_gradient = _loss_and_gradient(task, model, parts[:accumulate])
+    torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one_gradient, several_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens_not_its_texts(language):
+    task, split, model, pad_id = language
+    batch = next(iter(loader(split, task, pad_id, len(split))))
+    with torch.inference_mode():
+        rows = task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels)
+    assert batch.rows == len(rows) == sum(split["rows"])
+    assert losses.mean_over(rows, batch.rows) == pytest.approx(float(rows.mean()), rel=1e-6)
+
+
+def test_the_loss_is_that_of_transformers(language):
+    """Which shifts by itself: on a single window both must find the same mean."""
+    task, split, model, pad_id = language
+    batch = next(iter(loader(split, task, pad_id, 1)))
+    labels = torch.tensor([split[next(iter(loader(split, task, pad_id, 1).sampler)).indices[0]]["labels"]])
+    with torch.inference_mode():
+        ours = losses.mean_over(task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels), batch.rows)
+        theirs = model(**batch.inputs, labels=labels).loss
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_prompt_adds_nothing_to_the_loss(language):
+    """Its tokens get gradients through attention only: with logits that are parameters, they get none."""
+    task = language[0]
+    tokens = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "size": 2}
+    batch = task.collate([tokens], pad_id=0)
+    values = torch.randn(1, 4, 20, requires_grad=True)
+    task.supervised(task.rows(values, batch), batch.labels).sum().backward()
+    assert values.grad.abs().sum(-1)[0].bool().tolist() == [False, True, True, False]
+
+
+def test_the_number_of_windows_does_not_change_what_is_counted(tmp_path):
+    tokenizer = train_tokenizer(texts_of(50), 300, classification=False)
+    raw = DatasetDict(train=Dataset.from_dict({"text": texts_of(21)}))
+    totals = set()
+    for max_length in (5, 24, 200):
+        split = encode(raw, CausalLanguageModelling(max_length), tokenizer, Data(source="none"), tmp_path)["train"]
+        totals.add((sum(split["rows"]), sum(split["size"])))
+    assert totals == {(sum(map(len, tokenizer(texts_of(21))["input_ids"])), sum(len(text.encode()) for text in texts_of(21)))}
+
+
+def test_made_up_texts_are_all_seen(tmp_path):
+    """From the source to the batches: no example is lost on the way."""
+    task, data = SingleLabelClassification(), Data(source="distill.corpora.generated")
+    raw = load(data, task, seed=0)
+    tokenizer = train_tokenizer(raw["train"]["text"][:], 400, classification=True)
+    splits = encode(raw, task, tokenizer, data, tmp_path)
+    for name, size in corpora.GENERATED.items():
+        seen = [
+            tuple(row[row != tokenizer.pad_token_id].tolist())
+            for batch in loader(splits[name], task, tokenizer.pad_token_id, 32)
+            for row in batch.inputs["input_ids"]
+        ]
+        assert sorted(seen) == sorted(map(tuple, tokenizer(raw[name]["text"][:])["input_ids"]))
+        assert len(seen) == size

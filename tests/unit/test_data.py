@@ -1,0 +1,486 @@
+"""Sources of every kind become the same three splits; what is wrong with them is named; tokenising happens once."""
+
+import logging
+import os
+from collections import Counter
+
+import datasets
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from distill import corpora
+from distill import data as pipeline
+from distill.config import Data
+from distill.data import encoding
+from distill.data.splits import quotas
+from distill.errors import UserError
+from distill.models.tokenizers import train_tokenizer
+from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression, SingleLabelClassification
+
+ROWS = {"text": [f"text number {row}" for row in range(20)], "label": ["up", "down"] * 10}
+MORE = {"text": [f"other text {row}" for row in range(8)], "label": ["down", "up"] * 4}
+HERE = __name__
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+def made() -> DatasetDict:
+    """A source for the tests, by its dotted path."""
+    return DatasetDict(
+        train=Dataset.from_dict(ROWS), validation=Dataset.from_dict(MORE), texts=Dataset.from_dict({"text": ["only", "texts"]})
+    )
+
+
+def wrong() -> int:
+    return 3
+
+
+def write(split: Dataset, path) -> None:
+    if path.suffix == ".csv":
+        split.to_csv(path)
+    elif path.suffix == ".parquet":
+        split.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        split.to_json(path)
+    elif path.suffix == ".json":
+        split.to_json(path, lines=False)
+    else:
+        path.write_text("\n".join(split["text"]))
+
+
+def load(source, task=None, seed=0, **keys) -> DatasetDict:
+    keys = {"validation": None, "test": None} | keys
+    return pipeline.load(Data(source=str(source), **keys), task or SingleLabelClassification(), seed)
+
+
+# ---- sources
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_a_local_file_is_the_training_split(suffix, tmp_path):
+    write(Dataset.from_dict(ROWS), tmp_path / f"news{suffix}")
+    assert pipeline.open_source(str(tmp_path / f"news{suffix}"))["train"].to_dict() == ROWS
+
+
+def test_a_text_file_holds_an_example_a_line(tmp_path):
+    (tmp_path / "news.txt").write_text("one\n\ntwo\n")
+    assert pipeline.open_source(str(tmp_path / "news.txt"))["train"]["text"][:] == ["one", "", "two"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_folder_holds_a_file_for_each_split(suffix, tmp_path):
+    write(Dataset.from_dict(ROWS), tmp_path / f"train{suffix}")
+    write(Dataset.from_dict({"text": MORE["text"]}), tmp_path / f"test{suffix}")  # splits may differ in their columns
+    (tmp_path / "README.md").write_text("Words about them.")
+    splits = pipeline.open_source(str(tmp_path))
+    assert {name: split.to_dict() for name, split in splits.items()} == {"train": ROWS, "test": {"text": MORE["text"]}}
+
+
+def test_a_folder_saved_by_datasets(tmp_path):
+    made().save_to_disk(tmp_path / "several")
+    made()["train"].save_to_disk(tmp_path / "one")
+    assert list(pipeline.open_source(str(tmp_path / "several"))) == ["train", "validation", "texts"]
+    assert pipeline.open_source(str(tmp_path / "one"))["train"].to_dict() == ROWS
+
+
+def test_a_folder_laid_out_as_on_the_hub_takes_the_place_of_a_hub_name(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "news" / "data").mkdir(parents=True)
+    for name, rows in (("train", ROWS), ("validation", MORE)):
+        Dataset.from_dict(rows).to_parquet(tmp_path / "owner" / "news" / "data" / f"{name}-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    splits = pipeline.open_source("owner/news")
+    assert {name: split.to_dict() for name, split in splits.items()} == {"train": ROWS, "validation": MORE}
+
+
+def test_a_function_by_its_dotted_path():
+    assert pipeline.open_source(f"{HERE}.made")["train"].to_dict() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere/at/all", "nowhere/at/all, but there is no such file or folder"),
+        ("missing.csv", r"missing\.csv, but there is no such file or folder"),
+        ("./missing", r"\./missing, but there is no such file or folder"),
+        ("no_such_module.function", "no_such_module cannot be imported"),
+        (f"{HERE}.nothing", f"the module {HERE} has no nothing"),
+        (f"{HERE}.ROWS", "that is a dict of other things"),
+        (f"{HERE}.wrong", "it returned an object of the type int: let it return a datasets.DatasetDict"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(source, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.open_source(source)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "news.xlsx").write_text("?")
+    with pytest.raises(UserError, match=r"news\.xlsx, but files are read by their suffix, one of \.csv"):
+        pipeline.open_source(str(tmp_path / "news.xlsx"))
+    (tmp_path / "news.csv").write_text("")
+    with pytest.raises(UserError, match=r"news\.csv is empty, but it must hold examples"):
+        pipeline.open_source(str(tmp_path / "news.csv"))
+    (tmp_path / "news.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(UserError, match=r"news\.jsonl cannot be read \("):
+        pipeline.open_source(str(tmp_path / "news.jsonl"))
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
+        pipeline.open_source(str(tmp_path))
+    for suffix in (".csv", ".jsonl"):
+        write(Dataset.from_dict(ROWS), tmp_path / f"train{suffix}")
+    with pytest.raises(UserError, match=r"holds train\.csv, train\.jsonl, but each split needs one file"):
+        pipeline.open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["owner/news", "news"])
+def test_an_unreachable_hub_is_one_sentence(source, monkeypatch):
+    def unreachable(*_):
+        raise ConnectionError(f"Couldn't reach '{source}' on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        UserError, match=rf"{source} \(small\), but it could not be read .*\(Couldn't reach '{source}' on the Hub\): .* local file"
+    ):
+        pipeline.open_source(source, "small")
+
+
+def test_a_configuration_of_something_that_has_none_is_refused(tmp_path):
+    write(Dataset.from_dict(ROWS), tmp_path / "train.csv")
+    made().save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / "train.csv", tmp_path / "saved", f"{HERE}.made"):
+        with pytest.raises(UserError, match=r"data.config is small, but .* has no configurations"):
+            pipeline.open_source(str(source), "small")
+    with pytest.raises(UserError, match=r"cannot be read .*'small' not found"):
+        pipeline.open_source(str(tmp_path), "small")
+
+
+# ---- columns, cells and texts
+
+
+def test_words_that_other_readers_take_for_empty_are_kept(tmp_path):
+    texts, labels = ["NA", "None", "null", "nan"] * 5, ["None", "NA"] * 10
+    write(Dataset.from_dict({"text": texts, "label": labels}), tmp_path / "words.csv")
+    splits = load(tmp_path / "words.csv")
+    assert sorted(text for split in splits.values() for text in split["text"]) == sorted(texts)
+    assert set(splits["train"]["label"]) == {"None", "NA"}
+
+
+def test_numbers_with_empty_cells_stay_labels(tmp_path):
+    (tmp_path / "numbers.csv").write_text("text,label\n" + "".join(f"text {row},{'' if row % 3 == 0 else row % 2}\n" for row in range(30)))
+    task = SingleLabelClassification()
+    splits = load(tmp_path / "numbers.csv", task)
+    assert task.names == ("0", "1")
+    assert set(splits["train"]["label"]) == {"0", "1", None}
+    assert None not in splits["test"]["label"][:]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"text": ["body"]}, "data.text is body, but split train of .* has the columns text, label: name one of them"),
+        ({"label": "topic"}, "data.label is topic, but split train of .* has the columns text, label: name one of them"),
+        ({"train": "training"}, "data.train is training, but .* has the splits train, validation, texts: name one of them"),
+        ({"test": "test"}, "data.test is test, but .* has the splits .* or null to hold examples out"),
+        ({"labels": ["up", "left"]}, "column 'label' of split train of .* is 'down' in row 1, but the labels are up, left: correct it"),
+        ({"validation": "texts"}, "data.label is label, but split texts of .* has the columns text"),
+    ],
+)
+def test_what_the_source_lacks_is_named(keys, message):
+    with pytest.raises(UserError, match=message):
+        load(f"{HERE}.made", **keys)
+
+
+def test_names_that_no_example_has_are_said(caplog):
+    load(f"{HERE}.made", labels=["up", "left", "down"])
+    assert f"no training example of {HERE}.made is labelled left: the model cannot learn it" in caplog.text
+
+
+def test_a_text_must_be_a_string(tmp_path):
+    write(Dataset.from_dict({"text": [1, 2], "label": ["a", "b"]}), tmp_path / "n.csv")
+    with pytest.raises(UserError, match=r"column 'text' of split train of .*n\.csv holds int64, but a text is a string"):
+        load(tmp_path / "n.csv")
+
+
+def test_empty_texts_are_dropped_and_counted_once(tmp_path, caplog):
+    texts = [*ROWS["text"], "", "  \n", None]
+    write(Dataset.from_dict({"text": texts, "label": [*ROWS["label"], "up", "up", "up"]}), tmp_path / "gaps.jsonl")
+    with caplog.at_level(logging.INFO, logger="distill"):
+        splits = load(tmp_path / "gaps.jsonl")
+    assert sorted(text for split in splits.values() for text in split["text"]) == sorted(ROWS["text"])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"3 of 23 examples in split train of {tmp_path}/gaps.jsonl are empty: dropped, the first in row 20"
+    ]
+
+
+def test_nothing_but_empty_texts_is_refused(tmp_path):
+    write(Dataset.from_dict({"text": ["", " "], "label": ["a", "b"]}), tmp_path / "gaps.jsonl")
+    with pytest.raises(UserError, match=r"has 2 rows, but none of them has a text"):
+        load(tmp_path / "gaps.jsonl")
+
+
+def test_a_held_back_test_split_cannot_test(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    splits = DatasetDict(
+        train=Dataset.from_dict({"text": ROWS["text"], "label": [0, 1] * 10}, features=features),
+        test=Dataset.from_dict({"text": ["hidden"], "label": [-1]}, features=features),
+    )
+    splits.save_to_disk(tmp_path)
+    assert set(load(tmp_path)["test"]["label"]) <= {"a", "b"}
+    with pytest.raises(UserError, match=r"data.test is test, but none of its examples has a label: name another split, or null"):
+        load(tmp_path, test="test")
+
+
+@pytest.mark.parametrize(
+    ("task", "cells"),
+    [(MultiLabelClassification(), [["a"], ["a", "b"], []]), (Regression(), [0.5, 2.0, None]), (CausalLanguageModelling(), [9, 8, 7])],
+)
+def test_labels_of_other_tasks(task, cells, tmp_path):
+    write(Dataset.from_dict({"text": [f"text {row}" for row in range(30)], "label": cells * 10}), tmp_path / "rows.jsonl")
+    splits = load(tmp_path / "rows.jsonl", task)
+    if not task.uses_labels:
+        assert splits["train"].column_names == ["text"]
+    else:
+        by_text = {text: label for split in splits.values() for text, label in zip(split["text"], split["label"], strict=True)}
+        assert [by_text[f"text {row}"] for row in range(30)] == cells * 10
+
+
+# ---- splits and labels
+
+
+def test_held_out_splits_do_not_depend_on_the_seed_and_share_nothing():
+    first, second = (load(f"{HERE}.made", seed=seed, labelled=4) for seed in (0, 1))
+    for name in ("validation", "test"):
+        assert first[name].to_dict() == second[name].to_dict()
+        assert len(first[name]) == 2
+        assert None not in first[name]["label"][:]
+    texts = [text for split in first.values() for text in split["text"]]
+    assert sorted(texts) == sorted(ROWS["text"])
+    assert load(f"{HERE}.made", validation="validation")["test"].to_dict() == first["test"].to_dict()
+
+
+def test_too_few_examples_to_hold_out_are_refused(tmp_path):
+    write(Dataset.from_dict({"text": ["a", "b"], "label": ["a", "b"]}), tmp_path / "few.csv")
+    with pytest.raises(UserError, match=r"data.validation is null, but 2 labelled training examples are too few"):
+        load(tmp_path / "few.csv")
+
+
+def test_labels_are_taken_away_class_by_class():
+    one, same, other = (load(f"{HERE}.made", seed=seed, validation="validation", labelled=6)["train"] for seed in (3, 3, 4))
+    assert Counter(one["label"]) == {"up": 3, "down": 3, None: 12}
+    assert one.to_dict() == same.to_dict()
+    assert one["label"][:] != other["label"][:]
+    assert one["text"][:] == other["text"][:]
+    whole = dict(zip(ROWS["text"], ROWS["label"], strict=True))
+    assert all(label in (None, whole[text]) for text, label in zip(one["text"], one["label"], strict=True))
+
+
+@pytest.mark.parametrize("total", [3, 4, 10, 57, 101])
+def test_quotas_are_in_proportion_and_leave_no_class_out(total):
+    counts = {"many": 90, "some": 10, "one": 1}
+    shares = quotas(counts, total)
+    assert sum(shares.values()) == total
+    assert all(1 <= shares[name] <= counts[name] for name in counts)
+    assert all(abs(shares[name] - total * counts[name] / 101) <= 2 for name in counts)
+
+
+@pytest.mark.parametrize(
+    ("labelled", "task", "message"),
+    [
+        (1, None, "data.labelled is 1, but each of the 2 classes needs a labelled example: keep at least 2"),
+        (99, None, "data.labelled is 99, but only 16 training examples have a label"),
+        (5, CausalLanguageModelling(), "data.labelled is 5, but the examples of .* are used without labels"),
+    ],
+)
+def test_labels_that_cannot_be_kept_are_refused(labelled, task, message):
+    with pytest.raises(UserError, match=message):
+        load(f"{HERE}.made", task, labelled=labelled)
+
+
+def test_unlabelled_texts_join_the_training_split(tmp_path):
+    (tmp_path / "more.txt").write_text("from a file\n\nand again")
+    split = load(f"{HERE}.made", unlabelled="texts")["train"]
+    file = load(f"{HERE}.made", unlabelled=str(tmp_path / "more.txt"))["train"]
+    assert split["text"][-2:] == ["only", "texts"]
+    assert file["text"][-2:] == ["from a file", "and again"]
+    assert split["label"][-2:] == file["label"][-2:] == [None, None]
+    assert len(split) == len(file) == 18
+    assert load(f"{HERE}.made", CausalLanguageModelling(), unlabelled="texts")["train"].column_names == ["text"]
+
+
+def test_texts_alone_train_a_student_that_has_names():
+    task = SingleLabelClassification()
+    splits = load(f"{HERE}.made", task, label=None, labels=["up", "down"])
+    assert splits["train"].column_names == ["text"]
+    assert task.names == ("up", "down")
+
+
+# ---- encoding
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(ROWS["text"], 300, classification=True)
+
+
+@pytest.fixture(scope="module")
+def endless():
+    """A tokenizer with no token to begin or end a text: the first of its own is context only."""
+    tokenizer = train_tokenizer(ROWS["text"], 300, classification=False)
+    tokenizer.eos_token = None
+    return tokenizer
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often a text is tokenised."""
+    calls = []
+    whole = SingleLabelClassification.encode
+
+    def encode(self, examples, tokenizer, data):
+        calls.append(len(examples["text"]))
+        return whole(self, examples, tokenizer, data)
+
+    monkeypatch.setattr(SingleLabelClassification, "encode", encode)
+    return calls
+
+
+def encoded(tokenizer, cache, task=None, seed=0, **keys) -> DatasetDict:
+    task = task or SingleLabelClassification()
+    keys = {"validation": "validation", "test": None} | keys
+    data = Data(source=f"{HERE}.made", **keys)
+    return pipeline.encode(pipeline.load(data, task, seed), task, tokenizer, data, cache)
+
+
+def test_texts_are_tokenised_once_and_kept(tokenizer, tmp_path, counted):
+    first = encoded(tokenizer, tmp_path)
+    assert sum(counted) >= 28
+    counted.clear()
+    tokenizer("the last use", truncation=True, max_length=3, padding="max_length")  # leaves its mark on the tokenizer's state
+    again = encoded(tokenizer, tmp_path)
+    assert counted == []
+    assert {name: split.to_dict() for name, split in first.items()} == {name: split.to_dict() for name, split in again.items()}
+    assert sorted(file.name[:8] for file in tmp_path.iterdir() if file.is_file()) == ["encoded-"] * 3
+    assert again["train"].cache_files  # mapped into memory, not read
+
+
+@pytest.mark.parametrize("change", ["max_length", "tokenizer", "labels", "texts", "version"])
+def test_a_changed_ingredient_is_a_new_file(change, tokenizer, tmp_path, counted, monkeypatch):
+    encoded(tokenizer, tmp_path)
+    counted.clear()
+    if change == "version":
+        monkeypatch.setattr(encoding, "VERSION", -1)
+    changed = {
+        "max_length": lambda: encoded(tokenizer, tmp_path, SingleLabelClassification(max_length=64)),
+        "tokenizer": lambda: encoded(train_tokenizer(ROWS["text"], 280, classification=True), tmp_path),
+        "labels": lambda: encoded(tokenizer, tmp_path, labels=["up", "down"]),
+        "texts": lambda: encoded(tokenizer, tmp_path, labelled=4),
+        "version": lambda: encoded(tokenizer, tmp_path),
+    }
+    changed[change]()
+    assert counted
+
+
+def test_an_interrupted_run_leaves_nothing_that_is_used(tokenizer, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(tokenizer, tmp_path)
+    assert [file for file in tmp_path.iterdir() if file.is_file()] == []
+
+
+def test_a_run_interrupted_midway_is_made_up_for(tokenizer, tmp_path, monkeypatch):
+    whole = encoded(tokenizer, tmp_path / "whole")["train"].to_dict()
+    texts = load(f"{HERE}.made", validation="validation")["train"]["text"][:]
+    monkeypatch.setattr(encoding, "CHUNK", 5)
+    encode = SingleLabelClassification.encode
+
+    def interrupted(self, examples, tokenizer, data):
+        if examples["text"][0] == texts[10]:
+            raise KeyboardInterrupt
+        return encode(self, examples, tokenizer, data)
+
+    with monkeypatch.context() as context:
+        context.setattr(SingleLabelClassification, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            encoded(tokenizer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("encoded-*"))
+    assert encoded(tokenizer, tmp_path / "cache")["train"].to_dict() == whole
+
+
+def test_a_damaged_file_is_made_again(tokenizer, tmp_path, counted, caplog):
+    whole = encoded(tokenizer, tmp_path)["train"].to_dict()
+    for file in tmp_path.glob("encoded-*"):
+        file.write_bytes(file.read_bytes()[:100])
+    counted.clear()
+    assert encoded(tokenizer, tmp_path)["train"].to_dict() == whole
+    assert counted
+    assert "cannot be read" in caplog.text
+
+
+def test_texts_that_are_shortened_are_counted(tokenizer, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="distill"):
+        encoded(tokenizer, tmp_path, SingleLabelClassification(max_length=4))
+    assert "18 of 18 texts of the train split are longer than task.max_length, 4 tokens: shortened to it" in caplog.text
+
+
+def test_texts_without_anything_to_predict_are_refused(endless, tmp_path):
+    raw = DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}))
+    with pytest.raises(UserError, match=r"the train split has 2 texts, but none of them holds a token to predict"):
+        pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"), tmp_path)
+
+
+def test_texts_that_give_no_window_first_do_not_hide_those_that_do(endless, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 2)
+    raw = DatasetDict(train=Dataset.from_dict({"text": ["a", "b", "c", "d", "long enough"]}))
+    split = pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"), tmp_path)["train"]
+    assert len(split) == 1
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path):
+    split = Dataset.from_dict(ROWS)
+    split.save_to_disk(tmp_path / "saved")
+    halves = datasets.concatenate_datasets([split.select(range(7)), split.select(range(7, 20))])
+    alike = [
+        split,
+        datasets.load_from_disk(str(tmp_path / "saved")),
+        halves,
+        split.select([*range(20)]),
+        split.select_columns(["label", "text"]),
+    ]
+    assert len({pipeline.fingerprint(each) for each in alike}) == 1
+    unlike = [
+        split.select(range(19)),
+        split.rename_column("text", "body"),
+        split.select([1, 0, *range(2, 20)]),
+        split.class_encode_column("label"),
+    ]
+    assert len({pipeline.fingerprint(each) for each in [split, *unlike]}) == 5
+
+
+@pytest.mark.parametrize("task", [SingleLabelClassification, MultiLabelClassification, Regression])
+def test_labelled_only_leaves_out_what_has_no_label(task, tokenizer, tmp_path):
+    cells = {SingleLabelClassification: ["a", None, "b"], MultiLabelClassification: [["a"], None, []], Regression: [-100.0, None, 2.0]}[
+        task
+    ]
+    it, raw = task(), Dataset.from_dict({"text": ["x", "y", "z"], "label": cells})
+    it.names = ("a", "b")
+    split = pipeline.encode(DatasetDict(train=raw), it, tokenizer, Data(source="none"), tmp_path)["train"]
+    assert pipeline.labelled_only(split, it)["input_ids"][:] == [split["input_ids"][0], split["input_ids"][2]]
+
+
+def test_the_default_recipe_data_load(tmp_path):
+    try:
+        corpora.bbc_news()
+    except UserError:
+        pytest.skip("the extra `demo` is not installed")
+    task = SingleLabelClassification()
+    splits = load("distill.corpora.bbc_news", task, validation="validation", test="test", labelled=100)
+    assert len(task.names) == 5
+    assert sum(label is not None for label in splits["train"]["label"]) == 100
