@@ -1,0 +1,195 @@
+"""What a user pays for a model: latency, throughput, memory, bytes. Measured in fresh processes that hold nothing else.
+
+    python -m distill.cost question.json answer.json
+
+is the measuring process. It needs torch and transformers alone; `question.json` is what :func:`measure` writes.
+"""
+
+import inspect
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+WARM_UP = {"requests": 10, "batches": 2}  # untimed calls of each model, with the first of the inputs, before the timed ones
+DTYPE = "float32"  # the baseline in which both models are timed
+
+Inputs = dict[str, list[list[int]]]  # what a model takes, each (B, L)
+Costs = dict[str, float]
+
+
+def measure(
+    folders: dict[str, Path], auto_class: str, requests: Sequence[Inputs], batches: Sequence[Inputs], threads: int, device: str
+) -> tuple[dict[str, Costs], dict[str, Any]]:
+    """The costs of each model, and what they were measured on: one process times all, then one per model weighs its memory."""
+    from distill.fresh import ask  # not at the top: the measuring process runs this file and has no `distill`
+
+    models = {name: str(folder.resolve()) for name, folder in folders.items()}
+    question = {"models": models, "auto_class": auto_class, "threads": threads, "device": device, "dtype": DTYPE}
+    question |= {"attention": "eager" if device == "cpu" else "sdpa", "requests": list(requests), "batches": list(batches)}
+    script = Path(__file__)
+    timed = ask(script, question | {"measure": "speed"})
+    alone = [question | {"measure": "memory", "models": {name: folder}} for name, folder in models.items()]
+    with ThreadPoolExecutor(len(alone)) as pool:
+        weighed = [answer["costs"] for answer in pool.map(lambda one: ask(script, one), alone)]
+    memory = {name: costs for one in weighed for name, costs in one.items()}
+    disk = {name: {"disk_bytes": disk_bytes(folder)} for name, folder in folders.items()}
+    return {name: timed["costs"][name] | memory[name] | disk[name] for name in models}, timed["machine"]
+
+
+def disk_bytes(folder: Path, pattern: str = "*") -> int:
+    """The bytes of all files in a folder, weights, config and tokenizer, or of those that fit the pattern."""
+    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
+
+
+def speed(question: dict[str, Any]) -> dict[str, Any]:
+    """Latency of single requests, then throughput of batches; the models take turns at every one of them."""
+    models = _load_all(question)
+    requests, batches = (_tensors(question[what], question["device"]) for what in ("requests", "batches"))
+    latencies = interleaved(models, requests, WARM_UP["requests"])
+    times = interleaved(models, batches, WARM_UP["batches"])
+    costs = {name: _latency(latencies[name]) | _throughput(times[name], batches) for name in models}
+    return {"costs": costs, "machine": machine(question)}
+
+
+def memory(question: dict[str, Any]) -> dict[str, Any]:
+    """The peak memory of a process that loads one model and answers the requests and batches."""
+    import torch
+    import transformers
+
+    getattr(transformers, question["auto_class"])  # imported before the model's share of memory begins
+    before = peak_memory()
+    (name, model), *_ = _load_all(question).items()
+    loaded = peak_memory()
+    interleaved({name: model}, _tensors(question["requests"] + question["batches"], question["device"]))
+    tensors = [*model.parameters(), *model.buffers()]
+    costs = {
+        "parameters": sum(tensor.numel() for tensor in model.parameters()),
+        "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "memory_before_bytes": before,
+        "memory_loaded_bytes": loaded,
+        "memory_peak_bytes": peak_memory(),
+    }
+    if question["device"] != "cpu":
+        costs["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return {"costs": {name: costs}}
+
+
+def interleaved(models: dict[str, Any], calls: Sequence[dict[str, Any]], warm_up: int = 0) -> dict[str, list[float]]:
+    """Seconds of each call, for each model; the models take turns call by call, and in turn go first."""
+    names = list(models)
+    for inputs in calls[:warm_up]:
+        for name in names:
+            _seconds(models[name], inputs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn, inputs in enumerate(calls):
+        for name in names if turn % 2 == 0 else reversed(names):
+            seconds[name].append(_seconds(models[name], inputs))
+    return seconds
+
+
+def _seconds(model: Any, inputs: dict[str, Any]) -> float:
+    import torch
+
+    known = inspect.signature(model.forward).parameters
+    options = {name: tensor for name, tensor in inputs.items() if name in known} | ({"use_cache": False} if "use_cache" in known else {})
+    with torch.inference_mode():
+        start = time.perf_counter()
+        model(**options)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def _latency(seconds: list[float]) -> Costs:
+    import numpy as np
+
+    return {f"latency_p{share}_ms": 1000 * float(np.percentile(seconds, share)) for share in (50, 90, 99)}
+
+
+def _throughput(seconds: list[float], batches: Sequence[dict[str, Any]]) -> Costs:
+    """Medians over the batches; tokens do not count padding."""
+    from statistics import median
+
+    examples = [len(inputs["input_ids"]) for inputs in batches]
+    tokens = [int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel() for inputs in batches]
+    return {
+        "examples_per_s": median(count / spent for count, spent in zip(examples, seconds, strict=True)),
+        "tokens_per_s": median(count / spent for count, spent in zip(tokens, seconds, strict=True)),
+    }
+
+
+def _load_all(question: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    auto = getattr(transformers, question["auto_class"])
+    options = {"dtype": getattr(torch, question["dtype"]), "attn_implementation": question["attention"]}
+    return {name: auto.from_pretrained(folder, **options).eval().to(question["device"]) for name, folder in question["models"].items()}
+
+
+def _tensors(calls: list[Inputs], device: str) -> list[dict[str, Any]]:
+    import torch
+
+    return [{name: torch.tensor(values, device=device) for name, values in inputs.items()} for inputs in calls]
+
+
+def peak_memory() -> int:
+    """The most resident memory that this process has had so far, in bytes.
+
+    Not `ru_maxrss` on Linux: it survives exec, so that a child of a large process would report its parent's peak.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def machine(question: dict[str, Any]) -> dict[str, Any]:
+    """What the figures were measured on, and how."""
+    import torch
+    import transformers
+
+    on_gpu = question["device"] != "cpu"
+    found = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    how = {key: question[key] for key in ("threads", "dtype", "attention")}
+    return found | how | {"warm_up": WARM_UP, "requests": len(question["requests"]), "batches": len(question["batches"])}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Answer one question."""
+    asked, answered = sys.argv[1:]
+    question = json.loads(Path(asked).read_text())
+    sys.path += [entry for entry in question.get("packages", []) if entry not in sys.path]
+    import torch
+
+    torch.set_num_threads(question["threads"])
+    measurement = {"speed": speed, "memory": memory}[question["measure"]]
+    Path(answered).write_text(json.dumps(measurement(question)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""`python -m distill.evaluate`: what teacher and student are worth, and what they cost, as a table and as metrics.json."""
+
+import json
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill import config, options, recipe
+from distill.cli import command
+from distill.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from distill.tasks.base import Task
+
+METRICS = "metrics.json"
+SPLITS = ("train", "validation", "test")
+USAGE = """Measures a student, and its teacher where there is one: quality, fidelity, latency, throughput, memory, bytes on disk.
+
+  python -m distill.evaluate run=FOLDER [key=value ...]                             a finished run; writes FOLDER/metrics.json
+  python -m distill.evaluate recipe=NAME student=FOLDER [teacher=FOLDER] [...]      other models on a recipe's data; folders or names
+
+Keys and their defaults:
+  split=test         train, validation or test
+  output=            file for the metrics; run= with the test split writes metrics.json into the run folder
+  batch_size=        examples per batch; this key and those below: the recipe's, under evaluate
+  bootstrap=         resamples behind each 95 % interval
+  requests=          timed single requests
+  batches=           timed batches
+  threads=           CPU threads of the timed processes
+"""
+
+
+@dataclass
+class Options:
+    """The command line; what is null is the recipe's."""
+
+    run: str | None = None
+    recipe: str | None = None
+    teacher: str | None = None
+    student: str | None = None
+    split: str = "test"
+    output: str | None = None
+    batch_size: int | None = None
+    bootstrap: int | None = None
+    requests: int | None = None
+    batches: int | None = None
+    threads: int | None = None
+
+
+def evaluate(run: config.Run, task: "Task", examples: "Dataset", tokenizer: Any, folder: Path, split: str = "test") -> dict[str, Any]:
+    """Measure `student/` and, where there is one, `teacher/` of a run folder on one encoded split: what metrics.json holds."""
+    from distill.measure import measure
+
+    return measure(run, task, examples, tokenizer, of_run(run, folder), split)
+
+
+def of_run(run: config.Run, folder: Path) -> dict[str, str]:
+    """The models of a run folder; a teacher that was taken as it is has no folder there, but a name."""
+    names = {"student": str(folder / "student")}
+    if run.teacher is not None:
+        names = {"teacher": str(folder / "teacher") if (folder / "teacher").is_dir() else str(run.teacher.model)} | names
+    return names
+
+
+def write(metrics: dict[str, Any], file: Path) -> None:
+    """Store the metrics in a file, or as metrics.json in a folder; an earlier file is replaced in one step."""
+    file = file / METRICS if file.is_dir() else file
+    draft = file.with_name(f".{file.name}")
+    draft.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    draft.replace(file)
+
+
+def show(metrics: dict[str, Any], folder: Path | None = None, artefact: Path | None = None) -> None:
+    """Print the table, and where the results are."""
+    from rich.console import Console
+
+    from distill.table import table
+
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console.print(table(metrics))
+    for what, path in (("run", folder), ("export", artefact)):
+        if path is not None:
+            console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+@command
+def main() -> None:
+    """Read the command line, measure, print and store."""
+    given = options.read(Options, USAGE)
+    run, names = described(given)
+    from distill.measure import measure  # imports torch: only once the command line holds
+
+    task, examples, tokenizer = prepared(run, names["student"], given.split)
+    metrics = measure(run, task, examples, tokenizer, names, given.split)
+    if given.output is not None:
+        write(metrics, Path(given.output))
+    elif given.run is not None and given.split == "test":
+        write(metrics, Path(given.run))
+    show(metrics)
+
+
+def described(given: Options) -> tuple[config.Run, dict[str, str]]:
+    """The recipe with the options laid over it, and the models to measure; what does not fit together is refused."""
+    if given.split not in SPLITS:
+        raise UserError(f"split is {given.split}, but there is no such split: choose from {', '.join(SPLITS)}")
+    if (given.run is None) == (given.recipe is None):
+        raise UserError(
+            f"run is {given.run} and recipe is {given.recipe}, but exactly one is needed: give run=FOLDER, or recipe=NAME student=FOLDER"
+        )
+    if given.output and not Path(given.output).resolve().parent.is_dir():
+        raise UserError(f"output is {given.output}, but its folder does not exist: make it, or name another")
+    run, names = _of_recipe(given) if given.run is None else _of_folder(given)
+    chosen = {each.name: getattr(given, each.name) for each in fields(config.Evaluate) if getattr(given, each.name) is not None}
+    return replace(run, evaluate=replace(run.evaluate, **chosen)), names
+
+
+def _of_recipe(given: Options) -> tuple[config.Run, dict[str, str]]:
+    run = recipe.load_recipe(str(given.recipe))
+    if given.student is None:
+        raise UserError(f"recipe is {given.recipe}, but student is not given: add student=FOLDER")
+    names = {what: name for what, name in (("teacher", given.teacher), ("student", given.student)) if name is not None}
+    for what, name in names.items():
+        if not Path(name).expanduser().exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+            raise UserError(f"{what} is {name}, but there is no such folder: give one in the format of transformers, or a name")
+    return run, names
+
+
+def _of_folder(given: Options) -> tuple[config.Run, dict[str, str]]:
+    if given.teacher or given.student:
+        raise UserError(f"run is {given.run}, but teacher or student is given too: they are those of the run folder, leave them out")
+    folder = finished(str(given.run))
+    run = recipe.load_recipe(str(folder / "recipe.yaml"))
+    return run, of_run(run, folder)
+
+
+def finished(name: str) -> Path:
+    """The folder of a run that has a recipe and a student; UserError otherwise."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"run is {name}, but there is no such folder: give the folder of a run, such as runs/NAME/TIME")
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"run is {name}, but it holds no recipe.yaml: give the folder of a run, such as runs/NAME/TIME")
+    if not (folder / "student" / "config.json").is_file():
+        raise UserError(f"run is {name}, but it holds no trained student: finish its training first")
+    return folder
+
+
+def prepared(run: config.Run, student: str, split: str) -> tuple[Any, Any, Any]:
+    """Task, one encoded split, and tokenizer, made again from the recipe."""
+    from datasets import DatasetDict
+
+    from distill import data, models, store, targets
+
+    task = targets.build(run.task)
+    raw = data.load(run.data, task, run.seed)
+    tokenizer = models.load_tokenizer(student)
+    encoded = data.encode(DatasetDict({split: raw[split]}), task, tokenizer, run.data, store.root() / "examples")
+    return task, encoded[split], tokenizer
+
+
+if __name__ == "__main__":
+    main()

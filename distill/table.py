@@ -1,0 +1,128 @@
+"""metrics -> rows for people: one list of rows behind the table in the terminal and the one in the model card."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+LABELS = 12  # metrics of single labels are shown up to this many labels
+
+COSTS = {
+    "parameters": ("parameters, million", 1e-6),
+    "weight_bytes": ("weights, MB", 1e-6),
+    "disk_bytes": ("bytes on disk, MB", 1e-6),
+    "memory_peak_bytes": ("peak memory of the process, MB", 1e-6),
+    "memory_before_bytes": ("  before the model was loaded, MB", 1e-6),
+    "device_peak_bytes": ("peak memory on the device, MB", 1e-6),
+    "latency_p50_ms": ("latency of one request, p50, ms", 1.0),
+    "latency_p90_ms": ("latency of one request, p90, ms", 1.0),
+    "latency_p99_ms": ("latency of one request, p99, ms", 1.0),
+    "examples_per_s": ("throughput, examples/s", 1.0),
+    "tokens_per_s": ("throughput, tokens/s", 1.0),
+}
+
+
+class Row(NamedTuple):
+    """One line: both models' values and student / teacher."""
+
+    group: str
+    name: str
+    teacher: str
+    student: str
+    ratio: str
+
+
+def rows(metrics: dict[str, Any]) -> list[Row]:
+    """Every line, grouped by quality, fidelity and cost; without a teacher its column and the ratio are empty."""
+    return [*_quality(metrics), *_fidelity(metrics), *_cost(metrics)]
+
+
+def _quality(metrics: dict[str, Any]) -> Iterator[Row]:
+    student, teacher = (metrics.get(who, {}).get("quality", {}) for who in ("student", "teacher"))
+    crowded = sum("/" in name for name in student) > LABELS
+    for name, measured in student.items():
+        if not (crowded and "/" in name):
+            other = teacher.get(name, {})
+            ratio = _ratio(measured["value"], other.get("value"))
+            yield Row("quality", name.replace("_", " "), _with_interval(other), _with_interval(measured), ratio)
+
+
+def _fidelity(metrics: dict[str, Any]) -> Iterator[Row]:
+    if "comparison" in metrics:
+        compared = metrics["comparison"]
+        name = f"{compared['metric'].replace('_', ' ')}, student - teacher"
+        yield Row("fidelity", name, "", _with_interval(compared["difference"]), f"p = {number(compared['p'])}")
+    if "fidelity" in metrics:
+        fidelity = metrics["fidelity"]
+        yield Row("fidelity", "agreement with the teacher", "", number(fidelity["agreement"]), "")
+        yield Row("fidelity", f"{fidelity['name'].replace('_', ' ')} from the teacher", "", number(fidelity["divergence"]), "")
+
+
+def _cost(metrics: dict[str, Any]) -> Iterator[Row]:
+    student, teacher = (metrics.get(who, {}).get("cost", {}) for who in ("student", "teacher"))
+    for key, (name, scale) in COSTS.items():
+        if key in student:
+            ours, theirs = student[key] * scale, teacher[key] * scale if key in teacher else None
+            yield Row("cost", name, number(theirs), number(ours), _ratio(ours, theirs))
+
+
+def number(value: float | None) -> str:
+    """Three or four digits that matter; nothing where there is no value."""
+    if value is None or not math.isfinite(value):
+        return ""
+    size = abs(value)
+    if 0 < size < 0.01:
+        return f"{value:.2g}"
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+
+
+def _with_interval(measured: dict[str, float | None]) -> str:
+    value, low, high = (number(measured.get(key)) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]" if low and high else value
+
+
+def _ratio(student: float | None, teacher: float | None) -> str:
+    return "" if student is None or teacher is None or teacher <= 0 or student < 0 else f"{student / teacher:.2f}x"
+
+
+def conditions(metrics: dict[str, Any]) -> str:
+    """What the figures hold for: examples, intervals and machine, in one sentence each."""
+    machine = metrics.get("machine", {})
+    drawn = f"95 % intervals from {metrics['resamples']:,} bootstrap resamples"
+    said = f"{metrics['examples']:,} examples of the {metrics['split']} split; {drawn}."
+    if machine:
+        where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+        how = f"{machine['threads']} thread(s), {machine['dtype']}, {machine['attention']} attention, torch {machine['torch']}"
+        said += f" Cost on {where}, {how}; the models took turns at {machine['requests']} single requests and {machine['batches']} batches."
+    return said
+
+
+def table(metrics: dict[str, Any]) -> Table:
+    """The rows for a terminal of 100 columns."""
+    drawn = Table(caption=conditions(metrics), caption_justify="left", pad_edge=False)
+    drawn.add_column("")
+    for title in ("teacher", "student", "ratio"):
+        drawn.add_column(title, justify="right")
+    group = ""
+    for row in rows(metrics):
+        if row.group != group:
+            drawn.add_section()
+            drawn.add_row(Text(row.group, "bold"))
+        group = row.group
+        drawn.add_row(*(Text(cell) for cell in (f"  {row.name}", *row[2:])))
+    return drawn
+
+
+def markdown(metrics: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| | teacher | student | ratio |", "|---|---:|---:|---:|"]
+    group = ""
+    for row in rows(metrics):
+        if row.group != group:
+            lines.append(f"| **{row.group}** | | | |")
+        group = row.group
+        name = row.name.strip().replace("|", r"\|")
+        lines.append(f"| {name} | {row.teacher} | {row.student} | {row.ratio} |")
+    return "\n".join([*lines, "", conditions(metrics)])
