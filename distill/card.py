@@ -1,0 +1,83 @@
+"""What an exported folder says about itself: README.md, the model card of the Hugging Face Hub."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from distill import table
+from distill.config import Run
+
+CLASSIFY = """from transformers import pipeline
+
+classify = pipeline("text-classification", model="path/of/this/folder")
+print(classify({example}, truncation=True))"""
+
+GENERATE = """from transformers import pipeline
+
+write = pipeline("text-generation", model="path/of/this/folder")
+print(write("The", max_new_tokens=50))"""
+
+
+def card(run: Run, pipeline: str, labels: list[str], proof: dict[str, Any], metrics: dict[str, Any] | None) -> str:
+    """The whole file."""
+    parts = [_header(run, pipeline), f"# {run.name}", _what(run, labels), "## Use", _use(run, pipeline), "## Measured"]
+    parts.append(table.markdown(metrics) if metrics else "Not measured.")
+    parts += ["## How it was trained", _recipe(run), "## Proof", _proof(proof)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(run: Run, pipeline: str) -> str:
+    tags = ["distillation"] if run.teacher is not None else ["fine-tuned"]
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    return "\n".join(lines)
+
+
+def _what(run: Run, labels: list[str]) -> str:
+    origin = f"a student distilled from {_teacher(run)}" if run.teacher is not None else "a model trained on labels alone"
+    said = f"This is {origin}, on {run.data.source}. It loads with plain transformers."
+    return f"{said} Its labels: {', '.join(labels)}." if labels else said
+
+
+def _teacher(run: Run) -> str:
+    assert run.teacher is not None
+    return run.teacher.model or f"a {(run.teacher.config or {}).get('model_type')} teacher trained from scratch"
+
+
+def _use(run: Run, pipeline: str) -> str:
+    example = '"a text"' if len(run.data.text) == 1 else '{"text": "a text", "text_pair": "another"}'
+    code = GENERATE if pipeline == "text-generation" else CLASSIFY.replace("{example}", example)
+    return f"```python\n{code}\n```"
+
+
+def _recipe(run: Run) -> str:
+    """The settings that decide the result, as a list."""
+    student = {key: value for key, value in asdict(run.student).items() if value is not None}
+    loss = f"alpha {run.loss.alpha:g}, temperature {run.loss.temperature:g}, divergence {run.loss.divergence or 'of the task'}"
+    length = f"{run.trainer.max_steps} steps" if run.trainer.max_steps is not None else f"{run.trainer.epochs:g} epochs"
+    settings = {
+        "task": json.dumps(run.task),
+        "data": f"{run.data.source}, columns {', '.join(run.data.text)}",
+        "teacher": _teacher(run) if run.teacher is not None else "none",
+        "student": json.dumps(student),
+        "loss": loss + (f", terms {', '.join(run.loss.terms)}" if run.loss.terms else ""),
+        "optimizer": f"AdamW, learning rate {run.optimizer.lr:g}, {run.optimizer.schedule} schedule",
+        "length": f"{length}, batches of {run.data.batch_size}",
+        "seed": str(run.seed),
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in settings.items())
+
+
+def _proof(proof: dict[str, Any]) -> str:
+    size = f"It takes {proof['bytes'] / 1e6:.2f} MB on disk"
+    if proof["teacher_bytes"] is not None:
+        size += f", {proof['ratio']:.2f} of its teacher's {proof['teacher_bytes'] / 1e6:.2f} MB"
+    how = ", ".join(
+        [f"{proof['threads']} thread(s)", proof["device"], *(f"{name} {version}" for name, version in proof["versions"].items())]
+    )
+    said = [
+        f"In a fresh process with plain transformers, this folder answered {proof['texts']} held-out texts as the trained student did:",
+        f"{proof['agreement']:.2%} of the predictions agree, and logits differ by at most {proof['max_difference']:.2g}.",
+        f"{size}, stored as {proof['dtype']}.",
+        f"One text took {proof['latency_p50_ms']:.1f} ms (median, tokenising included; {how}). See `proof.json`.",
+    ]
+    return "\n".join(said)

@@ -1,0 +1,76 @@
+"""Whether an exported model answers held-out texts as the trained student does: the student's own answers, and the comparison."""
+
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from distill.config import Data
+from distill.models import logits
+from distill.tasks.base import Task
+
+NEAR = 1e-4  # of the largest logit: predictions whose logits are this close are a tie
+
+
+class UnequalError(Exception):
+    """The answers cannot even be compared; the message says why."""
+
+
+class Answers(NamedTuple):
+    """How the export's answers compare with the student's: one row per text, or per token for language models."""
+
+    rows: int
+    agreement: float  # share of rows with the same prediction
+    difference: float  # largest absolute difference of a logit
+    scale: float  # largest absolute logit of the student
+
+
+def start_token(tokenizer: Any) -> list[int]:
+    """What stands before every text of a language model, so that its first token has a context too."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [] if first is None else [first]
+
+
+@torch.inference_mode()
+def compare(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data, told: list[dict[str, Any]]) -> Answers:
+    """The trained student answers the texts the way it was trained to; `told` is what the export answered, by distill.proof."""
+    kinds = {"text-classification": _labels, "text-generation": _tokens}
+    return kinds[task.pipeline](task, model, tokenizer, texts, data, told)
+
+
+def _labels(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data, told: list[dict[str, Any]]) -> Answers:
+    """Logits by the name of their label, so that the order of the names is part of the proof."""
+    names = list(task.names) or [model.config.id2label[place] for place in range(model.config.num_labels)]
+    if set(told[0]["logits"]) != set(names):
+        raise UnequalError(f"its labels are {', '.join(sorted(told[0]['logits']))}, and the student's are {', '.join(sorted(names))}")
+    student_NC = _trained(task, model, tokenizer, texts, data)
+    export_NC = torch.tensor([[answer["logits"][name] for name in names] for answer in told])
+    agreement = float(task.agreement(export_NC, student_NC).mean())
+    return Answers(len(told), agreement, float((export_NC - student_NC).abs().max()), float(student_NC.abs().max()))
+
+
+def _trained(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data) -> Tensor:
+    columns = task.encode(texts[:], tokenizer, data)
+    examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    batches = (task.collate([example], tokenizer.pad_token_id) for example in examples)
+    return torch.cat(
+        [logits(model, {key: value.to(model.device) for key, value in batch.inputs.items()}).float().cpu() for batch in batches]
+    )
+
+
+def _tokens(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data, told: list[dict[str, Any]]) -> Answers:
+    """At every token: the next one, its logit, and the normaliser of the distribution. Of prompts and completions, the prompts."""
+    start, agreed, apart, scale = start_token(tokenizer), [], [], 0.0
+    for text, answer in zip([text or "" for text in texts[data.text[0]]], told, strict=True):
+        ids = [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]][: task.max_length]
+        if ids != answer["ids"]:
+            raise UnequalError(f"its tokenizer reads {text[:40]!r} as {answer['ids'][:8]}..., and the student's as {ids[:8]}...")
+        inputs_1L = torch.tensor([ids], device=model.device)
+        logits_LV = logits(model, {"input_ids": inputs_1L, "attention_mask": torch.ones_like(inputs_1L)})[0].float().cpu()
+        top_L, chosen_L = logits_LV.amax(-1), logits_LV.gather(1, torch.tensor(answer["next"])[:, None])[:, 0]
+        scale = max(scale, float(logits_LV.abs().max()))
+        agreed.append((top_L - chosen_L <= NEAR * scale).float())
+        apart += [top_L - torch.tensor(answer["top"]), logits_LV.logsumexp(-1) - torch.tensor(answer["logsumexp"])]
+    rows = torch.cat(agreed)
+    return Answers(len(rows), float(rows.mean()), float(torch.cat(apart).abs().max()), scale)

@@ -1,0 +1,236 @@
+"""`python -m distill.export`: the student as a folder that plain transformers loads, under its name only once it is proven.
+
+It is written beside its final name, loaded in a fresh process that cannot import this library, and asked held-out texts. Only if
+it answers as the trained student does, and takes fewer bytes than the teacher, is it renamed; an earlier export stays until then.
+"""
+
+import copy
+import json
+import logging
+import os
+import secrets
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill import config, evaluate, fresh, options, recipe
+from distill.card import card
+from distill.cli import command
+from distill.cost import disk_bytes
+from distill.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from distill.tasks.base import Task
+
+log = logging.getLogger("distill")
+
+FINAL = "export"
+TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit, of an export in float32
+AGREEMENT = 0.99  # share of predictions that an export of fewer bits keeps
+USAGE = """Exports the student of a finished run as a folder that plain transformers loads, once it is proven.
+
+  python -m distill.export run=FOLDER [dtype=float32|bfloat16|float16] [examples=200]
+
+dtype is that of the stored weights, examples the number of held-out texts that the proof compares; both default to the recipe's.
+"""
+
+
+@dataclass
+class Options:
+    """The command line; what is null is the recipe's."""
+
+    run: str | None = None
+    dtype: str | None = None
+    examples: int | None = None
+
+
+def export(
+    run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, metrics: dict[str, Any] | None = None
+) -> Path | None:
+    """Write, prove and name the export of a run folder's student; `texts` is the raw test split. Null where the recipe wants none.
+
+    RunFailed says which of loadable, equal and smaller does not hold; nothing new is then under the final name.
+    """
+    if run.export.format is None:
+        return None
+    final = folder / FINAL
+    with drafted(final) as draft:
+        write(task, tokenizer, folder / "student", draft, run.export.dtype)
+        proof = prove(run, task, texts, tokenizer, folder, draft)
+        describe(run, task, draft, proof, metrics)
+        put(draft, final)
+    log.info("export: %s, %.2f MB, proven on %d texts", final, proof["bytes"] / 1e6, proof["texts"])
+    return final
+
+
+@contextmanager
+def drafted(final: Path) -> Iterator[Path]:
+    """A folder beside the final one; whatever happens, nothing is left of it."""
+    draft = final.with_name(f".{final.name}-{secrets.token_hex(4)}")
+    draft.mkdir()
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write(task: "Task", tokenizer: Any, student: Path, draft: Path, dtype: str) -> None:
+    """Weights as safetensors, config and tokenizer. The tokenizer cuts texts where training did."""
+    import torch
+
+    from distill import models
+    from distill.models.loading import quiet
+
+    model = models.load(str(student), None, task, "student", tokenizer, strict=True)
+    models.check_labels(model, task, "student")
+    with quiet():
+        model.to(getattr(torch, dtype)).save_pretrained(draft)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = task.max_length
+    tokenizer.save_pretrained(draft)
+    for weights in draft.glob("*.safetensors"):
+        weights.chmod((draft / "config.json").stat().st_mode)  # safetensors writes for the owner's eyes only
+
+
+def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
+    """Loadable, equal, smaller, in this order: what proof.json holds, or RunFailed."""
+    from distill.measure import device_of, spread
+
+    texts = texts.select(spread(len(texts), run.export.examples))
+    told = _loadable(run, task, texts, tokenizer, folder, draft)
+    answers = _equal(run, task, texts, tokenizer, folder, told["answers"])
+    sizes = _smaller(run, folder, draft)
+    latency = {"latency_p50_ms": 1000 * statistics.median(answer["seconds"] for answer in told["answers"])}
+    how = {"dtype": run.export.dtype, "threads": run.evaluate.threads, "device": device_of(run), "versions": told["versions"]}
+    return {"texts": len(texts), **answers, **sizes, **latency, **how}
+
+
+def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
+    """What the draft answers in a fresh process that cannot import this library."""
+    from distill import proof
+    from distill.equal import start_token
+    from distill.measure import device_of
+
+    columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
+    question = {
+        "folder": str(draft.resolve()),
+        "auto_class": task.auto_class,
+        "pipeline": task.pipeline,
+        "texts": [[cell or "" for cell in row] for row in zip(*(texts[column] for column in columns), strict=True)],
+        "start": start_token(tokenizer),
+        "max_length": task.max_length,
+        "threads": run.evaluate.threads,
+        "device": device_of(run),
+        "blocked": "distill",
+    }
+    try:
+        return fresh.ask(Path(proof.__file__), question)
+    except fresh.ProcessError as error:
+        raise _failed("loadable", f"plain transformers cannot use it ({error})", "it must load without this library", folder) from error
+
+
+def _equal(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, told: list[Any]) -> dict[str, Any]:
+    """How the draft's answers compare with those of the trained student in this process."""
+    from distill import equal, models
+    from distill.measure import device_of
+
+    student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True).to(device_of(run))  # type: ignore[arg-type]
+    try:
+        answers = equal.compare(task, student, tokenizer, texts, run.data, told)
+    except equal.UnequalError as error:
+        raise _failed("equal", str(error), "it must answer as the trained student does", folder) from error
+    exact = run.export.dtype == "float32"
+    needed, tolerance = (1.0, TOLERANCE * max(1.0, answers.scale)) if exact else (AGREEMENT, None)
+    if answers.agreement < needed or not answers.difference <= (tolerance or sys.float_info.max):  # NaN is no difference to accept
+        found = f"{answers.agreement:.2%} of its predictions are the student's, and logits differ by up to {answers.difference:.2g}"
+        rule = f"{needed:.0%} must be the same" + ("" if tolerance is None else f" and the difference at most {tolerance:.2g}")
+        raise _failed("equal", found, rule, folder)
+    return {
+        "rows": answers.rows,
+        "agreement": answers.agreement,
+        "max_difference": answers.difference,
+        "tolerance": tolerance,
+        "max_logit": answers.scale,
+    }
+
+
+def _smaller(run: config.Run, folder: Path, draft: Path) -> dict[str, Any]:
+    """Bytes on disk, beside the teacher's. The weights decide: a shorter config alone makes no smaller model."""
+    if run.teacher is None:
+        return {"bytes": disk_bytes(draft), "teacher_bytes": None, "ratio": None}
+    size, limit = (disk_bytes(each, "*.safetensors") for each in (draft, folder / "teacher"))
+    if size >= limit:
+        rule = f"its teacher's take {limit:,}: keep fewer layers, or set a smaller export.dtype"
+        raise _failed("smaller", f"its weights take {size:,} bytes on disk", rule, folder)
+    size, limit = disk_bytes(draft), disk_bytes(folder / "teacher")
+    return {"bytes": size, "teacher_bytes": limit, "ratio": size / limit}
+
+
+def _failed(law: str, found: str, rule: str, folder: Path) -> RunFailed:
+    return RunFailed(f"the export is not {law}: {found}, but {rule}; nothing was exported, and the student is kept in {folder / 'student'}")
+
+
+def describe(run: config.Run, task: "Task", draft: Path, proof: dict[str, Any], metrics: dict[str, Any] | None) -> None:
+    """Store the proof and the model card beside the weights."""
+    (draft / "proof.json").write_text(json.dumps(proof, indent=1, allow_nan=False) + "\n")
+    (draft / "README.md").write_text(card(run, task.pipeline, list(task.names), proof, metrics))
+
+
+def put(draft: Path, final: Path) -> None:
+    """Give the draft its final name, when all of it is on the disk. An earlier export steps aside, and comes back if that fails."""
+    for path in [*draft.rglob("*"), draft]:
+        _sync(path)
+    aside = draft.with_name(f"{draft.name}-old")
+    if final.exists():
+        os.replace(final, aside)
+    try:
+        os.replace(draft, final)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, final)
+        raise
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@command
+def main() -> None:
+    """Read the command line, export, and say where."""
+    given = options.read(Options, USAGE)
+    if given.run is None:
+        raise UserError("run is not given, but there must be something to export: add run=FOLDER, such as run=runs/NAME/TIME")
+    folder = evaluate.finished(given.run)
+    run = recipe.load_recipe(str(folder / "recipe.yaml"))
+    chosen = {key: getattr(given, key) for key in ("dtype", "examples") if getattr(given, key) is not None}
+    run = replace(run, export=replace(run.export, **({"format": "dense"} | chosen)))
+    task, texts, tokenizer = prepared(run, folder)
+    measured = folder / evaluate.METRICS
+    artefact = export(run, task, texts, tokenizer, folder, json.loads(measured.read_text()) if measured.is_file() else None)
+    print(f"export: {artefact}")
+
+
+def prepared(run: config.Run, folder: Path) -> tuple[Any, Any, Any]:
+    """Task, raw test split and tokenizer, made again from the recipe."""
+    from distill import data, models, targets
+
+    task = targets.build(run.task)
+    return task, data.load(run.data, task, run.seed)["test"], models.load_tokenizer(str(folder / "student"))
+
+
+if __name__ == "__main__":
+    main()

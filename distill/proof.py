@@ -1,0 +1,90 @@
+"""What a user of an exported model does, and nothing else: load it with plain transformers and answer raw texts.
+
+    python -I proof.py question.json answer.json
+
+Run in a fresh process in which the library that made the model cannot be imported. The answers go back to the exporter, which
+compares them with those of the student that was trained.
+"""
+
+import json
+import sys
+import time
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+
+class Blocked(MetaPathFinder):
+    """Refuses to import a package, so that a model which needs it does not load."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == self.package:
+            raise ImportError(f"{name} is blocked: an exported model must load without it")
+
+
+def load(question: dict[str, Any]) -> tuple[Any, Any]:
+    """Tokenizer and model, as stored; every tensor of the model must come from the file."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(question["folder"])
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+        raise SystemExit("it holds no tokenizer")
+    auto = getattr(transformers, question["auto_class"])
+    model, found = auto.from_pretrained(question["folder"], output_loading_info=True)
+    amiss = {what: sorted(map(str, names)) for what, names in found.items() if names}
+    if amiss:
+        raise SystemExit(f"the file does not fit the model: {amiss}")
+    return tokenizer, model.eval().to(question["device"])
+
+
+def classify(question: dict[str, Any], tokenizer: Any, model: Any) -> list[dict[str, Any]]:
+    """The logit of each label name, through the pipeline that serves the model; pairs of texts are dictionaries."""
+    from transformers import pipeline
+
+    serve = pipeline(question["pipeline"], model=model, tokenizer=tokenizer, device=model.device)
+    answers = []
+    for texts in question["texts"]:
+        given = texts[0] if len(texts) == 1 else {"text": texts[0], "text_pair": texts[1]}
+        start = time.perf_counter()
+        scores = serve(given, top_k=None, function_to_apply="none", truncation=True)
+        answers.append({"logits": {score["label"]: score["score"] for score in scores}, "seconds": time.perf_counter() - start})
+    return answers
+
+
+def predict_next(question: dict[str, Any], tokenizer: Any, model: Any) -> list[dict[str, Any]]:
+    """Each text's tokens, the most likely token after each of them, its logit, and the logarithm of the sum of all exponentials."""
+    import torch
+
+    answers = []
+    for (text,) in question["texts"]:
+        start = time.perf_counter()
+        ids = [*question["start"], *tokenizer(text, add_special_tokens=False)["input_ids"]][: question["max_length"]]
+        with torch.inference_mode():
+            logits_LV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
+        top = logits_LV.max(-1)
+        answer = {"ids": ids, "next": top.indices.tolist(), "top": top.values.tolist()}
+        answers.append(answer | {"logsumexp": logits_LV.logsumexp(-1).tolist(), "seconds": time.perf_counter() - start})
+    return answers
+
+
+def main() -> None:
+    """Answer the texts of one question."""
+    asked, answered = sys.argv[1:]
+    question = json.loads(Path(asked).read_text())
+    sys.path += [entry for entry in question["packages"] if entry not in sys.path]
+    sys.meta_path.insert(0, Blocked(question["blocked"]))
+    import torch
+    import transformers
+
+    torch.set_num_threads(question["threads"])
+    answer = {"text-classification": classify, "text-generation": predict_next}[question["pipeline"]]
+    answers = answer(question, *load(question))
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    Path(answered).write_text(json.dumps({"answers": answers, "versions": versions}))
+
+
+if __name__ == "__main__":
+    main()

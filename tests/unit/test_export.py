@@ -1,0 +1,319 @@
+"""An export that is loadable, equal and smaller gets its name; any other leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from distill import config, export, fresh, proof, recipe
+from distill.errors import RunFailed
+from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression
+from tests.unit import tiny_runs
+from tests.unit.tiny_runs import classifier, made
+
+
+@pytest.fixture
+def ready(tmp_path):
+    return made(tmp_path, classifier("no", "perhaps", "yes"))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(fresh, "ask", tiny_runs.ask_here)
+
+
+@pytest.fixture
+def tampered(monkeypatch):
+    """Changes the export between its writing and its proof."""
+
+    def tamper(change):
+        write = export.write
+
+        def changed(task, tokenizer, student, draft, dtype):
+            write(task, tokenizer, student, draft, dtype)
+            change(draft)
+
+        monkeypatch.setattr(export, "write", changed)
+
+    return tamper
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refused(ready, match):
+    with pytest.raises(RunFailed, match=match) as error:
+        export.export(*ready)
+    assert error.value.exit_code == 1
+    assert left(ready[4]) == ["student", "teacher"]
+    assert "\n" not in str(error.value)
+
+
+def one_weight(draft):
+    tensors = load_file(draft / "model.safetensors")
+    tensors["classifier.weight"][0, 0] += 0.5
+    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_head(draft):
+    tensors = load_file(draft / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+
+
+def edited(name, change):
+    def edit(draft):
+        content = json.loads((draft / name).read_text())
+        change(content)
+        (draft / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def swap(content):
+    labels = content["id2label"]
+    labels["0"], labels["2"] = labels["2"], labels["0"]
+
+
+def rename(content):
+    content["id2label"]["0"] = "never"
+
+
+def no_tokenizer(draft):
+    for file in draft.glob("token*"):
+        file.unlink()
+
+
+def exchange(content):
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (one_weight, "not equal: .* logits differ by up to 0"),
+        (edited("config.json", swap), "not equal: .* of its predictions"),
+        (edited("config.json", rename), "not equal: its labels are never, perhaps, yes"),
+        (edited("tokenizer.json", exchange), "not equal"),
+        (no_head, r"not loadable: .*classifier\.weight"),
+        (no_tokenizer, "not loadable: "),
+        (lambda draft: (draft / "model.safetensors").unlink(), "not loadable"),
+        (lambda draft: (draft / "model.safetensors").write_bytes(b"0123456789"), "not loadable"),
+    ],
+    ids=["weight", "swapped labels", "renamed label", "tokenizer changed", "no head", "no tokenizer", "no weights", "damaged weights"],
+)
+def test_a_tampered_export_is_refused_and_leaves_nothing(ready, in_process, tampered, change, match):
+    tampered(change)
+    refused(ready, match)
+
+
+def test_an_export_as_large_as_its_teacher_is_refused(tmp_path, in_process):
+    ready = made(tmp_path, classifier("no", "yes"), teacher_layers=1)
+    refused(ready, r"not smaller: its weights take ([\d,]+) bytes on disk, but its teacher's take \1")
+
+
+def test_without_a_teacher_there_is_nothing_to_be_smaller_than(tmp_path, in_process):
+    run, *rest = made(tmp_path, classifier("no", "yes"), teacher_layers=1)
+    folder = export.export(replace(run, teacher=None), *rest)
+    assert json.loads((folder / "proof.json").read_text())["teacher_bytes"] is None
+
+
+def test_an_interrupted_export_leaves_nothing(ready, monkeypatch):
+    def interrupted(script, question):
+        assert len(left(ready[4])) == 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fresh, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(*ready)
+    assert left(ready[4]) == ["student", "teacher"]
+
+
+def test_an_earlier_export_stays_until_a_new_one_is_proven(ready, in_process, tampered):
+    final = export.export(*ready)
+    (final / "mark").write_text("earlier")
+    tampered(one_weight)
+    with pytest.raises(RunFailed, match="not equal"):
+        export.export(*ready)
+    assert (final / "mark").read_text() == "earlier"
+
+
+def test_a_new_export_takes_the_place_of_an_earlier_one(ready, in_process):
+    (export.export(*ready) / "mark").write_text("earlier")
+    final = export.export(*ready)
+    assert not (final / "mark").exists()
+    assert left(ready[4]) == ["export", "student", "teacher"]
+
+
+def test_an_earlier_export_comes_back_when_renaming_fails(ready, in_process, monkeypatch):
+    final = export.export(*ready)
+    (final / "mark").write_text("earlier")
+    real = os.replace
+
+    def failing(source, target):
+        if Path(target) == final and "-old" not in str(source):
+            raise OSError("disk gone")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="disk gone"):
+        export.export(*ready)
+    assert (final / "mark").read_text() == "earlier"
+    assert left(ready[4]) == ["export", "student", "teacher"]
+
+
+def test_no_export_where_the_recipe_wants_none(ready):
+    run, *rest = ready
+    assert export.export(replace(run, export=config.Export(format=None)), *rest) is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_the_bits_keep_the_predictions_and_halve_the_bytes(tmp_path, in_process, dtype):
+    ready = made(tmp_path, classifier("no", "perhaps", "yes"), dtype=dtype)
+    found = json.loads((export.export(*ready) / "proof.json").read_text())
+    assert found["agreement"] >= 0.99
+    assert found["tolerance"] is None
+    assert 1e-6 < found["max_difference"] < 0.5
+    weights = (tmp_path / "export" / "model.safetensors").stat().st_size
+    assert weights < 0.6 * (tmp_path / "student" / "model.safetensors").stat().st_size
+
+
+def test_numbers_that_overflow_in_half_the_bits_are_refused(tmp_path, in_process, tampered):
+    def overflow(draft):
+        tensors = load_file(draft / "model.safetensors")
+        tensors["classifier.bias"][:] = torch.nan
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+
+    tampered(overflow)
+    refused(made(tmp_path, classifier("no", "yes"), dtype="float16"), "not equal")
+
+
+def test_prompts_of_a_language_model_are_proven(tmp_path, in_process):
+    run, task, raw, tokenizer, folder = made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2", columns=("prompt", "answer"))
+    raw = Dataset.from_dict({"prompt": [*raw["prompt"][:3], None], "answer": raw["answer"][:4]})
+    found = json.loads((export.export(run, task, raw, tokenizer, folder) / "proof.json").read_text())
+    assert (found["texts"], found["agreement"]) == (4, 1)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta"])
+def test_pairs_of_texts_are_proven_as_pairs(tmp_path, in_process, model_type):
+    ready = made(tmp_path, classifier("no", "yes"), model_type, columns=("premise", "hypothesis"))
+    found = export.export(*ready)
+    assert json.loads((found / "proof.json").read_text())["max_difference"] < 1e-5
+    assert '"text_pair"' in (found / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "task", [classifier("a", "b", "c", kind=MultiLabelClassification), classifier(kind=Regression)], ids=["several", "number"]
+)
+def test_other_classifiers_are_proven_too(tmp_path, in_process, task):
+    found = json.loads((export.export(*made(tmp_path, task)) / "proof.json").read_text())
+    assert found["agreement"] == 1
+    assert found["max_difference"] < 1e-5
+
+
+def test_language_models_are_proven_token_by_token(tmp_path, in_process):
+    ready = made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2")
+    found = json.loads((export.export(*ready) / "proof.json").read_text())
+    assert found["agreement"] == 1
+    assert found["rows"] > 3 * found["texts"]
+
+
+def test_a_tampered_language_model_is_refused(tmp_path, in_process, tampered):
+    def scale(draft):
+        tensors = load_file(draft / "model.safetensors")
+        tensors["transformer.ln_f.weight"] *= 1.01
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+
+    tampered(scale)
+    refused(made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2"), "not equal: .* logits differ")
+
+
+def test_texts_longer_than_the_model_are_cut_as_in_training(tmp_path, in_process):
+    ready = made(tmp_path, classifier("no", "yes"))
+    run, task, _, tokenizer, folder = ready
+    long = Dataset.from_dict({"text": ["the cat sees " * 50, "a dog"]})
+    found = json.loads((export.export(run, task, long, tokenizer, folder) / "proof.json").read_text())
+    assert found["max_difference"] < 1e-5
+    assert found["texts"] == 2
+
+
+def test_the_number_of_texts_is_the_recipes(tmp_path, in_process):
+    ready = made(tmp_path, classifier("no", "yes"), examples=5)
+    assert json.loads((export.export(*ready) / "proof.json").read_text())["texts"] == 5
+
+
+def test_the_export_stands_alone(ready, tmp_path):
+    """End to end, with the proof in its own process."""
+    final = export.export(*ready, metrics=None)
+    found = json.loads((final / "proof.json").read_text())
+    assert found["agreement"] == 1
+    assert found["ratio"] < 1
+    assert found["versions"]["torch"] == torch.__version__
+    stored = {path.name: path.read_bytes() for path in final.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "proof.json"} <= stored.keys()
+    for name in stored.keys() - {"README.md"}:
+        assert b"distill" not in stored[name]
+        assert str(tmp_path).encode() not in stored[name]
+    assert stored["README.md"].startswith(b"---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
+    assert left(tmp_path) == ["export", "student", "teacher"]
+    assert final.stat().st_mode == (tmp_path / "student").stat().st_mode
+    assert len({path.stat().st_mode for path in final.iterdir()}) == 1
+
+
+def test_the_blocked_library_cannot_be_imported(tmp_path):
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(Path(export.__file__).parents[1])!r})\n"
+        f"sys.meta_path.insert(0, runpy.run_path({proof.__file__!r})['Blocked']('distill'))\nimport json\nimport distill.errors"
+    )
+    said = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert said.returncode == 1
+    assert "distill is blocked" in said.stderr
+
+
+@pytest.mark.slow
+def test_language_models_stand_alone(tmp_path):
+    final = export.export(*made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2"))
+    assert json.loads((final / "proof.json").read_text())["agreement"] == 1
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["distill.export", *arguments])
+    export.main()
+
+
+def test_the_command_line_exports_a_run_folder(ready, in_process, monkeypatch, capsys):
+    run, task, raw, tokenizer, folder = ready
+    recipe.save(run, folder / "recipe.yaml")
+    monkeypatch.setattr(export, "prepared", lambda run, folder: (task, raw, tokenizer))
+    run_main(monkeypatch, f"run={folder}", "dtype=bfloat16", "examples=3")
+    assert f"export: {folder / 'export'}" in capsys.readouterr().out
+    found = json.loads((folder / "export" / "proof.json").read_text())
+    assert (found["dtype"], found["texts"]) == ("bfloat16", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "run is not given"),
+        (["run=nowhere"], "run is nowhere, but there is no such folder"),
+        (["run=x", "format=onnx"], "format is given, but there is no such key"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_in_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in error
+    assert error.count("\n") == 1
