@@ -1,0 +1,68 @@
+"""`python -m distill.train recipe=bert_to_distil`: the whole way, from a recipe to a proven student."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from distill import recipe
+from distill.cli import command
+from distill.config import Run
+
+log = logging.getLogger("distill")
+
+
+def train(run: Run, folder: Path) -> dict[str, Any]:
+    """Every stage of one run, in the order of the data. Returns what `metrics.json` holds; the rest is in the folder."""
+    from distill import data, evaluate, export, measure, models, store, student, targets, teacher
+    from distill.stages import Stages
+    from distill.tracking import Tracker
+
+    recipe.save(run, folder / "recipe.yaml")
+    tracker, stage = Tracker(run, folder), Stages()
+    with stage("data"):
+        task = targets.build(run.task)
+        raw = data.load(run.data, task, run.seed)
+        tokenizer = models.tokenizer_for(run, task, raw["train"])
+        examples = data.encode(raw, task, tokenizer, run.data, store.root() / "examples")
+    with stage("teacher"):
+        tutor = teacher.obtain(run, task, tokenizer, examples, folder, tracker)
+    with stage("cache"):
+        examples["train"] = teacher.with_outputs(run, tutor, examples["train"], task, tokenizer)
+    with stage("student"):
+        student.distil(run, task, tokenizer, examples, tutor, folder, tracker)
+    with stage("evaluate"):
+        metrics = measure.measure(run, task, examples["test"], tokenizer, evaluate.of_run(run, folder), "test")
+    with stage("export"):
+        artefact = export.export(run, task, raw["test"], tokenizer, folder, metrics)
+    metrics["stages"] = stage.seconds
+    evaluate.write(metrics, folder)
+    tracker.finish(metrics)
+    evaluate.show(metrics, folder, artefact)
+    return metrics
+
+
+@command
+def main() -> None:
+    sys.argv[1:] = recipe.register(sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=None, config_name="run")(_one_run)()
+
+
+@command
+def _one_run(composed: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        run = recipe.checked(composed)
+    except Exception:
+        if not any(folder.iterdir()):
+            folder.rmdir()  # a refused recipe leaves nothing behind
+        raise
+    train(run, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill import config, models, student, teacher
+from distill.tracking import Tracker
+from tests.worlds import LANGUAGE, world
+
+
+@pytest.fixture(scope="module")
+def made(_module_store):
+    return world(teacher={"outputs": "online"}, data={"labelled": 200})
+
+
+def distilled(made, folder, run=None):
+    run = run or made.run
+    tracker = Tracker(run, folder)
+    tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
+    return student.distil(run, made.task, made.tokenizer, made.examples, tutor, folder, tracker)
+
+
+def test_the_same_recipe_gives_the_same_weights_bit_for_bit(made, tmp_path):
+    assert models.fingerprint(distilled(made, tmp_path / "a")) == models.fingerprint(distilled(made, tmp_path / "b"))
+
+
+def test_another_seed_gives_other_weights(made, tmp_path):
+    other = replace(made.run, seed=1)
+    assert models.fingerprint(distilled(made, tmp_path / "a")) != models.fingerprint(distilled(made, tmp_path / "b", other))
+
+
+def test_what_was_trained_is_what_is_written(made, tmp_path):
+    trained = distilled(made, tmp_path)
+    written = models.load(str(tmp_path / "student"), None, made.task, "student", made.tokenizer, strict=True)
+    assert models.fingerprint(written) == models.fingerprint(trained)
+    assert written.config.id2label == dict(enumerate(made.task.names))
+
+
+def test_without_the_teacher_s_weight_only_labelled_examples_are_trained_on(made):
+    alone = replace(made.run, loss=config.Loss(alpha=1.0))
+    assert len(student.useful(made.examples["train"], made.task, alone)) == 200
+    assert len(student.useful(made.examples["train"], made.task, made.run)) == len(made.examples["train"])
+
+
+def test_a_student_cut_from_all_layers_starts_as_its_teacher(made):
+    tutor = made.model()
+    started, classes = student.build(replace(made.run, student=config.Student(layers=[0, 1, 2])), made.task, made.tokenizer, tutor)
+    batch = next(iter(made.loader()))
+    assert classes is None
+    assert torch.equal(models.logits(started.eval(), batch.inputs), models.logits(tutor, batch.inputs))
+
+
+def test_a_student_needs_no_teacher(made, tmp_path):
+    alone = replace(made.run, teacher=None, student=config.Student(config=made.run.teacher.config), loss=config.Loss(alpha=1.0))
+    assert distilled(made, tmp_path, alone).config.num_hidden_layers == 3
+
+
+def test_wider_logits_of_one_model_are_sliced_to_the_shared_tokens():
+    made = world(**LANGUAGE)
+    tutor = made.model(vocab_size=len(made.tokenizer) + 7)
+    _, classes = student.build(replace(made.run, student=config.Student(config=made.run.teacher.config)), made.task, made.tokenizer, tutor)
+    assert classes == len(made.tokenizer)

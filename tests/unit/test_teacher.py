@@ -1,0 +1,199 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from distill import data, fit, models, store, student, teacher
+from distill.errors import UserError
+from distill.tracking import Tracker
+from tests.worlds import LANGUAGE, world
+
+FINETUNE = {"finetune": {"epochs": 1, "lr": 1e-3}}
+
+
+@pytest.fixture(scope="module")
+def finetuning(_module_store):
+    return world(teacher=FINETUNE, data={"labelled": 64})
+
+
+@pytest.fixture(scope="module")
+def online(_module_store):
+    return world(teacher={"outputs": "online"})
+
+
+def obtained(made, folder, **changes):
+    run = replace(made.run, **changes)
+    return teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, Tracker(run, folder))
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """How often something is trained."""
+    calls, fitted = [], fit.fit
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return fitted(*arguments)
+
+    monkeypatch.setattr(fit, "fit", counted)
+    return calls
+
+
+# ---- fine-tuning
+
+
+def test_a_second_run_uses_the_same_teacher_without_training(finetuning, tmp_path, trainings, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "store"))
+    first = obtained(finetuning, tmp_path / "first")
+    again = obtained(finetuning, tmp_path / "again")
+    assert len(trainings) == 1
+    assert models.fingerprint(first) == models.fingerprint(again)
+    assert (tmp_path / "again" / "teacher" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"optimizer": {"weight_decay": 0.5}},
+        {"teacher": {"finetune": {"lr": 2e-3}}},
+        {"teacher": {"config": {"hidden_size": 8}}},
+        {"data": {"batch_size": 8}},
+        {"data": {"labelled": 60}},
+        {"task": {"max_length": 20}},
+        {"tokenizer": {"vocab_size": 310}},
+    ],
+    ids=str,
+)
+def test_another_ingredient_is_another_teacher(change):
+    base = {"teacher": FINETUNE, "data": {"labelled": 64}}
+    assert entry_of(**base) == entry_of(**base)
+    assert entry_of(**base) != entry_of(**OmegaConf.to_container(OmegaConf.merge(base, change)))
+
+
+def entry_of(**recipe):
+    made = world(**recipe)
+    torch.manual_seed(made.run.seed)
+    loaded = models.load(None, made.run.teacher.config, made.task, "teacher", made.tokenizer)
+    labelled = data.labelled_only(made.examples["train"], made.task)
+    return store.entry("teachers", teacher._ingredients(made.run, made.task, loaded, labelled, made.examples["validation"]))
+
+
+def test_a_damaged_teacher_is_trained_again(finetuning, tmp_path, trainings, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "store"))
+    first = obtained(finetuning, tmp_path / "first")
+    file = next((tmp_path / "store" / "teachers").rglob("model.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()  # the run folder's link keeps the sound file
+    file.write_bytes(content)
+    again = obtained(finetuning, tmp_path / "again")
+    assert len(trainings) == 2
+    assert models.fingerprint(first) == models.fingerprint(again)
+
+
+def test_an_interrupted_fine_tuning_leaves_no_teacher(finetuning, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "store"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        obtained(finetuning, tmp_path / "run")
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
+
+
+def test_the_teacher_is_frozen_and_answers_in_its_dtype(online, tmp_path):
+    loaded = obtained(online, tmp_path, teacher=replace(online.run.teacher, dtype="bfloat16"))
+    assert not loaded.training
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in loaded.parameters()} == {(torch.bfloat16, False)}
+
+
+def test_a_random_teacher_is_kept_in_the_run_folder(online, tmp_path):
+    loaded = obtained(online, tmp_path)
+    kept = models.load(str(tmp_path / "teacher"), None, online.task, "teacher", online.tokenizer, strict=True)
+    assert models.fingerprint(kept) == models.fingerprint(loaded)
+
+
+# ---- cached outputs
+
+
+def cached(made, tutor=None, **changes):
+    run = replace(made.run, teacher=replace(made.run.teacher, outputs="cached"), **changes)
+    return teacher.with_outputs(run, tutor or made.model(), made.examples["train"], made.task, made.tokenizer)
+
+
+@pytest.mark.parametrize("recipe", [{}, LANGUAGE], ids=["classification", "language"])
+def test_outputs_are_beside_their_examples_in_any_order(recipe):
+    made = world(**recipe)
+    tutor = made.model()
+    made.examples["cached"] = cached(made, tutor).shuffle(seed=3).select(range(50))
+    for batch in made.loader("cached", seed=5, accumulate=2):
+        with torch.no_grad():
+            online = made.task.rows(models.logits(tutor, batch.inputs), batch)
+        torch.testing.assert_close(batch.teacher, online, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_are_computed_once(online, monkeypatch):
+    cached(online)
+    monkeypatch.setattr(teacher, "_write", lambda *_: pytest.fail("computed again"))
+    cached(online)
+
+
+def test_another_ingredient_is_another_cache(online):
+    tutor, other = online.model(), online.model(seed=1)
+    key = [cached(online, one)["teacher_logits"][0] for one in (tutor, other)]
+    assert key[0] != key[1]
+    fewer = replace_examples(online, online.examples["train"].select(range(30)))
+    assert len(cached(fewer, tutor)) == 30
+    backwards = replace_examples(online, online.examples["train"].select(range(30)[::-1]))
+    assert cached(backwards, tutor)["teacher_logits"][0] == cached(fewer, tutor)["teacher_logits"][29]
+
+
+def replace_examples(made, train):
+    return replace(made, examples=type(made.examples)(made.examples | {"train": train}))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_damaged_outputs_are_never_used(online, damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    sound = cached(online)["teacher_logits"][:]
+    file = next(tmp_path.rglob("outputs.arrow"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.unlink()
+    file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    assert cached(online)["teacher_logits"][:] == sound
+
+
+def test_an_interrupted_cache_leaves_nothing(online, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teacher, "_outputs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached(online)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_outputs_too_large_for_the_disk_are_refused(online, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="teacher.outputs=online"):
+        cached(online)
+
+
+def test_training_from_the_cache_is_training_online(online, tmp_path):
+    """The same steps on the same losses: the weights end within the rounding of the teacher's batches."""
+    ends = []
+    for outputs in ("online", "cached"):
+        run = replace(online.run, teacher=replace(online.run.teacher, outputs=outputs))
+        tutor = teacher.obtain(run, online.task, online.tokenizer, online.examples, tmp_path / outputs, Tracker(run, tmp_path / outputs))
+        examples = type(online.examples)(online.examples | {"train": teacher.with_outputs(run, tutor, online.examples["train"], online.task, online.tokenizer)})
+        trained = student.distil(run, online.task, online.tokenizer, examples, tutor, tmp_path / outputs, Tracker(run, tmp_path / outputs))
+        ends.append(torch.nn.utils.parameters_to_vector(trained.parameters()))
+    assert (ends[0] - ends[1]).abs().max() < 1e-4
