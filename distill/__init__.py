@@ -4,30 +4,27 @@
 
 The map, in the order in which the data passes:
 
+    train.py     all of it on one screen: python -m distill.train
     recipe.py    recipe file -> Run; unknown keys refused
     config.py    every key: type, default, unit, range
     targets.py   `_target_`: dotted path -> class
-    tasks/       what differs between tasks: encoding, collation, which logits count, labels, metrics
     corpora.py   data sets that need no network
-    data/        Run.data -> encoded examples -> batches
-    models/      Run.teacher, Run.student -> models; a student cut from its teacher
+    tasks/       what differs between tasks: encoding, collation, which logits count, labels, metrics
+    data/        Run.data -> raw splits -> encoded examples -> batches in an order fixed by (seed, epoch)
+    models/      names, configs, a teacher's own layers -> models; do they agree?
     teacher.py   fine-tunes the teacher where asked; caches its outputs beside the examples
+    student.py   builds, trains and saves the student
     losses.py    logits -> losses, as pure functions
     terms.py     hidden states and attention of both models -> extra loss terms
     module.py    batch -> loss: one training step
-    fit.py       the Lightning Trainer -> best weights
-    student.py   builds, trains and saves the student
-    quality.py   outcomes -> metrics with intervals, paired test
-    cost.py      model folders -> latency, throughput, memory, bytes, in fresh processes
-    evaluate.py  run -> metrics.json and its table
-    export.py    run -> artefact, once it is proven
-    proof.py     artefact -> answers, with plain transformers
-    card.py      metrics -> the artefact's model card
-    train.py     all of it: python -m distill.train
+    fit.py       module, batches -> the weights that did best: Lightning's Trainer as it is used here
+    evaluate/    models -> metrics.json and its table: python -m distill.evaluate
+    export/      student -> artefact, once it is proven: python -m distill.export
     store.py     what is computed once and used again
-    stages.py    named stages and their times
+    fresh.py     a question answered in a process that has nothing of this one
     tracking.py  metrics.csv and Weights & Biases
-    cli.py       errors -> one sentence and an exit code
+    stages.py    named stages and their times
+    cli.py       command lines: errors -> one sentence and an exit code
     errors.py    the two ways in which a run ends early
 """
 
@@ -35,14 +32,14 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "Batch": "tasks.base",
+    "Distillation": "module",
     "Run": "config",
     "RunFailed": "errors",
+    "Task": "tasks.base",
+    "Term": "terms",
     "UserError": "errors",
     "load_recipe": "recipe",
-    "Distillation": "module",
-    "Task": "tasks.base",
-    "Batch": "tasks.base",
-    "Term": "terms",
 }
 __all__ = sorted(_PUBLIC)
 

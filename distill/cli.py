@@ -1,17 +1,26 @@
 """Command lines: what went wrong is one sentence and an exit code, 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from distill.errors import UserError
 from distill.recipe import sentence
 
+T = TypeVar("T")
+
+ENVIRONMENT = {  # what the user has not set
+    "OMP_WAIT_POLICY": "passive",  # threads that wait for others sleep: much faster where other processes want the cores too
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # of maps that take moments
+}
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
 
@@ -20,6 +29,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def answered(*arguments: Any) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to hand its errors over, not to print them
         try:
             main(*arguments)
@@ -33,6 +44,31 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(130)
 
     return answered
+
+
+def options(schema: type[T], usage: str) -> T:
+    """`key=value` arguments of the smaller commands -> a typed dataclass, without Hydra and without torch.
+
+    `--help` prints the usage and ends. Unknown keys and wrong types are refused.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
+        sys.exit(0)
+    for argument in arguments:
+        if not argument.partition("=")[1]:
+            raise UserError(f"{argument} is given, but options are written key=value: see --help")
+    try:
+        given = OmegaConf.from_cli(arguments)
+    except YAMLError as error:
+        raise UserError(
+            f"{' '.join(arguments)} is given, but a value in it is no YAML ({' '.join(str(error).split())}): quote it"
+        ) from error
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    assert isinstance(options, schema)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("distill").setLevel(logging.INFO)
+    return options
 
 
 def _one_line(error: BaseException) -> str:

@@ -60,7 +60,9 @@ class Data:
         _above_zero("data.labelled", self.labelled, "leave it out to keep every label")
         _in_range("data.workers", self.workers, 0, float("inf"), "0 loads in the training process")
         if not 1 <= len(self.text) <= 2:
-            raise UserError(f"data.text is {list(self.text)}, but it must name one column, or two for pairs: [text] or [premise, hypothesis]")
+            raise UserError(
+                f"data.text is {list(self.text)}, but it must name one column, or two for pairs: [text] or [premise, hypothesis]"
+            )
 
 
 @dataclass
@@ -119,9 +121,13 @@ class Student:
     def __post_init__(self) -> None:
         given = [key for key in ("model", "config", "layers") if getattr(self, key) is not None]
         if len(given) != 1:
-            raise UserError(f"student has {given or 'none'} of model, config and layers, but it needs exactly one: say where the student comes from")
+            raise UserError(
+                f"student has {given or 'none'} of model, config and layers, but it needs exactly one: say where the student comes from"
+            )
         if self.architecture is not None and self.layers is None:
-            raise UserError(f"student.architecture is {self.architecture}, but only a student cut from layers takes one: give student.layers")
+            raise UserError(
+                f"student.architecture is {self.architecture}, but only a student cut from layers takes one: give student.layers"
+            )
 
 
 @dataclass
@@ -138,10 +144,14 @@ class Loss:
         _in_range("loss.alpha", self.alpha, 0, 1, "0 trains on the teacher only, 1 on the labels only")
         _above_zero("loss.temperature", self.temperature, "1 leaves the logits as they are, 2 to 8 softens them")
         if not 0 < self.beta < 1:
-            raise UserError(f"loss.beta is {self.beta:g}, but it must lie between 0 and 1: 0.5 mixes evenly, forward_kl and reverse_kl are the limits")
+            raise UserError(
+                f"loss.beta is {self.beta:g}, but it must lie between 0 and 1: 0.5 mixes evenly, forward_kl and reverse_kl are the limits"
+            )
         for name in self.terms:
             if name in PARTS or not name.isidentifier():
-                raise UserError(f"loss.terms has {name!r}, but a term needs a name of its own, without dots, other than {', '.join(PARTS)}: rename it")
+                raise UserError(
+                    f"loss.terms has {name!r}, but a term needs a name of its own, without dots, other than {', '.join(PARTS)}: rename it"
+                )
 
 
 @dataclass

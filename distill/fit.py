@@ -4,25 +4,27 @@ import logging
 import math
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from datasets import Dataset
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 
 from distill import config, data
+from distill.data import Loader
 from distill.module import Distillation
 from distill.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
 
-def steps(trainer: config.Trainer, loader: DataLoader, epochs: float | None = None) -> int:
+def steps(trainer: config.Trainer, loader: Loader, epochs: float | None = None) -> int:
     """Optimizer steps of a training: `max_steps`, or that many epochs of the loader's batches."""
-    per_epoch = loader.sampler.steps  # type: ignore[union-attr]
+    per_epoch = loader.plan.steps
     return trainer.max_steps if trainer.max_steps is not None and epochs is None else math.ceil((epochs or trainer.epochs) * per_epoch)
 
 
@@ -35,7 +37,7 @@ def precision(trainer: config.Trainer) -> str:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
-def loaders(run: config.Run, train: Dataset, validation: Dataset, task: Task, pad_id: int) -> tuple[DataLoader, DataLoader]:
+def loaders(run: config.Run, train: Dataset, validation: Dataset, task: Task, pad_id: int) -> tuple[Loader, Loader]:
     """Training batches in an order fixed by (seed, epoch), and validation batches, as the recipe asks for them."""
     settings = run.data
     return (
@@ -45,41 +47,52 @@ def loaders(run: config.Run, train: Dataset, validation: Dataset, task: Task, pa
 
 
 def fit(
-    module: Distillation, train: DataLoader, validation: DataLoader, settings: config.Trainer, folder: Path, loggers: list[Any], callbacks: list[Callback]
+    module: Distillation,
+    train: Loader,
+    validation: Loader,
+    settings: config.Trainer,
+    folder: Path,
+    loggers: list[Any],
+    callbacks: list[Callback],
 ) -> dict[str, float]:
     """Train, and leave the module with the weights that did best on the validation split. Returns that checkpoint's metrics."""
     metric, mode = f"val/{module.task.primary}", "max" if module.task.maximise else "min"
     best = ModelCheckpoint(folder, filename="best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)
     last = ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
-    ours: list[Callback] = [LookAtTheEnd(module.steps), Narrator(metric), best, last]
+    ours = [LookAtTheEnd(module.steps), Narrator(metric), best, last]
     if settings.patience is not None:
         ours.append(EarlyStopping(metric, mode=mode, patience=settings.patience))
-    if bar := settings.progress and sys.stdout.isatty():
+    if settings.progress and sys.stdout.isatty():
         ours.append(Bar(leave=False))
-    trainer = L.Trainer(
-        accelerator=settings.accelerator,
-        devices=1,
-        precision=precision(settings),  # type: ignore[arg-type]
-        max_steps=module.steps,
-        max_epochs=math.ceil(module.steps / train.sampler.steps),  # type: ignore[union-attr]
-        accumulate_grad_batches=settings.accumulate,
-        val_check_interval=max(1, module.steps // settings.validations) * settings.accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        deterministic="warn",
-        log_every_n_steps=max(1, min(10, module.steps // 20)),
-        logger=loggers,
-        callbacks=[*callbacks, *ours],  # the user's own come first: a checkpoint holds what they did
-        enable_progress_bar=bar,
-        enable_model_summary=False,
-    )
-    with quiet(), as_interrupt(trainer):
-        trainer.fit(module, train, validation)
+    with quiet():
+        # the user's callbacks come first: a checkpoint holds what they did
+        trainer = _trainer(settings, module.steps, train, logger=loggers, callbacks=[*callbacks, *ours])
+        with as_interrupt(trainer):
+            trainer.fit(module, train, validation)
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
     module.eval()
     return {metric: float(best.best_model_score), "step": checkpoint["global_step"]}  # type: ignore[arg-type]
+
+
+def _trainer(settings: config.Trainer, steps: int, train: Loader, **options: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=precision(settings),  # type: ignore[arg-type]
+        max_steps=steps,
+        max_epochs=math.ceil(steps / train.plan.steps),
+        accumulate_grad_batches=settings.accumulate,
+        val_check_interval=math.ceil(steps / settings.validations) * settings.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        deterministic="warn",
+        log_every_n_steps=max(1, min(10, steps // 20)),
+        enable_progress_bar=any(isinstance(callback, Bar) for callback in options["callbacks"]),
+        enable_model_summary=False,
+        **options,
+    )
 
 
 class LookAtTheEnd(Callback):
@@ -101,7 +114,14 @@ class Narrator(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         values = trainer.callback_metrics
-        log.info("step %d of %d: loss %.4f, %s %.4f", trainer.global_step, trainer.max_steps, values["train/loss"], self.metric, values[self.metric])
+        log.info(
+            "step %d of %d: loss %.4f, %s %.4f",
+            trainer.global_step,
+            trainer.max_steps,
+            values["train/loss"],
+            self.metric,
+            values[self.metric],
+        )
 
 
 class Bar(RichProgressBar):
@@ -111,24 +131,26 @@ class Bar(RichProgressBar):
         return {name: value for name, value in super().get_metrics(*arguments).items() if name != "v_num"}
 
 
-class quiet(warnings.catch_warnings):  # noqa: N801 - reads as a verb where it is used
-    """Keeps Lightning's advice about things decided here out of the terminal."""
+ADVICE = (".*does not have many workers.*", ".*in eval mode.*", ".*exists and is not empty.*", ".*deterministic.*", ".*treespec.*")
 
-    def __enter__(self) -> Any:
-        caught = super().__enter__()
-        for pattern in (".*does not have many workers.*", ".*in eval mode.*", ".*exists and is not empty.*", ".*deterministic.*", ".*tensorboard.*", ".*treespec.*"):
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Lightning's advice about what is decided here out of the terminal."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for pattern in ADVICE:
             warnings.filterwarnings("ignore", pattern)
-        return caught
+        yield
+    logger.setLevel(level)
 
 
-class as_interrupt:  # noqa: N801
+@contextmanager
+def as_interrupt(trainer: L.Trainer) -> Iterator[None]:
     """Lightning answers Ctrl-C with `sys.exit`; this hands the KeyboardInterrupt on, so that the run can say what is kept."""
-
-    def __init__(self, trainer: L.Trainer) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is SystemExit and self.trainer.interrupted:
-            raise KeyboardInterrupt
+    try:
+        yield
+    except SystemExit as ended:
+        raise KeyboardInterrupt if trainer.interrupted else ended from None

@@ -5,8 +5,9 @@ module tree, so it is in no checkpoint, optimizer or DDP bucket, and `.train()` 
 """
 
 import inspect
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -16,29 +17,41 @@ from transformers import PreTrainedModel, get_scheduler
 from distill import config, losses, targets
 from distill.models import logits
 from distill.tasks.base import Batch, Task
+from distill.terms import Term
 
 
 class Distillation(L.LightningModule):
     """alpha * CE + (1 - alpha) * T^2 * divergence + the sum of weight * term, averaged over the rows of each optimizer step."""
 
     def __init__(
-        self, task: Task, student: PreTrainedModel, teacher: PreTrainedModel | None, loss: config.Loss, optimizer: config.Optimizer, steps: int, classes: int | None = None
+        self,
+        task: Task,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        loss: config.Loss,
+        optimizer: config.Optimizer,
+        steps: int,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         self.student = student.train()
         self.terms = nn.ModuleDict({name: targets.build(spec) for name, spec in loss.terms.items()})
         self.task, self.loss, self.settings, self.steps = task, loss, optimizer, steps
         self.classes = classes  # columns of the logits that both models share; null: all
-        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
+        self._teacher: tuple[PreTrainedModel, ...] = () if teacher is None else (teacher.eval().requires_grad_(False),)
         self._divergence = divergence(task, loss)
         self._parts: dict[str, Tensor] = {}  # of the optimizer step under way
         self._outcomes: list[dict[str, Tensor]] = []
-        for term in self.terms.values():
+        for _, term in self.named_terms():
+            assert teacher is not None
             term.attach(student, teacher)
+
+    def named_terms(self) -> Iterable[tuple[str, Term]]:
+        return cast(Iterable[tuple[str, Term]], self.terms.items())
 
     def on_fit_start(self) -> None:
         for teacher in self._teacher:
-            teacher.to(self.device)
+            teacher.to(self.device)  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         parts = self.parts(batch)
@@ -51,10 +64,12 @@ class Distillation(L.LightningModule):
         teacher_NC = self._taught(batch)
         student_NC = self.task.rows(logits(self.student, batch.inputs), batch)[:, : self.classes]
         supervised_N = self.task.supervised(student_NC, batch.labels)
-        divergence_N = torch.zeros_like(supervised_N) if teacher_NC is None else self._divergence(student_NC, teacher_NC, self.loss.temperature)
+        divergence_N = (
+            torch.zeros_like(supervised_N) if teacher_NC is None else self._divergence(student_NC, teacher_NC, self.loss.temperature)
+        )
         parts = {"supervised": losses.mean_over(supervised_N, batch.rows), "divergence": losses.mean_over(divergence_N, batch.rows)}
         parts["loss"] = losses.mean_over(losses.distillation(supervised_N, divergence_N, self.loss.alpha), batch.rows)
-        for name, term in self.terms.items():
+        for name, term in self.named_terms():
             parts[name] = term(batch)
             parts["loss"] = parts["loss"] + term.weight * parts[name]
         return parts
@@ -87,14 +102,15 @@ class Distillation(L.LightningModule):
         self._outcomes = []
         self.log_dict({f"val/{name}": value for name, value in self.task.quality(columns).items()}, batch_size=1)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         settings = self.settings
         decayed = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.ndim > 1]
         kept = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.ndim <= 1]  # biases and norms
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         fused = self.trainer.precision != "16-mixed"  # a fused optimizer would unscale after the clipping
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
-        schedule = get_scheduler(settings.schedule if settings.schedule != "constant" else "constant_with_warmup", optimizer, round(settings.warmup * self.steps), self.steps)
+        name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        schedule = get_scheduler(name, optimizer, round(settings.warmup * self.steps), self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -103,7 +119,8 @@ def divergence(task: Task, loss: config.Loss) -> Any:
     name = loss.divergence or task.divergences[0]
     if "." not in name and name not in task.divergences:
         raise config.UserError(
-            f"loss.divergence is {name}, but {type(task).__name__} needs one that suits its logits: choose from {', '.join(task.divergences)}"
+            f"loss.divergence is {name}, but {type(task).__name__} needs one that suits its logits: "
+            f"choose from {', '.join(task.divergences)}"
         )
     function = targets.find(name if "." in name else f"distill.losses.{name}")
     return partial(function, beta=loss.beta) if "beta" in inspect.signature(function).parameters else function

@@ -45,8 +45,10 @@ def read(file: Path) -> DictConfig:
     """One recipe file, as it stands; its name is its file's unless it gives one."""
     try:
         recipe = OmegaConf.load(file)
-    except Exception as error:  # noqa: BLE001 - YAML, encoding and file errors all mean the same to the user
-        raise UserError(f"recipe {file} cannot be read ({' '.join(str(error).split())}), but it must be a YAML file of keys: correct it") from error
+    except Exception as error:
+        raise UserError(
+            f"recipe {file} cannot be read ({' '.join(str(error).split())}), but it must be a YAML file of keys: correct it"
+        ) from error
     if not isinstance(recipe, DictConfig):
         raise UserError(f"recipe {file} holds {type(recipe).__name__}, but it must be a YAML file of keys: see {SHIPPED}")
     return OmegaConf.merge({"name": file.stem}, recipe)  # type: ignore[return-value]
@@ -90,7 +92,12 @@ def _primary(names: str) -> dict[str, Any]:
     stamped = {"format": "%(asctime)s %(levelname)s %(message)s"}
     handlers = {
         "console": {"class": "logging.StreamHandler", "formatter": "plain", "level": "INFO", "stream": "ext://sys.stderr"},
-        "file": {"class": "logging.FileHandler", "formatter": "stamped", "filename": "${hydra.runtime.output_dir}/train.log", "delay": True},
+        "file": {
+            "class": "logging.FileHandler",
+            "formatter": "stamped",
+            "filename": "${hydra.runtime.output_dir}/train.log",
+            "delay": True,
+        },
     }
     return {
         "defaults": ["schema", {"recipe": None}, "_self_"],
@@ -103,7 +110,7 @@ def _primary(names: str) -> dict[str, Any]:
                 "version": 1,
                 "formatters": {"plain": plain, "stamped": stamped},
                 "handlers": handlers,
-                "loggers": {"distill": {"level": "DEBUG"}, "lightning.pytorch": {"level": "WARNING"}, "lightning.fabric": {"level": "WARNING"}},
+                "loggers": {"distill": {"level": "DEBUG"}},
                 "root": {"level": "WARNING", "handlers": ["console", "file"]},
                 "disable_existing_loggers": False,
             },
@@ -118,8 +125,12 @@ def load_recipe(name: str) -> Run:
         raise UserError(f"recipe is {name}, but there is no such recipe: {targets.choices(name, list(files()))}")
     recipe = read(file)
     if bases := recipe.pop("defaults", None):
-        raise UserError(f"recipe {name} builds on {list(bases)}, but only distill.train composes recipes: give the recipe.yaml of its run folder")
-    return checked(OmegaConf.merge(OmegaConf.structured(Run), recipe))
+        raise UserError(
+            f"recipe {name} builds on {list(bases)}, but only distill.train composes recipes: give the recipe.yaml of its run folder"
+        )
+    composed = OmegaConf.merge(OmegaConf.structured(Run), recipe)
+    assert isinstance(composed, DictConfig)
+    return checked(composed)
 
 
 def checked(composed: DictConfig) -> Run:
@@ -138,10 +149,17 @@ def checked(composed: DictConfig) -> Run:
 
 def save(run: Run, file: Path) -> None:
     """The run as a recipe of its own, which gives the same weights again; local paths are made absolute."""
-    for section, key in ((run.data, "source"), (run.data, "unlabelled"), (run.tokenizer, "model"), (run.teacher, "model"), (run.student, "model")):
+    for section, key in (
+        (run.data, "source"),
+        (run.data, "unlabelled"),
+        (run.tokenizer, "model"),
+        (run.teacher, "model"),
+        (run.student, "model"),
+    ):
         value = getattr(section, key, None)
         if value is not None and Path(value).exists():
             setattr(section, key, str(Path(value).absolute()))
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"# python -m distill.train recipe={file.absolute()}\n{OmegaConf.to_yaml(OmegaConf.structured(run))}")
 
 
@@ -151,14 +169,16 @@ def _check_together(run: Run) -> None:
         path = run.loss.divergence
         targets.parameters(path if "." in path else f"distill.losses.{path}")
     if run.teacher is None and run.student.layers is not None:
-        raise UserError(f"student.layers is {run.student.layers}, but there is no teacher to cut them from: set teacher.model, or use loss.alpha=1 to train without its outputs")
+        raise UserError(f"student.layers is {run.student.layers}, but there is no teacher to cut them from: set teacher.model")
     if run.teacher is None and run.loss.alpha < 1:
         raise UserError(f"loss.alpha is {run.loss.alpha:g}, but there is no teacher to learn from: set teacher.model, or loss.alpha=1")
     if run.loss.terms and run.teacher is not None and run.teacher.outputs == "cached":
         names = ", ".join(run.loss.terms)
-        raise UserError(f"teacher.outputs is cached, but loss.terms ({names}) needs the teacher's hidden states: set teacher.outputs=online")
+        raise UserError(
+            f"teacher.outputs is cached, but loss.terms ({names}) needs the teacher's hidden states: set teacher.outputs=online"
+        )
     if run.teacher is None and run.loss.terms:
-        raise UserError(f"loss.terms is {', '.join(run.loss.terms)}, but there is no teacher to compare with: set teacher.model, or leave loss.terms out")
+        raise UserError(f"loss.terms is {', '.join(run.loss.terms)}, but there is no teacher to compare with: set teacher.model")
 
 
 def sentence(error: OmegaConfBaseException) -> str:

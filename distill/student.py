@@ -1,7 +1,6 @@
 """The student stage: build it, train it against the teacher, and save the weights that did best on the validation split."""
 
 import logging
-
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def distil(
     callbacks = [targets.build(spec) for spec in run.callbacks.values()]
     log.info("training the student on %d examples, %d steps, %s", len(learned), steps, fit.precision(run.trainer))
     fit.fit(module, train, validation, run.trainer, folder / "checkpoints", tracker.loggers("student"), callbacks)
-    for term in module.terms.values():
+    for _, term in module.named_terms():
         term.detach()
     with store.writing(folder / "student") as inside:
         models.save(student, tokenizer, inside)

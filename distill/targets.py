@@ -27,14 +27,18 @@ def find(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} cannot be imported ({error}), but it must be the dotted path of a class or function: check its spelling") from error
+        raise UserError(
+            f"{path} cannot be imported ({error}), but it must be the dotted path of a class or function: check its spelling"
+        ) from error
 
 
 def check(where: str, spec: dict[str, Any]) -> None:
     """Refuse a `_target_` that does not exist, and arguments that its class does not take."""
     path = spec.get("_target_")
     if not isinstance(path, str) or "." not in path:
-        raise UserError(f"{where}._target_ is {path}, but it must be the dotted path of a class: such as distill.tasks.SingleLabelClassification")
+        raise UserError(
+            f"{where}._target_ is {path}, but it must be the dotted path of a class: such as distill.tasks.SingleLabelClassification"
+        )
     known = parameters(path)
     for key in spec:
         if known is not None and key != "_target_" and key not in known:

@@ -41,29 +41,30 @@ def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, f
     return teacher.to(getattr(torch, run.teacher.dtype)).eval().requires_grad_(False)
 
 
-def finetuned(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, teacher: PreTrainedModel, folder: Path, tracker: Tracker) -> PreTrainedModel:
+def finetuned(
+    run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, teacher: PreTrainedModel, folder: Path, tracker: Tracker
+) -> PreTrainedModel:
     """The fine-tuned teacher, from the store or trained now and put there; its files are in the run folder too."""
-    labelled = data.labelled_only(examples["train"], task)
-    entry = store.entry("teachers", _ingredients(run, task, teacher, labelled, examples["validation"]))
+    labelled = DatasetDict(train=data.labelled_only(examples["train"], task), validation=examples["validation"])
+    entry = store.entry("teachers", _ingredients(run, task, labelled, teacher))
     if store.intact(entry):
         log.info("the fine-tuned teacher of an earlier run with the same ingredients is used again")
     else:
-        _finetune(run, task, tokenizer, labelled, examples["validation"], teacher, folder, tracker)
+        _finetune(run, task, tokenizer, labelled, teacher, folder / "checkpoints" / "teacher", tracker)
         with store.writing(entry) as inside:
             models.save(teacher, tokenizer, inside)
     store.link(entry, folder / "teacher")
     return models.load(str(entry), None, task, "teacher", tokenizer, strict=True)
 
 
-def _ingredients(run: config.Run, task: Task, teacher: PreTrainedModel, train: Dataset, validation: Dataset) -> dict[str, Any]:
+def _ingredients(run: config.Run, task: Task, labelled: DatasetDict, teacher: PreTrainedModel) -> dict[str, Any]:
     """All that decides the weights of a fine-tuned teacher."""
     assert run.teacher is not None and run.teacher.finetune is not None
     settings = run.trainer
     return {
         "weights": models.fingerprint(teacher),
         "task": [type(task).__qualname__, task.names],
-        "train": data.fingerprint(train),
-        "validation": data.fingerprint(validation),
+        "examples": [data.fingerprint(labelled["train"]), data.fingerprint(labelled["validation"])],
         "finetune": asdict(run.teacher.finetune),
         "optimizer": asdict(run.optimizer),
         "trainer": [fit.precision(settings), settings.accelerator, settings.accumulate, settings.validations, settings.patience],
@@ -73,17 +74,17 @@ def _ingredients(run: config.Run, task: Task, teacher: PreTrainedModel, train: D
 
 
 def _finetune(
-    run: config.Run, task: Task, tokenizer: Any, labelled: Dataset, validation: Dataset, teacher: PreTrainedModel, folder: Path, tracker: Tracker
+    run: config.Run, task: Task, tokenizer: Any, labelled: DatasetDict, teacher: PreTrainedModel, folder: Path, tracker: Tracker
 ) -> None:
+    """Train on the labels alone, in the run's own way but for length and rate."""
     assert run.teacher is not None and run.teacher.finetune is not None
     settings = run.teacher.finetune
-    train, held_out = fit.loaders(run, labelled, validation, task, tokenizer.pad_token_id)
+    train, validation = fit.loaders(run, labelled["train"], labelled["validation"], task, tokenizer.pad_token_id)
     steps = fit.steps(run.trainer, train, settings.epochs)
     module = Distillation(task, teacher, None, config.Loss(alpha=1.0), replace(run.optimizer, lr=settings.lr), steps)
-    log.info("fine-tuning the teacher on %d labelled examples, %d steps, %s", len(labelled), steps, fit.precision(run.trainer))
-    checkpoints = folder / "checkpoints" / "teacher"
-    fit.fit(module, train, held_out, run.trainer, checkpoints, tracker.loggers("teacher"), [])
-    shutil.rmtree(checkpoints)  # the store and the run folder hold the result
+    log.info("fine-tuning the teacher on %d labelled examples, %d steps, %s", len(labelled["train"]), steps, fit.precision(run.trainer))
+    fit.fit(module, train, validation, run.trainer, folder, tracker.loggers("teacher"), [])
+    shutil.rmtree(folder)  # the store and the run folder hold the result
 
 
 def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dataset, task: Task, tokenizer: Any) -> Dataset:
@@ -111,12 +112,12 @@ def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dat
 
 
 def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
-    width = getattr(teacher.config, "vocab_size", 0) if sum(examples["rows"]) > len(examples) else teacher.config.num_labels
+    width = (teacher.config.vocab_size if teacher.get_output_embeddings() is not None else teacher.config.num_labels) or 0
     size, free = 4 * width * sum(examples["rows"]), shutil.disk_usage(store.root()).free
     if size > free / 2:
         raise UserError(
-            f"teacher.outputs is cached, but these outputs take {size / 1e9:.1f} GB and the cache must leave half of the {free / 1e9:.1f} GB"
-            f" that are free at {store.root()}: set teacher.outputs=online, or DISTILL_CACHE to a larger disk"
+            f"teacher.outputs is cached, but these outputs take {size / 1e9:.1f} GB and must leave half of the "
+            f"{free / 1e9:.1f} GB that are free at {store.root()}: set teacher.outputs=online, or DISTILL_CACHE to a larger disk"
         )
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
@@ -42,15 +42,17 @@ def start(run: config.Run, folder: Path) -> Any:
         return None
     import wandb
 
-    def begin(mode: str) -> Any:
+    def begin(mode: Literal["online", "offline"]) -> Any:
         settings = wandb.Settings(init_timeout=UNREACHABLE_AFTER, silent=True)
-        return wandb.init(project=run.tracking.project, name=f"{run.name}/{folder.name}", dir=folder, mode=mode, config=asdict(run), settings=settings)  # type: ignore[arg-type]
+        name = f"{run.name}/{folder.name}"
+        return wandb.init(project=run.tracking.project, name=name, dir=folder, mode=mode, config=asdict(run), settings=settings)
 
     if wanted == "online":
         try:
             return begin("online")
         except (wandb.Error, OSError) as error:
-            log.warning("wandb did not answer within %d s (%s): this run is tracked offline", UNREACHABLE_AFTER, " ".join(str(error).split())[:200])
+            said = " ".join(str(error).split())[:200]
+            log.warning("wandb did not answer within %d s (%s): this run is tracked offline", UNREACHABLE_AFTER, said)
             wandb.teardown()
     return begin("offline")
 
@@ -63,7 +65,7 @@ def mode(wanted: str) -> str:
     import wandb
 
     try:
-        logged_in = wandb.login(prompt=False)  # type: ignore[call-arg]
+        logged_in = wandb.login(prompt=False)
     except wandb.Error:
         logged_in = False
     if not logged_in and wanted == "online":

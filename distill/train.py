@@ -18,7 +18,7 @@ log = logging.getLogger("distill")
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
     """Every stage of one run, in the order of the data. Returns what `metrics.json` holds; the rest is in the folder."""
-    from distill import data, evaluate, export, measure, models, store, student, targets, teacher
+    from distill import data, evaluate, export, models, store, student, targets, teacher
     from distill.stages import Stages
     from distill.tracking import Tracker
 
@@ -36,10 +36,10 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     with stage("student"):
         student.distil(run, task, tokenizer, examples, tutor, folder, tracker)
     with stage("evaluate"):
-        metrics = measure.measure(run, task, examples["test"], tokenizer, evaluate.of_run(run, folder), "test")
+        metrics = evaluate.evaluate(run, task, examples["test"], tokenizer, folder) | {"stages": stage.seconds}
+        evaluate.write(metrics, folder)  # kept even if the export should fail
     with stage("export"):
         artefact = export.export(run, task, raw["test"], tokenizer, folder, metrics)
-    metrics["stages"] = stage.seconds
     evaluate.write(metrics, folder)
     tracker.finish(metrics)
     evaluate.show(metrics, folder, artefact)

@@ -16,7 +16,9 @@ TINY = {
     "task": {"_target_": "distill.tasks.SingleLabelClassification", "max_length": 24},
     "data": {"source": "distill.corpora.generated", "batch_size": 16},
     "tokenizer": {"vocab_size": 300},
-    "teacher": {"config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}},
+    "teacher": {
+        "config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    },
     "student": {"layers": [0, 2]},
     "optimizer": {"lr": 2e-3},
     "trainer": {"max_steps": 6, "validations": 2, "precision": "32-true", "accelerator": "cpu", "progress": False},
@@ -36,7 +38,9 @@ LANGUAGE = {
 
 def tiny(**changes: Any) -> config.Run:
     """The recipe above with changes laid over it; a section that is null is left out, and another teacher replaces this one."""
-    replaced = {key for key, value in changes.items() if value is None or (isinstance(value, dict) and "model_type" in (value.get("config") or {}))}
+    replaced = {
+        key for key, value in changes.items() if value is None or (isinstance(value, dict) and "model_type" in (value.get("config") or {}))
+    }
     kept = {key: value for key, value in TINY.items() if key not in replaced}
     changes = {key: value for key, value in changes.items() if value is not None}
     return recipe.checked(OmegaConf.merge(OmegaConf.structured(config.Run), kept, changes))

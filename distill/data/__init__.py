@@ -1,8 +1,20 @@
 """`Run.data` -> batches: a source is opened, cut into splits, tokenised once, and handed out in an order fixed by (seed, epoch)."""
 
-from distill.data.batches import BatchPlan, Examples, MicroBatch, loader, waste
+from distill.data.batches import BatchPlan, Examples, Loader, MicroBatch, loader, waste
 from distill.data.encoding import encode, fingerprint, labelled_only
 from distill.data.sources import open_source
 from distill.data.splits import load
 
-__all__ = ["BatchPlan", "Examples", "MicroBatch", "encode", "fingerprint", "labelled_only", "load", "loader", "open_source", "waste"]
+__all__ = [
+    "BatchPlan",
+    "Examples",
+    "Loader",
+    "MicroBatch",
+    "encode",
+    "fingerprint",
+    "labelled_only",
+    "load",
+    "loader",
+    "open_source",
+    "waste",
+]

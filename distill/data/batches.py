@@ -88,6 +88,15 @@ class Examples(torch_data.Dataset[Batch]):
         return self.task.collate(examples, self.pad_id)._replace(rows=float(micro.rows), tokens=float(micro.tokens))
 
 
+class Loader(torch_data.DataLoader[Batch]):
+    """Micro-batches in the order of a plan."""
+
+    @property
+    def plan(self) -> BatchPlan:
+        assert isinstance(self.sampler, BatchPlan)
+        return self.sampler
+
+
 def loader(
     split: Dataset,
     task: Task,
@@ -97,9 +106,9 @@ def loader(
     seed: int | None = None,
     group_by_length: bool = True,
     workers: int = 0,
-) -> torch_data.DataLoader[Batch]:
-    """Micro-batches of encoded examples. `loader.sampler` is their plan: `zip(loader.sampler, loader)` tells which examples it holds."""
-    return torch_data.DataLoader(
+) -> Loader:
+    """Micro-batches of encoded examples. `zip(loader.plan, loader)` tells which examples it holds."""
+    return Loader(
         Examples(split, task, pad_id),
         sampler=BatchPlan(split, batch_size, accumulate, seed, group_by_length),
         batch_size=None,

@@ -12,7 +12,7 @@
 
 from distill.models.architectures import attention_projections, blocks, embeddings
 from distill.models.forward import logits
-from distill.models.loading import load, save
+from distill.models.loading import files, load, save
 from distill.models.preflight import adopt_labels, check_labels, check_length, check_tokens, fingerprint, shared_vocabulary
 from distill.models.student import Account, cut
 from distill.models.tokenizers import load_tokenizer, tokenizer_for, train_tokenizer
@@ -27,6 +27,7 @@ __all__ = [
     "check_tokens",
     "cut",
     "embeddings",
+    "files",
     "fingerprint",
     "load",
     "load_tokenizer",

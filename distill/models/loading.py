@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -173,6 +174,15 @@ def locate(name: str, key: str) -> str:
     if not path.is_dir() and (path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise UserError(f"{key} is {name}, but there is no such folder: name a model folder, or a model on the Hub")
     return str(path) if path.is_dir() else name
+
+
+def files(name: str, key: str) -> Path:
+    """The folder that a model was loaded from; for a Hub name, that of the Hub's cache."""
+    where = Path(locate(name, key))
+    if where.is_dir():
+        return where
+    with explained(name, key, local=False):
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
 
 
 def best_attention() -> str:

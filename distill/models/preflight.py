@@ -15,6 +15,7 @@ from distill.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.tasks.base import Task
 
+INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "architectures")  # keys of a config that change no answer
 log = logging.getLogger("distill")
 
 
@@ -113,9 +114,9 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over the config and the state dict's names, types, shapes and bytes: the same on every device and however tensors share memory."""
+    """sha256 over the config and over names, types, shapes and bytes of the state dict, wherever and however it is in memory."""
     settings = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
-    decisive = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version", "dtype")}
+    decisive = {key: value for key, value in settings.items() if key not in INCIDENTAL}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from distill import cost, fresh
+from distill import fresh
+from distill.evaluate import cost
 from tests.unit import tiny_runs
 
 SCRIPT = Path(cost.__file__)

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from distill import config, evaluate, fresh, measure, recipe, table
+from distill import config, evaluate, fresh, recipe
 from distill.errors import UserError
+from distill.evaluate import measure, table
 from distill.tasks import CausalLanguageModelling, SingleLabelClassification
 from tests.unit import tiny_runs
 

@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from distill import config, export, fresh, proof, recipe
+from distill import config, export, fresh, recipe
 from distill.errors import RunFailed
+from distill.export import proof
 from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression
 from tests.unit import tiny_runs
 from tests.unit.tiny_runs import classifier, made
@@ -272,7 +273,7 @@ def test_the_export_stands_alone(ready, tmp_path):
 
 def test_the_blocked_library_cannot_be_imported(tmp_path):
     code = (
-        f"import runpy, sys; sys.path.insert(0, {str(Path(export.__file__).parents[1])!r})\n"
+        f"import runpy, sys; sys.path.insert(0, {str(Path(export.__file__).parents[2])!r})\n"
         f"sys.meta_path.insert(0, runpy.run_path({proof.__file__!r})['Blocked']('distill'))\nimport json\nimport distill.errors"
     )
     said = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill import quality
+from distill.evaluate import quality
 from distill.tasks import SingleLabelClassification
 
 

@@ -36,5 +36,6 @@ def test_a_path_that_leads_nowhere_is_refused(path):
 
 
 def test_checking_a_task_does_not_import_torch():
-    code = "import sys; from distill import targets; targets.parameters('distill.tasks.SingleLabelClassification'); sys.exit('torch' in sys.modules)"
+    path = "distill.tasks.SingleLabelClassification"
+    code = f"import sys; from distill import targets; targets.parameters({path!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import DatasetDict
 from omegaconf import OmegaConf
 
 from distill import data, fit, models, store, student, teacher
@@ -76,8 +77,8 @@ def entry_of(**recipe):
     made = world(**recipe)
     torch.manual_seed(made.run.seed)
     loaded = models.load(None, made.run.teacher.config, made.task, "teacher", made.tokenizer)
-    labelled = data.labelled_only(made.examples["train"], made.task)
-    return store.entry("teachers", teacher._ingredients(made.run, made.task, loaded, labelled, made.examples["validation"]))
+    labelled = DatasetDict(made.examples | {"train": data.labelled_only(made.examples["train"], made.task)})
+    return store.entry("teachers", teacher._ingredients(made.run, made.task, labelled, loaded))
 
 
 def test_a_damaged_teacher_is_trained_again(finetuning, tmp_path, trainings, monkeypatch):
@@ -193,7 +194,9 @@ def test_training_from_the_cache_is_training_online(online, tmp_path):
     for outputs in ("online", "cached"):
         run = replace(online.run, teacher=replace(online.run.teacher, outputs=outputs))
         tutor = teacher.obtain(run, online.task, online.tokenizer, online.examples, tmp_path / outputs, Tracker(run, tmp_path / outputs))
-        examples = type(online.examples)(online.examples | {"train": teacher.with_outputs(run, tutor, online.examples["train"], online.task, online.tokenizer)})
+        examples = type(online.examples)(
+            online.examples | {"train": teacher.with_outputs(run, tutor, online.examples["train"], online.task, online.tokenizer)}
+        )
         trained = student.distil(run, online.task, online.tokenizer, examples, tutor, tmp_path / outputs, Tracker(run, tmp_path / outputs))
         ends.append(torch.nn.utils.parameters_to_vector(trained.parameters()))
     assert (ends[0] - ends[1]).abs().max() < 1e-4

@@ -34,7 +34,7 @@ def start_token(tokenizer: Any) -> list[int]:
 
 @torch.inference_mode()
 def compare(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data, told: list[dict[str, Any]]) -> Answers:
-    """The trained student answers the texts the way it was trained to; `told` is what the export answered, by distill.proof."""
+    """The trained student answers the texts the way it was trained to; `told` is what the export answered, by proof.py."""
     kinds = {"text-classification": _labels, "text-generation": _tokens}
     return kinds[task.pipeline](task, model, tokenizer, texts, data, told)
 

@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import config, evaluate, fresh, options, recipe
-from distill.card import card
-from distill.cli import command
-from distill.cost import disk_bytes
+from distill import cli, config, evaluate, fresh, recipe
 from distill.errors import RunFailed, UserError
+from distill.evaluate.cost import disk_bytes
+from distill.export.card import card
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,7 +100,7 @@ def write(task: "Task", tokenizer: Any, student: Path, draft: Path, dtype: str) 
 
 def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
     """Loadable, equal, smaller, in this order: what proof.json holds, or RunFailed."""
-    from distill.measure import device_of, spread
+    from distill.evaluate.measure import device_of, spread
 
     texts = texts.select(spread(len(texts), run.export.examples))
     told = _loadable(run, task, texts, tokenizer, folder, draft)
@@ -114,9 +113,9 @@ def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folde
 
 def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
     """What the draft answers in a fresh process that cannot import this library."""
-    from distill import proof
-    from distill.equal import start_token
-    from distill.measure import device_of
+    from distill.evaluate.measure import device_of
+    from distill.export import proof
+    from distill.export.equal import start_token
 
     columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
     question = {
@@ -138,8 +137,9 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
 
 def _equal(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, told: list[Any]) -> dict[str, Any]:
     """How the draft's answers compare with those of the trained student in this process."""
-    from distill import equal, models
-    from distill.measure import device_of
+    from distill import models
+    from distill.evaluate.measure import device_of
+    from distill.export import equal
 
     student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True).to(device_of(run))  # type: ignore[arg-type]
     try:
@@ -165,11 +165,14 @@ def _smaller(run: config.Run, folder: Path, draft: Path) -> dict[str, Any]:
     """Bytes on disk, beside the teacher's. The weights decide: a shorter config alone makes no smaller model."""
     if run.teacher is None:
         return {"bytes": disk_bytes(draft), "teacher_bytes": None, "ratio": None}
-    size, limit = (disk_bytes(each, "*.safetensors") for each in (draft, folder / "teacher"))
+    from distill import models
+
+    teacher = models.files(evaluate.of_run(run, folder)["teacher"], "teacher.model")
+    size, limit = (disk_bytes(each, "*.safetensors") for each in (draft, teacher))
     if size >= limit:
         rule = f"its teacher's take {limit:,}: keep fewer layers, or set a smaller export.dtype"
         raise _failed("smaller", f"its weights take {size:,} bytes on disk", rule, folder)
-    size, limit = disk_bytes(draft), disk_bytes(folder / "teacher")
+    size, limit = disk_bytes(draft), disk_bytes(teacher)
     return {"bytes": size, "teacher_bytes": limit, "ratio": size / limit}
 
 
@@ -208,10 +211,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-@command
+@cli.command
 def main() -> None:
     """Read the command line, export, and say where."""
-    given = options.read(Options, USAGE)
+    given = cli.options(Options, USAGE)
     if given.run is None:
         raise UserError("run is not given, but there must be something to export: add run=FOLDER, such as run=runs/NAME/TIME")
     folder = evaluate.finished(given.run)
@@ -230,7 +233,3 @@ def prepared(run: config.Run, folder: Path) -> tuple[Any, Any, Any]:
 
     task = targets.build(run.task)
     return task, data.load(run.data, task, run.seed)["test"], models.load_tokenizer(str(folder / "student"))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import config, options, recipe
-from distill.cli import command
+from distill import cli, config, recipe
 from distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Options:
 
 def evaluate(run: config.Run, task: "Task", examples: "Dataset", tokenizer: Any, folder: Path, split: str = "test") -> dict[str, Any]:
     """Measure `student/` and, where there is one, `teacher/` of a run folder on one encoded split: what metrics.json holds."""
-    from distill.measure import measure
+    from distill.evaluate.measure import measure
 
     return measure(run, task, examples, tokenizer, of_run(run, folder), split)
 
@@ -77,7 +76,7 @@ def show(metrics: dict[str, Any], folder: Path | None = None, artefact: Path | N
     """Print the table, and where the results are."""
     from rich.console import Console
 
-    from distill.table import table
+    from distill.evaluate.table import table
 
     console = Console() if sys.stdout.isatty() else Console(width=100)
     console.print(table(metrics))
@@ -86,12 +85,12 @@ def show(metrics: dict[str, Any], folder: Path | None = None, artefact: Path | N
             console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
-@command
+@cli.command
 def main() -> None:
     """Read the command line, measure, print and store."""
-    given = options.read(Options, USAGE)
+    given = cli.options(Options, USAGE)
     run, names = described(given)
-    from distill.measure import measure  # imports torch: only once the command line holds
+    from distill.evaluate.measure import measure  # imports torch: only once the command line holds
 
     task, examples, tokenizer = prepared(run, names["student"], given.split)
     metrics = measure(run, task, examples, tokenizer, names, given.split)
@@ -159,7 +158,3 @@ def prepared(run: config.Run, student: str, split: str) -> tuple[Any, Any, Any]:
     tokenizer = models.load_tokenizer(student)
     encoded = data.encode(DatasetDict({split: raw[split]}), task, tokenizer, run.data, store.root() / "examples")
     return task, encoded[split], tokenizer
-
-
-if __name__ == "__main__":
-    main()

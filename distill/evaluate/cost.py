@@ -1,6 +1,6 @@
 """What a user pays for a model: latency, throughput, memory, bytes. Measured in fresh processes that hold nothing else.
 
-    python -m distill.cost question.json answer.json
+    python cost.py question.json answer.json
 
 is the measuring process. It needs torch and transformers alone; `question.json` is what :func:`measure` writes.
 """

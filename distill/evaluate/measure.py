@@ -1,7 +1,7 @@
 """teacher, student and a split -> what both are worth and what they cost: the nested dictionary of metrics.json.
 
 Both answer the same batches once. From their outcomes come quality with 95 % intervals, a paired comparison, and how closely
-the student follows its teacher; cost is measured in processes of its own (distill.cost).
+the student follows its teacher; cost is measured in processes of its own (cost.py).
 """
 
 import logging
@@ -15,8 +15,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from distill import config, cost, data, fresh, models, quality
+from distill import config, data, fresh, models
 from distill.errors import RunFailed
+from distill.evaluate import cost, quality
 from distill.models.loading import quiet
 from distill.tasks.base import Batch, Task
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from distill import table
 from distill.config import Run
+from distill.evaluate import table
 
 CLASSIFY = """from transformers import pipeline
 

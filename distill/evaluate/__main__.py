@@ -1,0 +1,3 @@
+from distill.evaluate import main
+
+main()

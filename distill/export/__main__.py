@@ -1,0 +1,3 @@
+from distill.export import main
+
+main()
