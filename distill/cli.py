@@ -20,6 +20,7 @@ T = TypeVar("T")
 ENVIRONMENT = {  # what the user has not set
     "OMP_WAIT_POLICY": "passive",  # threads that wait for others sleep: much faster where other processes want the cores too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # of maps that take moments
+    "HF_HUB_VERBOSITY": "error",  # one sentence of ours says what could not be reached, not a line per attempt
 }
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 

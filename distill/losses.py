@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 IGNORED = -100  # class label of a row without label
 
+# The divergences below, by the kind of logits that they suit; the first is the default.
+ONE_OF_C = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "logit_mse")
+ANY_OF_C = ("sigmoid_kl", "logit_mse")
+NUMBERS = ("logit_mse",)
+
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

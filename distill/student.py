@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 def distil(
     run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, teacher: PreTrainedModel | None, folder: Path, tracker: Tracker
-) -> PreTrainedModel:
-    """Train the recipe's student and write it to `student/` in the run folder."""
+) -> dict[str, Any]:
+    """Train the recipe's student and write it to `student/` in the run folder. Returns what metrics.json says of its training."""
     L.seed_everything(run.seed, verbose=False)  # whether the teacher was trained now or earlier must not matter
     student, classes = build(run, task, tokenizer, teacher)
     learned = useful(examples["train"], task, run)
@@ -28,12 +28,12 @@ def distil(
     module = Distillation(task, student, teacher, run.loss, run.optimizer, steps, classes)
     callbacks = [targets.build(spec) for spec in run.callbacks.values()]
     log.info("training the student on %d examples, %d steps, %s", len(learned), steps, fit.precision(run.trainer))
-    fit.fit(module, train, validation, run.trainer, folder / "checkpoints", tracker.loggers("student"), callbacks)
+    best = fit.fit(module, train, validation, run.trainer, folder / "checkpoints", tracker.loggers("student"), callbacks)
     for _, term in module.named_terms():
         term.detach()
     with store.writing(folder / "student") as inside:
         models.save(student, tokenizer, inside)
-    return student
+    return {"examples": len(learned), "steps": steps, "best": best}
 
 
 def build(run: config.Run, task: Task, tokenizer: Any, teacher: PreTrainedModel | None) -> tuple[PreTrainedModel, int | None]:

@@ -34,9 +34,10 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     with stage("cache"):
         examples["train"] = teacher.with_outputs(run, tutor, examples["train"], task, tokenizer)
     with stage("student"):
-        student.distil(run, task, tokenizer, examples, tutor, folder, tracker)
+        training = student.distil(run, task, tokenizer, examples, tutor, folder, tracker)
     with stage("evaluate"):
-        metrics = evaluate.evaluate(run, task, examples["test"], tokenizer, folder) | {"stages": stage.seconds}
+        metrics = evaluate.evaluate(run, task, examples["test"], tokenizer, folder)
+        metrics |= {"training": training, "stages": stage.seconds}
         evaluate.write(metrics, folder)  # kept even if the export should fail
     with stage("export"):
         artefact = export.export(run, task, raw["test"], tokenizer, folder, metrics)

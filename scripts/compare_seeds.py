@@ -48,8 +48,8 @@ def trained(options: list[str]) -> tuple[dict, int]:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        steps = [line for line in done.stderr.splitlines() if line.startswith("training the student")][0].split(" steps")[0].split()[-1]
-        return json.loads((Path(folder) / "metrics.json").read_text()), int(steps)
+        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        return metrics, metrics["training"]["steps"]
 
 
 def learning_rate(options: list[str]) -> float:

@@ -18,7 +18,6 @@ from distill.tasks import labels
 from distill.tasks.base import Batch, Task, model_inputs, teacher_rows
 
 BINS = 15  # of the calibration error
-IGNORED = -100  # label id of an unlabelled example
 
 
 class SingleLabelClassification(Task):
@@ -28,7 +27,7 @@ class SingleLabelClassification(Task):
     pipeline = "text-classification"
     primary = "accuracy"
     maximise = True
-    divergences: ClassVar[tuple[str, ...]] = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "logit_mse")
+    divergences: ClassVar[tuple[str, ...]] = losses.ONE_OF_C
     problem_type = "single_label_classification"
 
     def __init__(self, max_length: int = 128) -> None:
@@ -79,7 +78,7 @@ class SingleLabelClassification(Task):
     def _target(self, cell: Any) -> Any:
         """A label as `labels` holds it."""
         name = self.label(cell, None)
-        return IGNORED if name is None else self.names.index(name)
+        return losses.IGNORED if name is None else self.names.index(name)
 
     def collate(self, examples: list[dict[str, Any]], pad_id: int) -> Batch:
         return Batch(
@@ -104,7 +103,7 @@ class SingleLabelClassification(Task):
         return {"label": batch.labels, "prediction": prediction, "confidence": confidence, "nll": self.supervised(logits_NC, batch.labels)}
 
     def quality(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        columns = _labelled(columns, columns["label"] != IGNORED)
+        columns = _labelled(columns, columns["label"] != losses.IGNORED)
         label, prediction = columns["label"], columns["prediction"]
         if len(label) == 0:
             return {self.primary: math.nan}
@@ -126,7 +125,7 @@ class MultiLabelClassification(SingleLabelClassification):
     """Any number of classes per text. A cell holds the names of its classes, or a 0 or 1 for each class."""
 
     primary = "macro_f1"
-    divergences = ("sigmoid_kl", "logit_mse")
+    divergences = losses.ANY_OF_C
     problem_type = "multi_label_classification"
     label_feature = List(Value("float32"))
 
@@ -182,7 +181,7 @@ class Regression(SingleLabelClassification):
     """A number per text."""
 
     primary = "pearson"
-    divergences = ("logit_mse",)
+    divergences = losses.NUMBERS
     problem_type = "regression"
     label_feature = List(Value("float32"))
 

@@ -13,8 +13,6 @@ from distill.config import Data
 from distill.errors import UserError
 from distill.tasks.base import Batch, Task, model_inputs, per_example, teacher_rows
 
-IGNORED = -100  # label of a token that is context only
-
 
 class CausalLanguageModelling(Task):
     """Predicts each token from those before it.
@@ -32,7 +30,7 @@ class CausalLanguageModelling(Task):
     pipeline = "text-generation"
     primary = "perplexity"
     maximise = False
-    divergences = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "logit_mse")
+    divergences = losses.ONE_OF_C
     uses_labels = False
     label_feature = List(Value("int64"))
 
@@ -63,7 +61,7 @@ class CausalLanguageModelling(Task):
     def collate(self, examples: list[dict[str, Any]], pad_id: int) -> Batch:
         """The shift: the logits at place i answer for the label at place i + 1."""
         labels_BL = _shifted([example["labels"] for example in examples])
-        counted = labels_BL != IGNORED
+        counted = labels_BL != losses.IGNORED
         index = counted.flatten().nonzero()[:, 0]
         return Batch(
             inputs=model_inputs(examples, pad_id),
@@ -140,7 +138,7 @@ def _sequence(parts: list[Piece], tokenizer: Any) -> tuple[list[int], list[int],
     if len(parts) == 2 and tokenizer.eos_token_id is not None:
         ids, sizes = [*ids, tokenizer.eos_token_id], [*sizes, 0]
     context = [*([start] if start is not None else []), *prompt]
-    return [*context, *ids], [*[IGNORED] * len(context), *ids], [*[0] * len(context), *sizes]
+    return [*context, *ids], [*[losses.IGNORED] * len(context), *ids], [*[0] * len(context), *sizes]
 
 
 def _windows(ids: list[int], labels: list[int], sizes: list[int], max_length: int) -> list[dict[str, Any]]:
@@ -148,10 +146,10 @@ def _windows(ids: list[int], labels: list[int], sizes: list[int], max_length: in
     for start in range(0, len(ids) - 1, max_length - 1):
         end = start + max_length
         predicted = slice(start + 1, end)
-        rows = sum(label != IGNORED for label in labels[predicted])
+        rows = sum(label != losses.IGNORED for label in labels[predicted])
         if rows:
             tokens = ids[start:end]
-            window = {"input_ids": tokens, "labels": [IGNORED, *labels[predicted]], "length": len(tokens), "rows": rows}
+            window = {"input_ids": tokens, "labels": [losses.IGNORED, *labels[predicted]], "length": len(tokens), "rows": rows}
             windows.append(window | {"size": sum(sizes[predicted]), "cut": int(not windows and len(ids) > max_length)})
     return windows
 
@@ -159,4 +157,4 @@ def _windows(ids: list[int], labels: list[int], sizes: list[int], max_length: in
 def _shifted(labels: list[list[int]]) -> Tensor:
     """What the logits at each place must predict, (B, L), -100 where nothing."""
     longest = max(map(len, labels))
-    return torch.tensor([[*row[1:], *[IGNORED] * (longest - len(row) + 1)] for row in labels], dtype=torch.long)
+    return torch.tensor([[*row[1:], *[losses.IGNORED] * (longest - len(row) + 1)] for row in labels], dtype=torch.long)

@@ -21,6 +21,8 @@ BEFORE_TORCH = [
     (["recipe=tiny", "nonsense"], ["nonsense"]),
     (["-m", "recipe=tiny", "loss.alpha=2,3"], ["loss.alpha is 2"]),
 ]
+
+
 @pytest.mark.parametrize(("arguments", "words"), BEFORE_TORCH, ids=lambda value: " ".join(value))
 def test_a_wrong_recipe_is_answered_before_torch_is_loaded(arguments, words, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")  # found first: the current folder is on the path

@@ -10,7 +10,7 @@ from datasets import Dataset
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from distill import config, fresh, models, recipe, targets
+from distill import config, fresh, models, recipe
 from distill.errors import RunFailed, UserError
 from distill.train import train
 from tests.unit.tiny_runs import ask_here
@@ -34,6 +34,7 @@ def rows(task, count=60):
 
 
 TASKS = ["SingleLabelClassification", "MultiLabelClassification", "Regression"]
+RELATIONS = {"_target_": "distill.terms.AttentionRelations", "weight": 1.0, "student_layer": 1, "teacher_layer": 2, "heads": 4}
 KINDS = {
     "cached": {},
     "online": {"teacher": {"outputs": "online"}},
@@ -47,12 +48,7 @@ KINDS = {
         "teacher": {"outputs": "online"},
         "loss": {"terms": {"hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {0: 0, 1: 2}}}},
     },
-    "relations": {
-        "teacher": {"outputs": "online"},
-        "loss": {
-            "terms": {"last": {"_target_": "distill.terms.AttentionRelations", "weight": 1.0, "student_layer": 1, "teacher_layer": 2, "heads": 4}}
-        },
-    },
+    "relations": {"teacher": {"outputs": "online"}, "loss": {"terms": {"last": RELATIONS}}},
     "accumulation": {"trainer": {"accumulate": 4}},
     "language model": LANGUAGE,
     "callback": {"callbacks": {"stop": {"_target_": "lightning.pytorch.callbacks.Timer", "duration": "00:01:00:00"}}},

@@ -17,7 +17,8 @@ def distilled(made, folder, run=None):
     run = run or made.run
     tracker = Tracker(run, folder)
     tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
-    return student.distil(run, made.task, made.tokenizer, made.examples, tutor, folder, tracker)
+    student.distil(run, made.task, made.tokenizer, made.examples, tutor, folder, tracker)
+    return models.load(str(folder / "student"), None, made.task, "student", made.tokenizer, strict=True)
 
 
 def test_the_same_recipe_gives_the_same_weights_bit_for_bit(made, tmp_path):
@@ -29,10 +30,11 @@ def test_another_seed_gives_other_weights(made, tmp_path):
     assert models.fingerprint(distilled(made, tmp_path / "a")) != models.fingerprint(distilled(made, tmp_path / "b", other))
 
 
-def test_what_was_trained_is_what_is_written(made, tmp_path):
-    trained = distilled(made, tmp_path)
-    written = models.load(str(tmp_path / "student"), None, made.task, "student", made.tokenizer, strict=True)
-    assert models.fingerprint(written) == models.fingerprint(trained)
+def test_what_is_written_are_the_weights_that_did_best(made, tmp_path):
+    written = distilled(made, tmp_path)
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert {f"student.{name}" for name in written.state_dict()} == set(best)
+    assert all(torch.equal(best[f"student.{name}"], tensor) for name, tensor in written.state_dict().items())
     assert written.config.id2label == dict(enumerate(made.task.names))
 
 
