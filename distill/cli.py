@@ -40,6 +40,12 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             print(f"distill: {_one_line(error)}", file=sys.stderr)
             sys.exit(getattr(error, "exit_code", 2))
+        except OSError as error:
+            if SHOW_TRACEBACK or error.errno is None:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"distill: {where}{error.strerror}: what was finished is kept, and the same command uses it again", file=sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             print("distill: interrupted: what was finished is kept, and the same command uses it again", file=sys.stderr)
             sys.exit(130)

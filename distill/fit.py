@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from distill import config, data
 from distill.data import Loader
+from distill.errors import UserError
 from distill.module import Distillation
 from distill.tasks.base import Task
 
@@ -26,6 +27,12 @@ def steps(trainer: config.Trainer, loader: Loader, epochs: float | None = None) 
     """Optimizer steps of a training: `max_steps`, or that many epochs of the loader's batches."""
     per_epoch = loader.plan.steps
     return trainer.max_steps if trainer.max_steps is not None and epochs is None else math.ceil((epochs or trainer.epochs) * per_epoch)
+
+
+def check_device(trainer: config.Trainer) -> None:
+    """UserError where the recipe asks for a GPU that is not there."""
+    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator is gpu, but no GPU can be used here: set trainer.accelerator=auto, or check its driver")
 
 
 def precision(trainer: config.Trainer) -> str:
@@ -131,7 +138,14 @@ class Bar(RichProgressBar):
         return {name: value for name, value in super().get_metrics(*arguments).items() if name != "v_num"}
 
 
-ADVICE = (".*does not have many workers.*", ".*in eval mode.*", ".*exists and is not empty.*", ".*deterministic.*", ".*treespec.*")
+ADVICE = (
+    ".*does not have many workers.*",
+    ".*in eval mode.*",
+    ".*exists and is not empty.*",
+    ".*deterministic.*",
+    ".*treespec.*",
+    ".*smaller than the logging interval.*",
+)
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def distil(
     learned = useful(examples["train"], task, run)
     train, validation = fit.loaders(run, learned, examples["validation"], task, tokenizer.pad_token_id)
     steps = fit.steps(run.trainer, train)
-    module = Distillation(task, student, teacher, run.loss, run.optimizer, steps, classes)
+    online = teacher if run.teacher is not None and run.teacher.outputs == "online" else None
+    module = Distillation(task, student, online, run.loss, run.optimizer, steps, classes)
     callbacks = [targets.build(spec) for spec in run.callbacks.values()]
     log.info("training the student on %d examples, %d steps, %s", len(learned), steps, fit.precision(run.trainer))
     best = fit.fit(module, train, validation, run.trainer, folder / "checkpoints", tracker.loggers("student"), callbacks)

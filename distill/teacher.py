@@ -10,6 +10,7 @@ import lightning as L
 import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from lightning.fabric.utilities import move_data_to_device
 from rich.progress import track
 from transformers import PreTrainedModel
 
@@ -29,7 +30,8 @@ def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, f
     if run.teacher is None:
         return None
     L.seed_everything(run.seed, verbose=False)
-    teacher = models.load(run.teacher.model, run.teacher.config, task, "teacher", tokenizer)
+    as_it_is = run.teacher.finetune is None and run.teacher.model is not None
+    teacher = models.load(run.teacher.model, run.teacher.config, task, "teacher", tokenizer, strict=as_it_is)
     models.check_length(teacher, task.max_length, "teacher")
     if run.teacher.finetune is not None:
         models.adopt_labels(teacher, task)
@@ -60,13 +62,13 @@ def finetuned(
 def _ingredients(run: config.Run, task: Task, labelled: DatasetDict, teacher: PreTrainedModel) -> dict[str, Any]:
     """All that decides the weights of a fine-tuned teacher."""
     assert run.teacher is not None and run.teacher.finetune is not None
-    settings = run.trainer
+    settings, finetune = run.trainer, run.teacher.finetune
     return {
         "weights": models.fingerprint(teacher),
         "task": [type(task).__qualname__, task.names],
         "examples": [data.fingerprint(labelled["train"]), data.fingerprint(labelled["validation"])],
-        "finetune": asdict(run.teacher.finetune),
-        "optimizer": asdict(run.optimizer),
+        "epochs": finetune.epochs,
+        "optimizer": asdict(replace(run.optimizer, lr=finetune.lr)),
         "trainer": [fit.precision(settings), settings.accelerator, settings.accumulate, settings.validations, settings.patience],
         "batches": [run.data.batch_size, run.data.group_by_length],
         "seed": run.seed,
@@ -82,7 +84,7 @@ def _finetune(
     train, validation = fit.loaders(run, labelled["train"], labelled["validation"], task, tokenizer.pad_token_id)
     steps = fit.steps(run.trainer, train, settings.epochs)
     module = Distillation(task, teacher, None, config.Loss(alpha=1.0), replace(run.optimizer, lr=settings.lr), steps)
-    log.info("fine-tuning the teacher on %d labelled examples, %d steps, %s", len(labelled["train"]), steps, fit.precision(run.trainer))
+    log.info("fine-tuning the teacher on %d examples, %d steps, %s", len(labelled["train"]), steps, fit.precision(run.trainer))
     fit.fit(module, train, validation, run.trainer, folder, tracker.loggers("teacher"), [])
     shutil.rmtree(folder)  # the store and the run folder hold the result
 
@@ -137,12 +139,10 @@ def _write(teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int,
 
 def _outputs(teacher: PreTrainedModel, chunk: Dataset, task: Task, pad_id: int, batch_size: int) -> list[list[list[float]]]:
     outputs: list[list[list[float]]] = [[] for _ in range(len(chunk))]
-    order = sorted(range(len(chunk)), key=chunk["length"].__getitem__, reverse=True)
-    for first in range(0, len(order), batch_size):
-        places = order[first : first + batch_size]
-        batch = task.collate([chunk[place] for place in places], pad_id)
-        batch = L.fabric.utilities.move_data_to_device(batch, teacher.device)
+    loader = data.loader(chunk, task, pad_id, batch_size)
+    for micro, batch in zip(loader.plan, loader, strict=True):
+        batch = move_data_to_device(batch, teacher.device)
         rows_NC = task.rows(models.logits(teacher, batch.inputs), batch).float().cpu()
         for row_C, example in zip(rows_NC.tolist(), batch.example.tolist(), strict=True):
-            outputs[places[example]].append(row_C)
+            outputs[micro.indices[example]].append(row_C)
     return outputs

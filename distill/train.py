@@ -18,10 +18,11 @@ log = logging.getLogger("distill")
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
     """Every stage of one run, in the order of the data. Returns what `metrics.json` holds; the rest is in the folder."""
-    from distill import data, evaluate, export, models, store, student, targets, teacher
+    from distill import data, evaluate, export, fit, models, store, student, targets, teacher
     from distill.stages import Stages
     from distill.tracking import Tracker
 
+    fit.check_device(run.trainer)
     recipe.save(run, folder / "recipe.yaml")
     tracker, stage = Tracker(run, folder), Stages()
     with stage("data"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from distill import config, data, fresh, models
@@ -96,7 +97,7 @@ def outcomes(task: Task, loaded: dict[str, Any], batches: Iterable[Batch]) -> tu
     parts: dict[str, list[Columns]] = {what: [] for what in loaded}
     agreed, diverged = [], []
     with torch.inference_mode():
-        for batch in (_moved(batch, loaded["student"].device) for batch in batches):
+        for batch in (move_data_to_device(batch, loaded["student"].device) for batch in batches):
             rows = {what: task.rows(models.logits(model, batch.inputs), batch).float() for what, model in loaded.items()}
             for what, rows_NC in rows.items():
                 parts[what].append({key: column.cpu() for key, column in task.outcomes(rows_NC, batch).items()})
@@ -107,14 +108,6 @@ def outcomes(task: Task, loaded: dict[str, Any], batches: Iterable[Batch]) -> tu
     columns = {what: {key: torch.cat([part[key] for part in some]) for key in some[0]} for what, some in parts.items()}
     means = {"agreement": agreed, "divergence": diverged}
     return columns, {key: float(torch.cat(values).double().mean()) for key, values in means.items() if values}
-
-
-def _moved(batch: Batch, device: Any) -> Batch:
-    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    index = None if batch.index is None else batch.index.to(device)
-    return batch._replace(
-        inputs=inputs, index=index, labels=batch.labels.to(device), example=batch.example.to(device), size=batch.size.to(device)
-    )
 
 
 def _same_classes(student_NC: Tensor, teacher_NC: Tensor) -> tuple[Tensor, Tensor]:

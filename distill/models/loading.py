@@ -100,6 +100,8 @@ def _refuse_gaps(
         raise UserError(f"{start} its {tensor} has the shape {list(stored)} in the file and {list(expected)} by its config: {way_out}")
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     for tensor in [name for name in missing if strict or not _of_head(name, model)]:
+        if what == "teacher" and _of_head(tensor, model):
+            way_out = "set teacher.finetune to train it, or name one that has been"
         raise UserError(f"{start} {tensor}, one of {len(missing)} missing tensors, is not in its file: {way_out}")
     for tensor in [name for name in extra if _beyond_last_block(name, model)]:
         raise UserError(f"{start} {tensor}, one of {len(extra)} surplus tensors, has no place in a model of its config: {way_out}")
