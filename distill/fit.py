@@ -120,15 +120,14 @@ class Narrator(Callback):
         self.metric = metric
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        values = trainer.callback_metrics
-        log.info(
-            "step %d of %d: loss %.4f, %s %.4f",
-            trainer.global_step,
-            trainer.max_steps,
-            values["train/loss"],
-            self.metric,
-            values[self.metric],
-        )
+        loss, score = (float(trainer.callback_metrics[name]) for name in ("train/loss", self.metric))
+        said = f"step {trainer.global_step} of {trainer.max_steps}: loss {loss:.4f}, {self.metric} {score:.4f}"
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, Bar):
+            bar.say(said)
+            log.debug(said)  # for train.log
+        else:
+            log.info(said)
 
 
 class Bar(RichProgressBar):
@@ -136,6 +135,11 @@ class Bar(RichProgressBar):
 
     def get_metrics(self, *arguments: Any) -> dict[str, Any]:
         return {name: value for name, value in super().get_metrics(*arguments).items() if name != "v_num"}
+
+    def say(self, line: str) -> None:
+        """Print above the bar, which would otherwise be written over."""
+        if self.progress is not None:
+            self.progress.console.print(line, highlight=False)
 
 
 ADVICE = (
