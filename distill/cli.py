@@ -43,8 +43,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if SHOW_TRACEBACK or error.errno is None:
                 raise
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"distill: {where}{error.strerror}: what was finished is kept, and the same command uses it again", file=sys.stderr)
+            print(f"distill: {_of_the_disk(error)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("distill: interrupted: what was finished is kept, and the same command uses it again", file=sys.stderr)
@@ -76,6 +75,12 @@ def options(schema: type[T], usage: str) -> T:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("distill").setLevel(logging.INFO)
     return options
+
+
+def _of_the_disk(error: OSError) -> str:
+    what = error.filename or "the disk"
+    way_out = "mend that, or choose another place with hydra.run.dir (runs) or DISTILL_CACHE (what is used again)"
+    return f"{what} cannot be used ({error.strerror}), but the run must read and write it: {way_out}"
 
 
 def _one_line(error: BaseException) -> str:

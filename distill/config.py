@@ -4,6 +4,7 @@ A recipe is one flat YAML file that fills a :class:`Run`. Nothing here imports t
 before anything heavy is loaded. Keys called ``_target_`` hold the dotted path of a class; its arguments are the keys beside it.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
 def _in_range(name: str, value: float | None, low: float, high: float, hint: str) -> None:
-    if value is not None and not low <= value <= high:
+    if value is not None and not (low <= value <= high and math.isfinite(value)):
         limits = f"must lie in [{low:g}, {high:g}]" if high < float("inf") else f"must be at least {low:g}"
         raise UserError(f"{name} is {value:g}, but it {limits}: {hint}")
 
@@ -31,8 +32,8 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _above_zero(name: str, value: float | None, hint: str) -> None:
-    if value is not None and not value > 0:
-        raise UserError(f"{name} is {value:g}, but it must be above 0: {hint}")
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"{name} is {value:g}, but it must be a number above 0: {hint}")
 
 
 @dataclass
@@ -63,6 +64,9 @@ class Data:
             raise UserError(
                 f"data.text is {list(self.text)}, but it must name one column, or two for pairs: [text] or [premise, hypothesis]"
             )
+        columns = [*self.text, *([] if self.label is None else [self.label])]
+        if len(set(columns)) < len(columns):
+            raise UserError(f"data.text is {list(self.text)} and data.label is {self.label}, but each must be another column: rename one")
 
 
 @dataclass
@@ -254,3 +258,6 @@ class Run:
     tracking: Tracking = field(default_factory=Tracking)
     evaluate: Evaluate = field(default_factory=Evaluate)
     export: Export = field(default_factory=Export)
+
+    def __post_init__(self) -> None:
+        _in_range("seed", self.seed, 0, 2**32 - 1, "0 is as good as any")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 IGNORED = -100  # class label of a row without label
+LARGEST = 1e30  # logits beyond it, such as the -inf of a vocabulary mask, count as it: sums of finite numbers stay finite
 
 # The divergences below, by the kind of logits that they suit; the first is the default.
 ONE_OF_C = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "logit_mse")
@@ -28,8 +29,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     assert student.shape == teacher.shape, f"shapes {tuple(student.shape)} and {tuple(teacher.shape)} differ: broadcasting would hide it"
-    student = _wide(student)
-    return student, teacher.detach().to(student.dtype)
+    student = _wide(student).clamp(-LARGEST, LARGEST)
+    return student, teacher.detach().to(student.dtype).clamp(-LARGEST, LARGEST)
 
 
 # ---- against labels

@@ -4,6 +4,7 @@ A recipe is named (`recipe=bert_to_distil`) or given as a file (`recipe=mine.yam
 `recipes/*.yaml` and of a folder `recipes` where the command is run, which wins.
 """
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -55,36 +56,41 @@ def read(file: Path) -> DictConfig:
 
 
 def register(arguments: list[str]) -> list[str]:
-    """Make every recipe a choice of Hydra's, and return the command line with recipe files replaced by their names."""
-    store = ConfigStore.instance()
+    """Make the named recipes choices of Hydra's, and return the command line with recipe files replaced by names."""
     named = files()
     if not any(argument.startswith("recipe=") or argument in ASKS for argument in arguments):
         raise UserError(f"recipe is not given, but a run needs one: add recipe= and one of {', '.join(named)}, or a YAML file")
-    arguments = [_named(argument, named) for argument in arguments]
-    for name, file in named.items():
-        store.store(group="recipe", name=name, node=read(file), package="_global_")
+    store = ConfigStore.instance()
     store.store(name="schema", node=Run)
     store.store(name="run", node=_primary(", ".join(named)))
-    return arguments
+    return [_understood(argument, named) for argument in arguments]
 
 
-def _named(argument: str, named: dict[str, Path]) -> str:
-    """`recipe=some/file.yaml` -> `recipe=file`, remembered in `named`; an unknown name is refused. Open keys may be new ones."""
+def _understood(argument: str, named: dict[str, Path]) -> str:
+    """An argument as Hydra wants it: recipe files become names, and open keys may be new ones."""
     if argument.startswith("="):
         raise UserError(f"the argument is {argument}, but it must be key=value: say which key")
     if not argument.startswith("recipe="):
         return f"++{argument}" if OPEN.match(argument) else argument
-    names = []
-    for value in argument.removeprefix("recipe=").split(","):
-        if re.search(r"\.ya?ml$", value):
-            if not Path(value).is_file():
-                raise UserError(f"recipe is {value}, but there is no such file: give the path of a YAML file, or one of {', '.join(named)}")
-            named[Path(value).stem] = Path(value)
-            value = Path(value).stem
-        elif value not in named:
-            raise UserError(f"recipe is {value or 'empty'}, but there is no such recipe: {targets.choices(value, list(named))}")
-        names.append(value)
-    return f"recipe={','.join(names)}"
+    return f"recipe={','.join(_stored(value, named) for value in argument.removeprefix('recipe=').split(','))}"
+
+
+def _stored(value: str, named: dict[str, Path]) -> str:
+    """Make one recipe, and those that it builds on, a choice of Hydra's; returns its name there."""
+    name, file = value, named.get(value)
+    if re.search(r"\.ya?ml$", value):
+        file = Path(value)
+        if not file.is_file():
+            raise UserError(f"recipe is {value}, but there is no such file: give the path of a YAML file, or one of {', '.join(named)}")
+        name = re.sub(r"\W", "_", value)  # two files may have the same stem
+    elif file is None:
+        raise UserError(f"recipe is {value or 'empty'}, but there is no such recipe: {targets.choices(value, list(named))}")
+    recipe = read(file)
+    for base in recipe.get("defaults", []):
+        if base != "_self_":
+            _stored(str(base), named)
+    ConfigStore.instance().store(group="recipe", name=name, node=recipe, package="_global_")
+    return name
 
 
 def _primary(names: str) -> dict[str, Any]:
@@ -149,25 +155,22 @@ def checked(composed: DictConfig) -> Run:
 
 def save(run: Run, file: Path) -> None:
     """The run as a recipe of its own, which gives the same weights again; local paths are made absolute."""
-    for section, key in (
-        (run.data, "source"),
-        (run.data, "unlabelled"),
-        (run.tokenizer, "model"),
-        (run.teacher, "model"),
-        (run.student, "model"),
-    ):
+    saved = copy.deepcopy(run)
+    for section, key in ((saved.data, "source"), (saved.tokenizer, "model"), (saved.teacher, "model"), (saved.student, "model")):
         value = getattr(section, key, None)
         if value is not None and Path(value).exists():
             setattr(section, key, str(Path(value).absolute()))
+    if saved.data.unlabelled is not None and Path(saved.data.unlabelled).is_file():  # a bare name may be a split's
+        saved.data.unlabelled = str(Path(saved.data.unlabelled).absolute())
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"# python -m distill.train recipe={file.absolute()}\n{OmegaConf.to_yaml(OmegaConf.structured(run))}")
+    file.write_text(f"# python -m distill.train recipe={file.absolute()}\n{OmegaConf.to_yaml(OmegaConf.structured(saved))}")
 
 
 def _check_together(run: Run) -> None:
     """Rules between sections."""
     if run.loss.divergence is not None:
         path = run.loss.divergence
-        targets.parameters(path if "." in path else f"distill.losses.{path}")
+        targets.signature(path if "." in path else f"distill.losses.{path}")
     if run.teacher is None and run.student.layers is not None:
         raise UserError(f"student.layers is {run.student.layers}, but there is no teacher to cut them from: set teacher.model")
     if run.teacher is None and run.loss.alpha < 1:

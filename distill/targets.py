@@ -10,15 +10,26 @@ import importlib.util
 from difflib import get_close_matches
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill.errors import UserError
+
+
+class Signature(NamedTuple):
+    """The keyword arguments of a class or function, and those without a default."""
+
+    names: list[str]
+    required: list[str]
 
 
 def build(spec: dict[str, Any]) -> Any:
     """`{_target_: package.Class, **arguments}` -> `package.Class(**arguments)`."""
     arguments = dict(spec)
-    return find(arguments.pop("_target_"))(**arguments)
+    path = arguments.pop("_target_")
+    try:
+        return find(path)(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is given {arguments}, but it cannot be made of that ({error}): correct its arguments") from error
 
 
 def find(path: str) -> Any:
@@ -39,10 +50,15 @@ def check(where: str, spec: dict[str, Any]) -> None:
         raise UserError(
             f"{where}._target_ is {path}, but it must be the dotted path of a class: such as distill.tasks.SingleLabelClassification"
         )
-    known = parameters(path)
-    for key in spec:
-        if known is not None and key != "_target_" and key not in known:
-            raise UserError(f"{where}.{key} is given, but {path} has no such argument: {choices(key, known)}")
+    known = signature(path)
+    if known is None:
+        return
+    for key in spec.keys() - {"_target_"}:
+        if key not in known.names:
+            raise UserError(f"{where}.{key} is given, but {path} has no such argument: {choices(key, known.names)}")
+    for key in known.required:
+        if key not in spec:
+            raise UserError(f"{where}.{key} is not given, but {path} cannot do without: set it beside {where}._target_")
 
 
 def choices(wrong: str, known: list[str]) -> str:
@@ -51,8 +67,8 @@ def choices(wrong: str, known: list[str]) -> str:
     return (f"did you mean {close[0]}? " if close else "") + f"choose from {', '.join(known) or 'none'}"
 
 
-def parameters(path: str) -> list[str] | None:
-    """The keyword arguments of a class or function, from its source; None where only running it can tell."""
+def signature(path: str) -> Signature | None:
+    """The arguments of a class or function, from its source; None where only running it can tell."""
     module, _, name = path.rpartition(".")
     tree = _source(module, path)
     if tree is None:
@@ -63,7 +79,7 @@ def parameters(path: str) -> list[str] | None:
     node = definitions[name]
     if isinstance(node, ast.ClassDef):
         return _constructor(node, definitions)
-    return _names(node)
+    return _arguments(node)
 
 
 def _source(module: str, path: str) -> ast.Module | None:
@@ -78,7 +94,7 @@ def _source(module: str, path: str) -> ast.Module | None:
     return ast.parse(Path(spec.origin).read_text()) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-def _imported(tree: ast.Module, module: str, name: str, path: str, defined: list[str]) -> list[str] | None:
+def _imported(tree: ast.Module, module: str, name: str, path: str, defined: list[str]) -> Signature | None:
     """Follow `from elsewhere import name`; a name that is nowhere is refused."""
     exported = []
     for node in (node for node in tree.body if isinstance(node, ast.ImportFrom)):
@@ -86,7 +102,7 @@ def _imported(tree: ast.Module, module: str, name: str, path: str, defined: list
             exported.append(alias.asname or alias.name)
             if exported[-1] == name:
                 origin = importlib.util.resolve_name("." * node.level + (node.module or ""), module) if node.level else str(node.module)
-                return parameters(f"{origin}.{alias.name}")
+                return signature(f"{origin}.{alias.name}")
     if any(isinstance(node, ast.Assign | ast.AnnAssign | ast.If | ast.Try) for node in tree.body) and not module.startswith("distill"):
         return None
     alike = [[word for word in words if word[0].isupper() == name[:1].isupper() and word[0] != "_"] for words in (defined, exported)]
@@ -94,18 +110,26 @@ def _imported(tree: ast.Module, module: str, name: str, path: str, defined: list
     raise UserError(f"{path} is given, but {module} has no {name}: {choices(name, public)}")
 
 
-def _constructor(node: ast.ClassDef, siblings: dict[str, Any]) -> list[str] | None:
+def _constructor(node: ast.ClassDef, siblings: dict[str, Any]) -> Signature | None:
     """Arguments of `__init__`, or a dataclass's fields; those of a base class of the same file where there are none."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return _names(item)
+            return _arguments(item)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return [item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
+        fields = [
+            (item.target.id, item.value) for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        ]
+        return Signature([name for name, _ in fields], [name for name, value in fields if value is None])
     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
     return _constructor(siblings[bases[0]], siblings) if bases and bases[0] in siblings else None
 
 
-def _names(function: ast.FunctionDef) -> list[str] | None:
-    if function.args.kwarg:
+def _arguments(function: ast.FunctionDef) -> Signature | None:
+    given = function.args
+    if given.kwarg:
         return None
-    return [argument.arg for argument in function.args.args + function.args.kwonlyargs if argument.arg != "self"]
+    positional = [argument.arg for argument in given.args]
+    required = positional[: len(positional) - len(given.defaults)]
+    required += [argument.arg for argument, default in zip(given.kwonlyargs, given.kw_defaults, strict=True) if default is None]
+    names = positional + [argument.arg for argument in given.kwonlyargs]
+    return Signature([name for name in names if name != "self"], [name for name in required if name != "self"])

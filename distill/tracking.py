@@ -60,6 +60,7 @@ def start(run: config.Run, folder: Path) -> Any:
 def mode(wanted: str) -> str:
     """WANDB_MODE where it is set, else the recipe's; `auto` is online only for a user who is logged in."""
     wanted = os.environ.get("WANDB_MODE") or wanted
+    wanted = {"dryrun": "offline", "run": "online"}.get(wanted, wanted)  # what older versions called them
     if wanted in ("disabled", "offline"):
         return wanted
     import wandb

@@ -1,6 +1,6 @@
 """`python -m distill.train recipe=bert_to_distil`: the whole way, from a recipe to a proven student."""
 
-import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,6 @@ from distill import recipe
 from distill.cli import command
 from distill.config import Run
 
-log = logging.getLogger("distill")
-
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
     """Every stage of one run, in the order of the data. Returns what `metrics.json` holds; the rest is in the folder."""
@@ -23,13 +21,14 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     from distill.tracking import Tracker
 
     fit.check_device(run.trainer)
-    recipe.save(run, folder / "recipe.yaml")
-    tracker, stage = Tracker(run, folder), Stages()
+    stage = Stages()
     with stage("data"):
         task = targets.build(run.task)
         raw = data.load(run.data, task, run.seed)
         tokenizer = models.tokenizer_for(run, task, raw["train"])
         examples = data.encode(raw, task, tokenizer, run.data, store.root() / "examples")
+    recipe.save(run, folder / "recipe.yaml")
+    tracker = Tracker(run, folder)
     with stage("teacher"):
         tutor = teacher.obtain(run, task, tokenizer, examples, folder, tracker)
     with stage("cache"):
@@ -58,12 +57,11 @@ def main() -> None:
 def _one_run(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        run = recipe.checked(composed)
+        train(recipe.checked(composed), folder)
     except Exception:
-        if not any(folder.iterdir()):
-            folder.rmdir()  # a refused recipe leaves nothing behind
+        if not (folder / "recipe.yaml").exists():
+            shutil.rmtree(folder)  # a refused recipe leaves nothing behind
         raise
-    train(run, folder)
 
 
 if __name__ == "__main__":

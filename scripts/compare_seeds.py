@@ -23,6 +23,8 @@ QUICK = ["export.format=null", "evaluate.requests=1", "evaluate.batches=1", "eva
 def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     seeds = [int(seed) for seed in given.pop("seeds", "0,1,2").split(",")]
+    if len(seeds) not in T_975:
+        sys.exit(f"seeds is {len(seeds)} seeds, but an interval needs 2 to {max(T_975)}: give as many, with commas")
     metric = given.pop("metric", "accuracy")
     options = [f"{key}={value}" for key, value in given.items()]
     found: dict[str, list[float]] = {"teacher": []}

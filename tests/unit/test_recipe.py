@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +30,13 @@ def checked(**changes):
         ({"teacher": None}, ["student.layers is [0, 2]", "no teacher"]),
         ({"student": {"layers": None, "architecture": None}}, ["exactly one"]),
         ({"data": {"text": ["a", "b", "c"]}}, ["data.text is ['a', 'b', 'c']"]),
+        ({"data": {"text": ["a", "a"]}}, ["data.text is ['a', 'a']", "another column"]),
+        ({"data": {"text": ["label"]}}, ["data.label is label", "another column"]),
+        ({"seed": -1}, ["seed is -1"]),
+        ({"trainer": {"epochs": float("inf")}}, ["trainer.epochs is inf"]),
+        ({"loss": {"beta": 1.0}}, ["loss.beta is 1"]),
+        ({"loss": {"terms": {"loss": {"_target_": "distill.terms.HiddenStates"}}}}, ["loss.terms has 'loss'"]),
+        ({"callbacks": {"c": {"_target_": "distill.terms.HiddenStates"}}}, ["callbacks.c.weight is not given"]),
         ({"data": {"batch_size": 0}}, ["data.batch_size is 0"]),
         ({"tokenizer": {"model": "x"}}, ["tokenizer.model is x", "only one"]),
         ({"task": {"max_lenght": 8}}, ["task.max_lenght", "did you mean max_length"]),
@@ -92,3 +100,33 @@ def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path, text):
     file.write_text(text)
     with pytest.raises((UserError, OmegaConfBaseException)):
         recipe.load_recipe(str(file))
+
+
+def test_recipe_files_of_one_name_are_two_recipes(tmp_path):
+    arguments = []
+    for alpha in (0.25, 0.75):
+        file = tmp_path / str(alpha) / "recipe.yaml"
+        recipe.save(checked(loss={"alpha": alpha}), file)
+        arguments.append(str(file))
+    _, understood = recipe.register(["-m", f"recipe={','.join(arguments)}"])
+    names = understood.removeprefix("recipe=").split(",")
+    store = ConfigStore.instance()
+    assert [store.load(f"recipe/{name}.yaml").node.loss.alpha for name in names] == [0.25, 0.75]
+
+
+def test_another_broken_recipe_in_the_folder_does_not_matter(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "broken.yaml").write_text("a: [")
+    monkeypatch.chdir(tmp_path)
+    assert recipe.register(["recipe=tiny"]) == ["recipe=tiny"]
+    with pytest.raises(UserError, match="broken"):
+        recipe.register(["recipe=broken"])
+
+
+def test_saving_does_not_change_the_run(tmp_path, monkeypatch):
+    """A split may have the name of a folder that happens to be here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "extra").mkdir()
+    run = checked(data={"unlabelled": "extra"})
+    recipe.save(run, tmp_path / "recipe.yaml")
+    assert run.data.unlabelled == recipe.load_recipe(str(tmp_path / "recipe.yaml")).data.unlabelled == "extra"

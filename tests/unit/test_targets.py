@@ -13,15 +13,17 @@ HERE = places.__name__
 
 @pytest.mark.parametrize("name", ["Plain", "Inherits", "Fields", "function"])
 def test_the_arguments_read_from_source_are_those_of_the_signature(name):
-    assert targets.parameters(f"{HERE}.{name}") == list(inspect.signature(getattr(places, name)).parameters)
+    found = inspect.signature(getattr(places, name)).parameters
+    required = [key for key, parameter in found.items() if parameter.default is parameter.empty]
+    assert targets.signature(f"{HERE}.{name}") == (list(found), required)
 
 
 def test_an_import_is_followed():
-    assert targets.parameters(f"{HERE}.Loss") == list(inspect.signature(places.Loss).parameters)
+    assert targets.signature(f"{HERE}.Loss").names == list(inspect.signature(places.Loss).parameters)
 
 
 def test_what_only_running_can_tell_is_left_to_running():
-    assert targets.parameters(f"{HERE}.Anything") is None
+    assert targets.signature(f"{HERE}.Anything") is None
     targets.check("callbacks.any", {"_target_": f"{HERE}.Anything", "whatever": 1})
 
 
@@ -37,5 +39,20 @@ def test_a_path_that_leads_nowhere_is_refused(path):
 
 def test_checking_a_task_does_not_import_torch():
     path = "distill.tasks.SingleLabelClassification"
-    code = f"import sys; from distill import targets; targets.parameters({path!r}); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from distill import targets; targets.signature({path!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(UserError, match=r"callbacks\.plain\.first is not given"):
+        targets.check("callbacks.plain", {"_target_": f"{HERE}.Plain", "second": 1})
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_arguments_that_a_class_refuses_are_one_sentence(error, monkeypatch):
+    def refuses(**_):
+        raise error("no such thing")
+
+    monkeypatch.setattr(places, "Plain", refuses)
+    with pytest.raises(UserError, match="no such thing"):
+        targets.build({"_target_": f"{HERE}.Plain", "first": "x"})

@@ -1,0 +1,30 @@
+"""The same way on a GPU: run with `pytest -m gpu` where there is one."""
+
+import json
+
+import pytest
+
+from distill.train import train
+from tests.worlds import LANGUAGE, tiny
+
+KINDS = {
+    "cached": {},
+    "online": {"teacher": {"outputs": "online"}},
+    "fine-tuned teacher": {"teacher": {"finetune": {"epochs": 0.2, "lr": 1e-3}}},
+    "hidden states": {
+        "teacher": {"outputs": "online"},
+        "loss": {"terms": {"hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {0: 0, 1: 2}}}},
+    },
+    "language model": LANGUAGE,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
+def test_every_kind_of_run_ends_with_a_proven_student(changes, precision, tmp_path):
+    run = tiny(**changes)
+    run.trainer.accelerator, run.trainer.precision = "gpu", precision
+    metrics = train(run, tmp_path)
+    assert metrics["student"]["cost"]["device_peak_bytes"] > 0
+    assert json.loads((tmp_path / "export" / "proof.json").read_text())["agreement"] >= 0.99
