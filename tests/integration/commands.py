@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(module, *arguments, cwd, **environment):
-    """The command, running; the checkout is importable from any folder, as an editable install makes it."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment
+    """The command, running; the library is found as it was installed."""
+    variables = os.environ | {"PYTHONUNBUFFERED": "1"} | environment
     command = [sys.executable, "-m", f"distill.{module}", *arguments]
     return subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
