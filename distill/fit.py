@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from distill import config, data
 from distill.data import Loader
-from distill.errors import UserError
+from distill.errors import RunFailed, UserError
 from distill.module import Distillation
 from distill.tasks.base import Task
 
@@ -61,8 +61,12 @@ def fit(
     folder: Path,
     loggers: list[Any],
     callbacks: list[Callback],
+    rate: str = "optimizer.lr",
 ) -> dict[str, float]:
-    """Train, and leave the module with the weights that did best on the validation split. Returns that checkpoint's metrics."""
+    """Train, and leave the module with the weights that did best on the validation split. Returns that checkpoint's metrics.
+
+    `rate` is the recipe's key of the learning rate, to be named should the training diverge.
+    """
     metric, mode = f"val/{module.task.primary}", "max" if module.task.maximise else "min"
     best = ModelCheckpoint(folder, filename="best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)
     last = ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
@@ -76,7 +80,9 @@ def fit(
         trainer = _trainer(settings, module.steps, train, logger=loggers, callbacks=[*callbacks, *ours])
         with as_interrupt(trainer):
             trainer.fit(module, train, validation)
-    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True) if best.best_model_path else None
+    if checkpoint is None or not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
+        raise RunFailed(f"{rate} is {module.settings.lr:g}, but with it the training diverged and left no finite weights: lower {rate}")
     module.load_state_dict(checkpoint["state_dict"])
     module.eval()
     return {metric: float(best.best_model_score), "step": checkpoint["global_step"]}  # type: ignore[arg-type]
@@ -161,8 +167,10 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for pattern in ADVICE:
             warnings.filterwarnings("ignore", pattern)
-        yield
-    logger.setLevel(level)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 @contextmanager

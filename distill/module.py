@@ -53,6 +53,10 @@ class Distillation(L.LightningModule):
         for teacher in self._teacher:
             teacher.to(self.device)  # type: ignore[arg-type]
 
+    def on_fit_end(self) -> None:
+        for teacher in self._teacher:
+            teacher.to("cpu")  # type: ignore[arg-type]  # where the Trainer leaves the student
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
         parts = self.parts(batch)
         for name, value in parts.items():

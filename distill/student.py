@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning as L
 from datasets import Dataset, DatasetDict
+from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel
 
 from distill import config, data, fit, models, store, targets
+from distill.errors import UserError
 from distill.module import Distillation
 from distill.tasks.base import Task
 from distill.tracking import Tracker
@@ -20,6 +22,7 @@ def distil(
     run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, teacher: PreTrainedModel | None, folder: Path, tracker: Tracker
 ) -> dict[str, Any]:
     """Train the recipe's student and write it to `student/` in the run folder. Returns what metrics.json says of its training."""
+    callbacks = [_callback(name, spec) for name, spec in run.callbacks.items()]
     L.seed_everything(run.seed, verbose=False)  # whether the teacher was trained now or earlier must not matter
     student, classes = build(run, task, tokenizer, teacher)
     learned = useful(examples["train"], task, run)
@@ -27,7 +30,6 @@ def distil(
     steps = fit.steps(run.trainer, train)
     online = teacher if run.teacher is not None and run.teacher.outputs == "online" else None
     module = Distillation(task, student, online, run.loss, run.optimizer, steps, classes)
-    callbacks = [targets.build(spec) for spec in run.callbacks.values()]
     log.info("training the student on %d examples, %d steps, %s", len(learned), steps, fit.precision(run.trainer))
     best = fit.fit(module, train, validation, run.trainer, folder / "checkpoints", tracker.loggers("student"), callbacks)
     for _, term in module.named_terms():
@@ -35,6 +37,16 @@ def distil(
     with store.writing(folder / "student") as inside:
         models.save(student, tokenizer, inside)
     return {"examples": len(learned), "steps": steps, "best": best}
+
+
+def _callback(name: str, spec: dict[str, Any]) -> Callback:
+    built = targets.build(spec)
+    if not isinstance(built, Callback):
+        raise UserError(
+            f"callbacks.{name} is {spec['_target_']}, but that gives a {type(built).__name__}, and Lightning calls only its own: "
+            "name a subclass of lightning.pytorch.callbacks.Callback"
+        )
+    return built
 
 
 def build(run: config.Run, task: Task, tokenizer: Any, teacher: PreTrainedModel | None) -> tuple[PreTrainedModel, int | None]:

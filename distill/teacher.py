@@ -2,16 +2,21 @@
 
 import logging
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import track
+from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from distill import config, data, fit, models, store
@@ -22,7 +27,9 @@ from distill.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-CHUNK = 4096  # examples whose outputs are in memory at a time
+VERSION = 1  # of what is stored here: raise it when training or losses change, and no older teacher or output is used
+CHUNK = 1 << 26  # bytes of outputs that are in memory at a time
+FLOAT = 4  # bytes of one of them
 
 
 def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, folder: Path, tracker: Tracker) -> PreTrainedModel | None:
@@ -65,7 +72,7 @@ def _ingredients(run: config.Run, task: Task, labelled: DatasetDict, teacher: Pr
     settings, finetune = run.trainer, run.teacher.finetune
     return {
         "weights": models.fingerprint(teacher),
-        "task": [type(task).__qualname__, task.names],
+        "made by": _made_by(task),
         "examples": [data.fingerprint(labelled["train"]), data.fingerprint(labelled["validation"])],
         "epochs": finetune.epochs,
         "optimizer": asdict(replace(run.optimizer, lr=finetune.lr)),
@@ -73,6 +80,11 @@ def _ingredients(run: config.Run, task: Task, labelled: DatasetDict, teacher: Pr
         "batches": [run.data.batch_size, run.data.group_by_length],
         "seed": run.seed,
     }
+
+
+def _made_by(task: Task) -> list[Any]:
+    """What code, and which arguments of the task, decide a result beside weights and data."""
+    return [VERSION, f"{type(task).__module__}.{type(task).__qualname__}", sorted(vars(task).items())]
 
 
 def _finetune(
@@ -85,7 +97,7 @@ def _finetune(
     steps = fit.steps(run.trainer, train, settings.epochs)
     module = Distillation(task, teacher, None, config.Loss(alpha=1.0), replace(run.optimizer, lr=settings.lr), steps)
     log.info("fine-tuning the teacher on %d examples, %d steps, %s", len(labelled["train"]), steps, fit.precision(run.trainer))
-    fit.fit(module, train, validation, run.trainer, folder, tracker.loggers("teacher"), [])
+    fit.fit(module, train, validation, run.trainer, folder, tracker.loggers("teacher"), [], "teacher.finetune.lr")
     shutil.rmtree(folder)  # the store and the run folder hold the result
 
 
@@ -99,8 +111,8 @@ def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dat
     ingredients = {
         "weights": models.fingerprint(teacher),  # its dtype is part of it
         "inputs": data.fingerprint(examples),  # tokenizer, encoding arguments and data are part of it
-        "task": type(task).__qualname__,
-        "device": str(teacher.device.type),
+        "made by": _made_by(task),
+        "device": models.device_of(run),
     }
     entry = store.entry("outputs", ingredients)
     if store.intact(entry):
@@ -108,14 +120,18 @@ def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dat
     else:
         _refuse_too_large(teacher, examples)
         with store.writing(entry) as inside:
-            _write(teacher, examples, task, tokenizer.pad_token_id, run.evaluate.batch_size, inside / "outputs.arrow")
+            _write(run, teacher, examples, task, tokenizer.pad_token_id, inside / "outputs.arrow")
     outputs = Dataset.from_file(str(entry / "outputs.arrow"))
     return concatenate_datasets([examples, outputs], axis=1)
 
 
+def _width(teacher: PreTrainedModel) -> int:
+    """Logits in a row."""
+    return (teacher.config.vocab_size if teacher.get_output_embeddings() is not None else teacher.config.num_labels) or 0
+
+
 def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
-    width = (teacher.config.vocab_size if teacher.get_output_embeddings() is not None else teacher.config.num_labels) or 0
-    size, free = 4 * width * sum(examples["rows"]), shutil.disk_usage(store.root()).free
+    size, free = FLOAT * _width(teacher) * sum(examples["rows"]), shutil.disk_usage(store.root()).free
     if size > free / 2:
         raise UserError(
             f"teacher.outputs is cached, but these outputs take {size / 1e9:.1f} GB and must leave half of the "
@@ -123,26 +139,42 @@ def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
         )
 
 
-@torch.inference_mode()
-def _write(teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int, batch_size: int, file: Path) -> None:
+def _write(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int, file: Path) -> None:
     """One forward over all examples, chunk by chunk; inside a chunk the longest go first, so that batches pad little."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher.to(device)  # type: ignore[arg-type]
-    schema = pa.schema({"teacher_logits": pa.list_(pa.list_(pa.float32()))})
-    starts = range(0, len(examples), CHUNK)
-    with pa.ipc.new_stream(str(file), schema) as stream:
-        for start in track(starts, "teacher outputs", transient=True, disable=len(starts) == 1):
-            chunk = examples.select(range(start, min(start + CHUNK, len(examples))))
-            outputs = _outputs(teacher, chunk, task, pad_id, batch_size)
-            stream.write_batch(pa.record_batch([pa.array(outputs, schema.field(0).type)], schema=schema))
+    width = _width(teacher)
+    schema = pa.schema({"teacher_logits": pa.list_(pa.list_(pa.float32(), width))})
+    hidden = not (run.trainer.progress and sys.stdout.isatty())
+    with (
+        models.on(models.device_of(run), teacher),
+        Progress(console=Console(), transient=True, disable=hidden) as bar,
+        pa.ipc.new_stream(str(file), schema) as stream,
+    ):
+        shown = bar.add_task("teacher outputs", total=len(examples))
+        for places in _chunks(examples, width):
+            loader = data.loader(examples.select(places), task, pad_id, run.evaluate.batch_size)
+            outputs = _outputs(teacher, task, loader, lambda count: bar.advance(shown, count))
+            stream.write_batch(pa.record_batch([outputs], schema=schema))
 
 
-def _outputs(teacher: PreTrainedModel, chunk: Dataset, task: Task, pad_id: int, batch_size: int) -> list[list[list[float]]]:
-    outputs: list[list[list[float]]] = [[] for _ in range(len(chunk))]
-    loader = data.loader(chunk, task, pad_id, batch_size)
+def _chunks(examples: Dataset, width: int) -> list[range]:
+    """Neighbouring examples whose outputs take about CHUNK bytes, one example at the least."""
+    rows = np.asarray(examples.with_format("numpy")["rows"][:], dtype=np.int64)
+    chunk_of = (rows.cumsum() - rows) * width * FLOAT // CHUNK
+    edges = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
+    return [range(*pair) for pair in pairwise(edges)]
+
+
+@torch.inference_mode()
+def _outputs(teacher: PreTrainedModel, task: Task, loader: data.Loader, seen: Callable[[int], None]) -> pa.Array:
+    """The rows of each of the loader's examples, in the order of the examples, in numpy's own buffers."""
+    parts, places = [], []
     for micro, batch in zip(loader.plan, loader, strict=True):
         batch = move_data_to_device(batch, teacher.device)
-        rows_NC = task.rows(models.logits(teacher, batch.inputs), batch).float().cpu()
-        for row_C, example in zip(rows_NC.tolist(), batch.example.tolist(), strict=True):
-            outputs[micro.indices[example]].append(row_C)
-    return outputs
+        parts.append(task.rows(models.logits(teacher, batch.inputs), batch).float().cpu().numpy())
+        places.append(np.asarray(micro.indices)[batch.example.cpu().numpy()])
+        seen(len(micro.indices))
+    example_N = np.concatenate(places)
+    values_NC = np.concatenate(parts)[np.argsort(example_N, kind="stable")]
+    ends = np.bincount(example_N, minlength=len(loader.plan.lengths)).cumsum()
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(values_NC.reshape(-1)), values_NC.shape[1])
+    return pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), rows)

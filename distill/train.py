@@ -16,7 +16,7 @@ from distill.config import Run
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
     """Every stage of one run, in the order of the data. Returns what `metrics.json` holds; the rest is in the folder."""
-    from distill import data, evaluate, export, fit, models, store, student, targets, teacher
+    from distill import data, evaluate, export, fit, models, student, targets, teacher
     from distill.stages import Stages
     from distill.tracking import Tracker
 
@@ -26,7 +26,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         task = targets.build(run.task)
         raw = data.load(run.data, task, run.seed)
         tokenizer = models.tokenizer_for(run, task, raw["train"])
-        examples = data.encode(raw, task, tokenizer, run.data, store.root() / "examples")
+        examples = data.encode(raw, task, tokenizer, run.data)
     recipe.save(run, folder / "recipe.yaml")
     tracker = Tracker(run, folder)
     with stage("teacher"):

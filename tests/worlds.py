@@ -8,7 +8,7 @@ import torch
 from datasets import DatasetDict
 from omegaconf import OmegaConf
 
-from distill import config, data, models, recipe, store, targets
+from distill import config, data, models, recipe, targets
 from distill.tasks.base import Task
 
 TINY = {
@@ -77,7 +77,7 @@ def world(**changes: Any) -> World:
     task = targets.build(run.task)
     raw = data.load(run.data, task, run.seed)
     tokenizer = models.tokenizer_for(run, task, raw["train"])
-    return World(run, task, raw, tokenizer, data.encode(raw, task, tokenizer, run.data, store.root() / "examples"))
+    return World(run, task, raw, tokenizer, data.encode(raw, task, tokenizer, run.data))
 
 
 def folder_of(path: Path, made: World, **saved: Any) -> Path:

@@ -1,5 +1,6 @@
 """Encoded examples -> micro-batches, in an order that is a function of (seed, epoch) and of nothing else."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +12,10 @@ from torch.utils import data as torch_data
 from distill.errors import UserError
 from distill.tasks.base import Batch, Task
 
+log = logging.getLogger(__name__)
+
 CHUNK = 50  # global batches whose examples are sorted by length together
+CACHED = "teacher_logits"  # a column of lists of rows
 
 
 class MicroBatch(NamedTuple):
@@ -72,20 +76,38 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
         rest = order[full * size :]
         return [*batches, *([self._sorted(rest)] if len(rest) else [])]
 
+    def padding(self) -> float:
+        """The share of padding among the tokens of this epoch."""
+        padded = sum(int(self.lengths[micro.indices].max()) * len(micro.indices) for micro in self)
+        return 1 - int(self.lengths.sum()) / padded
+
     def _sorted(self, examples: np.ndarray) -> np.ndarray:
         return examples[np.argsort(-self.lengths[examples], kind="stable")] if self.group_by_length else examples
 
 
 class Examples(torch_data.Dataset[Batch]):
-    """Collates the examples of a micro-batch, and carries its normalisers along."""
+    """Collates the examples of a micro-batch, and carries its normalisers and the teacher's cached outputs along."""
 
     def __init__(self, split: Dataset, task: Task, pad_id: int) -> None:
-        self.split, self.task, self.pad_id = split.with_format(None), task, pad_id
+        self.task, self.pad_id, self.teacher = task, pad_id, None
+        if CACHED in split.column_names:
+            self.teacher = split.select_columns([CACHED]).with_format("arrow")
+            split = split.remove_columns([CACHED])
+        self.split = split.with_format(None)
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
         columns: dict[str, list[Any]] = self.split[micro.indices]
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return self.task.collate(examples, self.pad_id)._replace(rows=float(micro.rows), tokens=float(micro.tokens))
+        batch = self.task.collate(examples, self.pad_id)
+        return batch._replace(teacher=self._teacher_rows(micro.indices), rows=float(micro.rows), tokens=float(micro.tokens))
+
+    def _teacher_rows(self, indices: list[int]) -> torch.Tensor | None:
+        """Cached logits of all rows, example by example, (N, C): straight from the file's buffers, for they may be many."""
+        if self.teacher is None:
+            return None
+        rows = [chunk.flatten() for chunk in self.teacher[indices][CACHED].chunks]
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in rows])
+        return torch.from_numpy(values.reshape(sum(map(len, rows)), -1))
 
 
 class Loader(torch_data.DataLoader[Batch]):
@@ -108,9 +130,12 @@ def loader(
     workers: int = 0,
 ) -> Loader:
     """Micro-batches of encoded examples. `zip(loader.plan, loader)` tells which examples it holds."""
+    plan = BatchPlan(split, batch_size, accumulate, seed, group_by_length)
+    if seed is not None:
+        log.info("%.1f %% of the tokens of an epoch are padding", 100 * plan.padding())
     return Loader(
         Examples(split, task, pad_id),
-        sampler=BatchPlan(split, batch_size, accumulate, seed, group_by_length),
+        sampler=plan,
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,
@@ -121,10 +146,3 @@ def loader(
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def waste(split: Dataset, plan: BatchPlan) -> float:
-    """The share of padding among the tokens of an epoch."""
-    lengths = np.asarray(split.with_format("numpy")["length"][:])
-    padded = sum(lengths[micro.indices].max() * len(micro.indices) for micro in plan)
-    return 1 - float(lengths.sum() / padded)

@@ -1,24 +1,24 @@
-"""Raw examples -> token ids, once: files addressed by their content, that a later run maps into memory."""
+"""Raw examples -> token ids, once: store entries addressed by their content, that a later run maps into memory."""
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, List, Value
 
+from distill import store
 from distill.config import Data
 from distill.errors import UserError
 from distill.tasks.base import Task
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of what `Task.encode` returns: raise it when that changes, and no older file is used
+VERSION = 2  # of what `Task.encode` returns: raise it when that changes, and no older file is used
+FILE = "examples.arrow"
 CHUNK = 1000  # rows that are hashed or tokenised at a time
 COLUMNS = {
     "input_ids": List(Value("int32")),
@@ -27,20 +27,21 @@ COLUMNS = {
     "length": Value("int32"),
     "rows": Value("int32"),
     "cut": Value("int8"),
+    "begins": Value("int8"),
 }
 
 
-def encode(raw: DatasetDict, task: Task, tokenizer: Any, data: Data, cache: Path) -> DatasetDict:
-    """Every split tokenised, from the files under `cache` where it has been done before."""
-    return DatasetDict({name: _encode(split, name, task, tokenizer, data, cache) for name, split in raw.items()})
+def encode(raw: DatasetDict, task: Task, tokenizer: Any, data: Data) -> DatasetDict:
+    """Every split tokenised, from the store where it has been done before."""
+    return DatasetDict({name: _encode(split, name, task, tokenizer, data) for name, split in raw.items()})
 
 
-def _encode(split: Dataset, name: str, task: Task, tokenizer: Any, data: Data, cache: Path) -> Dataset:
-    path = cache / f"encoded-{_key(split, task, tokenizer, data)}.arrow"
-    encoded = _stored(path)
-    if encoded is None:
-        _write(split, task, tokenizer, data, path)
-        encoded = Dataset.from_file(str(path))
+def _encode(split: Dataset, name: str, task: Task, tokenizer: Any, data: Data) -> Dataset:
+    entry = store.entry("examples", _ingredients(split, task, tokenizer, data))
+    if not store.intact(entry):
+        with store.writing(entry) as inside:
+            _write(split, task, tokenizer, data, inside / FILE)
+    encoded = Dataset.from_file(str(entry / FILE))
     if len(encoded) == 0:
         raise UserError(f"the {name} split has {len(split)} texts, but none of them holds a token to predict: name longer texts")
     cut = int(np.sum(encoded.with_format("numpy")["cut"][:]))
@@ -52,18 +53,15 @@ def _encode(split: Dataset, name: str, task: Task, tokenizer: Any, data: Data, c
     return encoded
 
 
-def _key(split: Dataset, task: Task, tokenizer: Any, data: Data) -> str:
-    """Names everything that the encoded examples depend on."""
-    ingredients = [
-        VERSION,
-        fingerprint(split),
-        _tokenizer(tokenizer),
-        f"{type(task).__module__}.{type(task).__qualname__}",
-        sorted(vars(task).items()),
-        list(data.text),
-        data.label,
-    ]
-    return hashlib.sha256(repr(ingredients).encode()).hexdigest()
+def _ingredients(split: Dataset, task: Task, tokenizer: Any, data: Data) -> dict[str, Any]:
+    """Everything that the encoded examples depend on."""
+    return {
+        "version": VERSION,
+        "split": fingerprint(split),
+        "tokenizer": _tokenizer(tokenizer),
+        "task": [f"{type(task).__module__}.{type(task).__qualname__}", repr(sorted(vars(task).items()))],
+        "columns": [list(data.text), data.label],
+    }
 
 
 def _tokenizer(tokenizer: Any) -> list[Any]:
@@ -85,39 +83,20 @@ def fingerprint(split: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _stored(path: Path) -> Dataset | None:
-    """An earlier run's file, unless it cannot be read."""
-    if not path.exists():
-        return None
-    try:
-        return Dataset.from_file(str(path))
-    except (pa.ArrowInvalid, OSError) as error:
-        log.warning("%s cannot be read (%s): the texts are tokenised again", path, error)
-        return None
-
-
 def _write(split: Dataset, task: Task, tokenizer: Any, data: Data, path: Path) -> None:
-    """Tokenise into a file of another name, which gets its own only once it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Tokenise into a file, from which it is then mapped into memory."""
     function = partial(task.encode, tokenizer=tokenizer, data=data)
-    try:
-        split.with_format(None).map(
-            function,
-            batched=True,
-            batch_size=CHUNK,
-            remove_columns=split.column_names,
-            features=_features(function(split[:1]), task),
-            cache_file_name=str(partial_path),
-            load_from_cache_file=False,
-            new_fingerprint=path.stem[-16:],
-            desc="tokenising",
-        )
-        with partial_path.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial_path, path)
-    finally:
-        partial_path.unlink(missing_ok=True)
+    split.with_format(None).map(
+        function,
+        batched=True,
+        batch_size=CHUNK,
+        remove_columns=split.column_names,
+        features=_features(function(split[:1]), task),
+        cache_file_name=str(path),
+        load_from_cache_file=False,
+        new_fingerprint=path.parent.name,
+        desc="tokenising",
+    )
 
 
 def _features(columns: Iterable[str], task: Task) -> Features:
@@ -130,4 +109,9 @@ def labelled_only(split: Dataset, task: Task) -> Dataset:
         return split
     labels = np.asarray(split["labels"][:])
     hidden = np.isnan(labels).any(-1) if labels.dtype.kind == "f" else labels < 0
+    if hidden.all():
+        raise UserError(
+            f"0 of {len(split)} training examples have a label, but labels are what is learned from here: "
+            "name their column in data.label, or a source that has them"
+        )
     return split if not hidden.any() else split.select(np.flatnonzero(~hidden))

@@ -1,5 +1,6 @@
 """`data.source` -> DatasetDict: a function, a local file or folder, or a dataset of the Hugging Face Hub."""
 
+import hashlib
 import importlib
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
+from distill import store
 from distill.errors import UserError
 
 CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 1_000_000}  # only an empty cell is empty: "NA" and "None" are texts
@@ -76,7 +78,7 @@ def _file(path: Path) -> Dataset:
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty, but it must hold examples: fill it, or name another file")
     builder, options = BUILDERS[path.suffix]
-    return _quietly(path, lambda: datasets.load_dataset(builder, data_files=str(path), split="train", **options))
+    return _loaded(path, builder, data_files=str(path), split="train", **options)
 
 
 def _folder(path: Path, config: str | None) -> DatasetDict:
@@ -84,7 +86,7 @@ def _folder(path: Path, config: str | None) -> DatasetDict:
     files = sorted(file for file in path.iterdir() if file.suffix in BUILDERS and not file.name.startswith("."))
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if not saved and (config is not None or not files):
-        return _as_dict(_quietly(path, lambda: datasets.load_dataset(str(path), config)))
+        return _as_dict(_loaded(path, str(path), config))
     if config is not None:
         raise UserError(f"data.config is {config}, but {path} has no configurations: leave data.config out")
     if saved:
@@ -95,13 +97,41 @@ def _folder(path: Path, config: str | None) -> DatasetDict:
     return DatasetDict({file.stem: _file(file) for file in files})
 
 
+def _loaded(path: Path, *arguments: Any, **options: Any) -> Any:
+    """What `load_dataset` makes of local files, in a cache that goes by their content: its own goes by their names and times."""
+    return _quietly(path, lambda: datasets.load_dataset(*arguments, cache_dir=str(store.root() / "sources" / _content(path)), **options))
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder and their names; hidden ones are no data."""
+    if path.is_file():
+        return store.sha256(path)
+    names = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+    files = [(str(name), store.sha256(path / name)) for name in names if not any(part.startswith(".") for part in name.parts)]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
 def _quietly(path: Path, read: Callable[[], Any]) -> Any:
-    """Read local files; what is wrong with them is one sentence."""
+    """Read local files; what is wrong with them, or with the cache, is one sentence."""
     try:
         return read()
     except (DatasetsError, ValueError, OSError) as error:
-        reason = _reason(error.__cause__ or error)
-        raise UserError(f"{path} cannot be read ({reason}), but it must hold examples, one per row: correct or convert it") from error
+        cause = error.__cause__ or error
+        if _elsewhere(cause, path):
+            raise UserError(
+                f"{store.root()} cannot be written ({_reason(cause)}), but what is read from {path} is kept there: "
+                "set DISTILL_CACHE to a folder with room"
+            ) from error
+        raise UserError(
+            f"{path} cannot be read ({_reason(cause)}), but it must hold examples, one per row: correct or convert it"
+        ) from error
+
+
+def _elsewhere(error: BaseException, path: Path) -> bool:
+    """Whether the system refused something else than the source: the cache, which is all that is written."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return False
+    return error.filename is None or not Path(str(error.filename)).resolve().is_relative_to(path.resolve())
 
 
 def _hub(source: str, config: str | None) -> DatasetDict:

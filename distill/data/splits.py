@@ -16,6 +16,7 @@ from distill.tasks.base import Task
 from distill.tasks.labels import declared, listed
 
 log = logging.getLogger(__name__)
+CHUNK = 1000  # rows that are compared at a time
 HOLDOUT_SEED = 0  # of the held-out splits: the same for every run, so that runs with other seeds compare
 
 
@@ -37,6 +38,7 @@ def load(data: Data, task: Task, seed: int) -> DatasetDict:
 
     Reads the label names into `task`. Held-out splits are the same for every seed; `seed` draws the examples that `data.labelled` keeps.
     """
+    _refuse_shared(data)
     source = open_source(data.source, data.config)
     labels = data.label if task.uses_labels else None
     if labels is not None:
@@ -50,6 +52,7 @@ def load(data: Data, task: Task, seed: int) -> DatasetDict:
     splits = DatasetDict({role: _cut(parts.get(role, train), rows, labels) for role, rows in chosen.items()})
     if data.unlabelled is not None:
         splits["train"] = concatenate_datasets([splits["train"], _unlabelled(source, data, splits["train"].features, task)])
+    _say_overlap(splits, data)
     return splits
 
 
@@ -57,6 +60,32 @@ def _named(data: Data) -> dict[str, str]:
     """The splits that the source holds itself."""
     names = {"train": data.train, "validation": data.validation, "test": data.test}
     return {role: name for role, name in names.items() if name is not None}
+
+
+def _refuse_shared(data: Data) -> None:
+    """A split has one use: what a model has seen in training does not measure it."""
+    uses: dict[str, str] = {}
+    for key, name in (*_named(data).items(), ("unlabelled", data.unlabelled)):
+        if name in uses:
+            raise UserError(f"data.{key} is {name}, but data.{uses[name]} is that split too: name another, or set data.{key} to null")
+        if name is not None:
+            uses[name] = key
+
+
+def _say_overlap(splits: DatasetDict, data: Data) -> None:
+    """A text that is trained on and measured on is allowed, but flatters the model."""
+    hashes = {role: _hashes(split, data.text) for role, split in splits.items()}
+    for role in ("validation", "test"):
+        shared = int(np.isin(hashes[role], hashes["train"]).sum())
+        if shared:
+            log.warning("%d of %d texts of the %s split are texts of the training split too", shared, len(splits[role]), role)
+
+
+def _hashes(split: Dataset, columns: list[str]) -> np.ndarray:
+    """A number for each text or pair: 8 bytes, the same however its words are spaced."""
+    batches = split.select_columns(list(columns)).iter(CHUNK)
+    rows = (row for batch in batches for row in zip(*(batch[column] for column in columns), strict=True))
+    return np.fromiter((hash(tuple(" ".join((text or "").split()) for text in row)) for row in rows), dtype=np.int64, count=len(split))
 
 
 def _split(source: DatasetDict, name: str, key: str, data: Data) -> Dataset:
@@ -104,11 +133,13 @@ def _has_columns(split: Dataset, name: str, columns: Iterable[str], data: Data) 
 def _with_text(texts: Dataset, where: str) -> np.ndarray:
     """Rows that hold more than white space, at least one."""
     table = texts.with_format("arrow")[:]
-    empty = np.ones(len(texts), dtype=bool)
-    for column in table.columns:
-        empty &= pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy()
+    blank = [pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy() for column in table.columns]
+    empty = np.logical_and.reduce(blank)
     if empty.all():
         raise UserError(f"{where} has {len(texts)} rows, but none of them has a text: name another split or column")
+    half = np.logical_or.reduce(blank) & ~empty
+    if half.any():
+        log.info("%d of %d pairs in %s have one empty side: kept, the first in row %d", half.sum(), len(texts), where, half.argmax())
     if empty.any():
         log.info("%d of %d examples in %s are empty: dropped, the first in row %d", empty.sum(), len(texts), where, empty.argmax())
     return np.flatnonzero(~empty)

@@ -1,7 +1,10 @@
 """`python -m distill.evaluate`: what teacher and student are worth, and what they cost, as a table and as metrics.json."""
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,10 @@ if TYPE_CHECKING:
 
     from distill.tasks.base import Task
 
-METRICS = "metrics.json"
+log = logging.getLogger("distill")
+
+METRICS, REPORT = "metrics.json", "report.md"
+OF_TRAINING = ("training", "stages")  # what only training can tell: measuring a run again keeps it
 SPLITS = ("train", "validation", "test")
 USAGE = """Measures a student, and its teacher where there is one: quality, fidelity, latency, throughput, memory, bytes on disk.
 
@@ -65,11 +71,39 @@ def of_run(run: config.Run, folder: Path) -> dict[str, str]:
 
 
 def write(metrics: dict[str, Any], file: Path) -> None:
-    """Store the metrics in a file, or as metrics.json in a folder; an earlier file is replaced in one step."""
-    file = file / METRICS if file.is_dir() else file
+    """Store the metrics in a file, with null for NaN; an earlier file is replaced in one step. In a folder: metrics.json and report.md."""
+    from distill.evaluate.measure import finite
+    from distill.evaluate.table import markdown
+
+    if file.is_dir():
+        (file / REPORT).write_text(markdown(metrics) + "\n")
+        file = file / METRICS
     draft = file.with_name(f".{file.name}")
-    draft.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    draft.write_text(json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n")
     draft.replace(file)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What a run folder's metrics.json holds; nothing where there is none, or where it is damaged."""
+    file = folder / METRICS
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        return found if isinstance(found, dict) else {}
+    except ValueError as error:
+        log.warning("%s is damaged (%s): it is taken for not measured", file, error)
+        return {}
+
+
+@contextmanager
+def status(run: config.Run, said: str) -> Iterator[None]:
+    """A sign of life in a terminal while nothing else is said; few pictures a second, for times are measured meanwhile."""
+    if not (run.trainer.progress and sys.stdout.isatty()):
+        yield
+        return
+    from rich.console import Console
+
+    with Console().status(said, refresh_per_second=2):
+        yield
 
 
 def show(metrics: dict[str, Any], folder: Path | None = None, artefact: Path | None = None) -> None:
@@ -92,12 +126,14 @@ def main() -> None:
     run, names = described(given)
     from distill.evaluate.measure import measure  # imports torch: only once the command line holds
 
-    task, examples, tokenizer = prepared(run, names["student"], given.split)
+    task, examples, tokenizer = prepared(run, names, given.split)
     metrics = measure(run, task, examples, tokenizer, names, given.split)
     if given.output is not None:
         write(metrics, Path(given.output))
     elif given.run is not None and given.split == "test":
-        write(metrics, Path(given.run))
+        folder = Path(given.run).expanduser()
+        earlier = read(folder)
+        write(metrics | {key: earlier[key] for key in OF_TRAINING if key in earlier}, folder)
     show(metrics)
 
 
@@ -147,14 +183,16 @@ def finished(name: str) -> Path:
     return folder
 
 
-def prepared(run: config.Run, student: str, split: str) -> tuple[Any, Any, Any]:
-    """Task, one encoded split, and tokenizer, made again from the recipe."""
+def prepared(run: config.Run, names: dict[str, str], split: str) -> tuple[Any, Any, Any]:
+    """Task, one encoded split, and tokenizer, made again from the recipe. UserError where the models read other token ids."""
     from datasets import DatasetDict
 
-    from distill import data, models, store, targets
+    from distill import data, models, targets
 
     task = targets.build(run.task)
+    tokenizer = models.load_tokenizer(names["student"], "student")
+    if "teacher" in names:
+        models.check_tokens(tokenizer, models.load_tokenizer(names["teacher"], "teacher"))
     raw = data.load(run.data, task, run.seed)
-    tokenizer = models.load_tokenizer(student)
-    encoded = data.encode(DatasetDict({split: raw[split]}), task, tokenizer, run.data, store.root() / "examples")
+    encoded = data.encode(DatasetDict({split: raw[split]}), task, tokenizer, run.data)
     return task, encoded[split], tokenizer

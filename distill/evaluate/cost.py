@@ -43,8 +43,10 @@ def measure(
 
 
 def disk_bytes(folder: Path, pattern: str = "*") -> int:
-    """The bytes of all files in a folder, weights, config and tokenizer, or of those that fit the pattern."""
-    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
+    """The bytes of all files in a folder, weights, config and tokenizer, or of those that fit the pattern; not the store's manifest."""
+    from distill.store import MANIFEST  # not at the top: see above
+
+    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file() and file.name != MANIFEST)
 
 
 def speed(question: dict[str, Any]) -> dict[str, Any]:

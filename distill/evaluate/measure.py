@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from lightning.fabric.utilities import move_data_to_device
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from distill import config, data, fresh, models
 from distill.errors import RunFailed
-from distill.evaluate import cost, quality
+from distill.evaluate import cost, quality, status
 from distill.models.loading import quiet
 from distill.tasks.base import Batch, Task
 
@@ -29,26 +30,26 @@ Columns = dict[str, Tensor]  # outcomes of all examples, each (examples, ...)
 
 def measure(run: config.Run, task: Task, examples: Dataset, tokenizer: Any, names: dict[str, str], split: str) -> dict[str, Any]:
     """Quality, comparison, fidelity and cost of `teacher` and `student`, folders or names; null where a number cannot be known."""
-    device = device_of(run)
+    device = models.device_of(run)
     with TemporaryDirectory() as temporary:
         log.info("measuring %s on %d examples: quality", " and ".join(names), len(examples))
         loaded = {what: _loaded(what, name, task, tokenizer) for what, name in names.items()}
         folders = {what: _folder(names[what], model, Path(temporary, what)) for what, model in loaded.items()}
         batches = data.loader(examples, task, tokenizer.pad_token_id, run.evaluate.batch_size)
-        columns, followed = outcomes(task, {what: model.to(device) for what, model in loaded.items()}, batches)
-        del loaded  # the processes that measure cost need the memory
-        metrics = _worth(run, task, columns)
+        with status(run, "measuring quality"):
+            with models.on(device, *loaded.values()):
+                columns, followed = outcomes(task, loaded, batches)
+            columns = {what: by_text(each, examples, batches.plan) for what, each in columns.items()}
+            del loaded  # the processes that measure cost need the memory
+            metrics = _worth(run, task, columns)
         if "teacher" in names:
             metrics["fidelity"] = followed | {"name": task.divergences[0]}
         log.info("measuring %s: cost", " and ".join(names))
-        costs, machine = _costs(run, task, examples, tokenizer.pad_token_id, folders, device)
+        with status(run, "measuring cost"):
+            costs, machine = _costs(run, task, examples, tokenizer.pad_token_id, folders, device)
     measured = {what: {"quality": metrics.pop(what), "cost": costs[what]} for what in names}
-    return finite({"split": split, "examples": len(examples)} | measured | metrics | {"machine": machine})
-
-
-def device_of(run: config.Run) -> str:
-    """Where models are measured."""
-    return "cuda" if run.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    texts = len(next(iter(columns["student"].values())))
+    return finite({"split": split, "examples": len(examples), "texts": texts} | measured | metrics | {"machine": machine})
 
 
 def _loaded(what: str, name: str, task: Task, tokenizer: Any) -> Any:
@@ -108,6 +109,18 @@ def outcomes(task: Task, loaded: dict[str, Any], batches: Iterable[Batch]) -> tu
     columns = {what: {key: torch.cat([part[key] for part in some]) for key in some[0]} for what, some in parts.items()}
     means = {"agreement": agreed, "divergence": diverged}
     return columns, {key: float(torch.cat(values).double().mean()) for key, values in means.items() if values}
+
+
+def by_text(columns: Columns, examples: Dataset, plan: data.BatchPlan) -> Columns:
+    """Outcomes, in the plan's order, summed over the windows of each text where texts were cut into some.
+
+    Windows of one text are alike, so that intervals from windows would be too narrow: what is resampled are texts.
+    """
+    if "begins" not in examples.column_names:
+        return columns
+    text_of = np.cumsum(examples.with_format("numpy")["begins"][:]) - 1
+    index = torch.from_numpy(text_of[[place for micro in plan for place in micro.indices]])
+    return {name: torch.zeros(int(text_of[-1]) + 1).double().index_add(0, index, column.double()) for name, column in columns.items()}
 
 
 def _same_classes(student_NC: Tensor, teacher_NC: Tensor) -> tuple[Tensor, Tensor]:

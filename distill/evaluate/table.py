@@ -91,7 +91,9 @@ def conditions(metrics: dict[str, Any]) -> str:
     """What the figures hold for: examples, intervals and machine, in one sentence each."""
     machine = metrics.get("machine", {})
     drawn = f"95 % intervals from {metrics['resamples']:,} bootstrap resamples"
-    said = f"{metrics['examples']:,} examples of the {metrics['split']} split; {drawn}."
+    texts = metrics.get("texts", metrics["examples"])
+    whole = f"{texts:,} texts" + (f", in {metrics['examples']:,} windows," if texts < metrics["examples"] else "")
+    said = f"{whole} of the {metrics['split']} split; {drawn}."
     if machine:
         where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
         how = f"{machine['threads']} thread(s), {machine['dtype']}, {machine['attention']} attention, torch {machine['torch']}"

@@ -62,7 +62,8 @@ def export(
     final = folder / FINAL
     with drafted(final) as draft:
         write(task, tokenizer, folder / "student", draft, run.export.dtype)
-        proof = prove(run, task, texts, tokenizer, folder, draft)
+        with evaluate.status(run, "proving the export"):
+            proof = prove(run, task, texts, tokenizer, folder, draft)
         describe(run, task, draft, proof, metrics)
         put(draft, final)
     log.info("export: %s, %.2f MB, proven on %d texts", final, proof["bytes"] / 1e6, proof["texts"])
@@ -100,20 +101,21 @@ def write(task: "Task", tokenizer: Any, student: Path, draft: Path, dtype: str) 
 
 def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
     """Loadable, equal, smaller, in this order: what proof.json holds, or RunFailed."""
-    from distill.evaluate.measure import device_of, spread
+    from distill import models
+    from distill.evaluate.measure import spread
 
     texts = texts.select(spread(len(texts), run.export.examples))
     told = _loadable(run, task, texts, tokenizer, folder, draft)
     answers = _equal(run, task, texts, tokenizer, folder, told["answers"])
     sizes = _smaller(run, folder, draft)
     latency = {"latency_p50_ms": 1000 * statistics.median(answer["seconds"] for answer in told["answers"])}
-    how = {"dtype": run.export.dtype, "threads": run.evaluate.threads, "device": device_of(run), "versions": told["versions"]}
+    how = {"dtype": run.export.dtype, "threads": run.evaluate.threads, "device": models.device_of(run), "versions": told["versions"]}
     return {"texts": len(texts), **answers, **sizes, **latency, **how}
 
 
 def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
     """What the draft answers in a fresh process that cannot import this library."""
-    from distill.evaluate.measure import device_of
+    from distill import models
     from distill.export import proof
     from distill.export.equal import start_token
 
@@ -126,7 +128,7 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
         "start": start_token(tokenizer),
         "max_length": task.max_length,
         "threads": run.evaluate.threads,
-        "device": device_of(run),
+        "device": models.device_of(run),
         "blocked": "distill",
     }
     try:
@@ -138,12 +140,12 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
 def _equal(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, told: list[Any]) -> dict[str, Any]:
     """How the draft's answers compare with those of the trained student in this process."""
     from distill import models
-    from distill.evaluate.measure import device_of
     from distill.export import equal
 
-    student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True).to(device_of(run))  # type: ignore[arg-type]
+    student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True)
     try:
-        answers = equal.compare(task, student, tokenizer, texts, run.data, told)
+        with models.on(models.device_of(run), student):
+            answers = equal.compare(task, student, tokenizer, texts, run.data, told)
     except equal.UnequalError as error:
         raise _failed("equal", str(error), "it must answer as the trained student does", folder) from error
     exact = run.export.dtype == "float32"
@@ -168,12 +170,17 @@ def _smaller(run: config.Run, folder: Path, draft: Path) -> dict[str, Any]:
     from distill import models
 
     teacher = models.files(evaluate.of_run(run, folder)["teacher"], "teacher.model")
-    size, limit = (disk_bytes(each, "*.safetensors") for each in (draft, teacher))
+    size, limit = (weight_bytes(each) for each in (draft, teacher))
     if size >= limit:
         rule = f"its teacher's take {limit:,}: keep fewer layers, or set a smaller export.dtype"
         raise _failed("smaller", f"its weights take {size:,} bytes on disk", rule, folder)
     size, limit = disk_bytes(draft), disk_bytes(teacher)
     return {"bytes": size, "teacher_bytes": limit, "ratio": size / limit}
+
+
+def weight_bytes(folder: Path) -> int:
+    """The bytes of a model's weights in the form that is loaded: safetensors where there are some."""
+    return disk_bytes(folder, "*.safetensors") or disk_bytes(folder, "pytorch_model*.bin")
 
 
 def _failed(law: str, found: str, rule: str, folder: Path) -> RunFailed:
@@ -222,8 +229,7 @@ def main() -> None:
     chosen = {key: getattr(given, key) for key in ("dtype", "examples") if getattr(given, key) is not None}
     run = replace(run, export=replace(run.export, **({"format": "dense"} | chosen)))
     task, texts, tokenizer = prepared(run, folder)
-    measured = folder / evaluate.METRICS
-    artefact = export(run, task, texts, tokenizer, folder, json.loads(measured.read_text()) if measured.is_file() else None)
+    artefact = export(run, task, texts, tokenizer, folder, evaluate.read(folder))
     print(f"export: {artefact}")
 
 

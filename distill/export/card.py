@@ -1,6 +1,7 @@
 """What an exported folder says about itself: README.md, the model card of the Hugging Face Hub."""
 
 import json
+import os.path
 from dataclasses import asdict
 from typing import Any
 
@@ -34,13 +35,21 @@ def _header(run: Run, pipeline: str) -> str:
 
 def _what(run: Run, labels: list[str]) -> str:
     origin = f"a student distilled from {_teacher(run)}" if run.teacher is not None else "a model trained on labels alone"
-    said = f"This is {origin}, on {run.data.source}. It loads with plain transformers."
+    said = f"This is {origin}, on {_public(run.data.source)}. It loads with plain transformers."
     return f"{said} Its labels: {', '.join(labels)}." if labels else said
 
 
 def _teacher(run: Run) -> str:
     assert run.teacher is not None
-    return run.teacher.model or f"a {(run.teacher.config or {}).get('model_type')} teacher trained from scratch"
+    if run.teacher.model is not None:
+        return _public(run.teacher.model)
+    return f"a {(run.teacher.config or {}).get('model_type')} teacher trained from scratch"
+
+
+def _public(name: str) -> str:
+    """A name as it is, but of a path on this machine only its last part."""
+    path = os.path.abspath(os.path.expanduser(name))
+    return os.path.basename(path) if name.startswith(("/", ".", "~")) or os.path.exists(path) else name
 
 
 def _use(run: Run, pipeline: str) -> str:
@@ -52,11 +61,12 @@ def _use(run: Run, pipeline: str) -> str:
 def _recipe(run: Run) -> str:
     """The settings that decide the result, as a list."""
     student = {key: value for key, value in asdict(run.student).items() if value is not None}
+    student |= {"model": _public(run.student.model)} if run.student.model else {}
     loss = f"alpha {run.loss.alpha:g}, temperature {run.loss.temperature:g}, divergence {run.loss.divergence or 'of the task'}"
     length = f"{run.trainer.max_steps} steps" if run.trainer.max_steps is not None else f"{run.trainer.epochs:g} epochs"
     settings = {
         "task": json.dumps(run.task),
-        "data": f"{run.data.source}, columns {', '.join(run.data.text)}",
+        "data": f"{_public(run.data.source)}, columns {', '.join(run.data.text)}",
         "teacher": _teacher(run) if run.teacher is not None else "none",
         "student": json.dumps(student),
         "loss": loss + (f", terms {', '.join(run.loss.terms)}" if run.loss.terms else ""),

@@ -46,8 +46,14 @@ def _labels(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data, 
         raise UnequalError(f"its labels are {', '.join(sorted(told[0]['logits']))}, and the student's are {', '.join(sorted(names))}")
     student_NC = _trained(task, model, tokenizer, texts, data)
     export_NC = torch.tensor([[answer["logits"][name] for name in names] for answer in told])
-    agreement = float(task.agreement(export_NC, student_NC).mean())
-    return Answers(len(told), agreement, float((export_NC - student_NC).abs().max()), float(student_NC.abs().max()))
+    scale = float(student_NC.abs().max())
+    agreement = float(task.agreement(export_NC, _tied(student_NC, export_NC, NEAR * scale / 2)).mean())
+    return Answers(len(told), agreement, float((export_NC - student_NC).abs().max()), scale)
+
+
+def _tied(student_NC: Tensor, export_NC: Tensor, near: float) -> Tensor:
+    """The student's logits, each moved towards the export's by at most `near`: where that changes a prediction, it was a tie."""
+    return export_NC.clamp(student_NC - near, student_NC + near)
 
 
 def _trained(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data) -> Tensor:

@@ -7,11 +7,11 @@
 | `tokenizers.py` | the same for tokenizers, training one on texts, and which one a recipe uses |
 | `student.py` | a teacher's layers -> a student, every tensor accounted for |
 | `preflight.py` | do teacher, student and data agree: labels, token ids, lengths; fingerprints |
-| `forward.py` | inputs -> logits |
+| `forward.py` | inputs -> logits; on which device |
 """
 
 from distill.models.architectures import attention_projections, blocks, embeddings
-from distill.models.forward import logits
+from distill.models.forward import device_of, logits, on
 from distill.models.loading import files, load, save
 from distill.models.preflight import adopt_labels, check_labels, check_length, check_tokens, fingerprint, shared_vocabulary
 from distill.models.student import Account, cut
@@ -26,12 +26,14 @@ __all__ = [
     "check_length",
     "check_tokens",
     "cut",
+    "device_of",
     "embeddings",
     "files",
     "fingerprint",
     "load",
     "load_tokenizer",
     "logits",
+    "on",
     "save",
     "shared_vocabulary",
     "tokenizer_for",

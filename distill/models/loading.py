@@ -184,7 +184,7 @@ def files(name: str, key: str) -> Path:
     if where.is_dir():
         return where
     with explained(name, key, local=False):
-        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.bin", "*.json", "*.txt"]))
 
 
 def best_attention() -> str:

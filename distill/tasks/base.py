@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill import losses
 from distill.config import Data
+from distill.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -25,7 +26,7 @@ class Batch(NamedTuple):
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
     example: Tensor  # (N,) the example, 0..B-1, that each row belongs to
     size: Tensor  # (B,) what an example weighs in its metrics: 1, or its UTF-8 bytes for language models
-    teacher: Tensor | None = None  # (N, C) cached teacher logits
+    teacher: Tensor | None = None  # (N, C) cached teacher logits, which the loader adds
     rows: float = 1.0  # rows of the global batch
     tokens: float = 1.0  # tokens of the global batch
 
@@ -109,11 +110,11 @@ def model_inputs(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tenso
     return inputs
 
 
-def teacher_rows(examples: list[dict[str, Any]]) -> Tensor | None:
-    """Cached teacher logits of all rows, (N, C), where the examples carry them."""
-    if "teacher_logits" not in examples[0]:
-        return None
-    return torch.tensor([row for example in examples for row in example["teacher_logits"]], dtype=torch.float32)
+def checked_length(max_length: Any, least: int, reason: str) -> int:
+    """`task.max_length`, refused where it is no whole number or too small."""
+    if not isinstance(max_length, int) or max_length < least:
+        raise UserError(f"task.max_length is {max_length}, but it must be at least {least}, a whole number: {reason}")
+    return max_length
 
 
 def per_example(values_N: Tensor, batch: Batch) -> Tensor:

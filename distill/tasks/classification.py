@@ -15,9 +15,10 @@ from distill import losses
 from distill.config import Data
 from distill.errors import UserError
 from distill.tasks import labels
-from distill.tasks.base import Batch, Task, model_inputs, teacher_rows
+from distill.tasks.base import Batch, Task, checked_length, model_inputs
 
 BINS = 15  # of the calibration error
+LISTS = "JSON lines and Parquet can hold lists, CSV cannot"
 
 
 class SingleLabelClassification(Task):
@@ -31,11 +32,7 @@ class SingleLabelClassification(Task):
     problem_type = "single_label_classification"
 
     def __init__(self, max_length: int = 128) -> None:
-        if max_length < 3:
-            raise UserError(
-                f"task.max_length is {max_length}, but it must be at least 3: texts are cut to that many tokens, special ones included"
-            )
-        self.max_length = max_length
+        self.max_length = checked_length(max_length, 3, "texts are cut to that many tokens, special ones included")
 
     def read_labels(self, train: Dataset, data: Data) -> None:
         self.names = labels.read_names(train, data)
@@ -58,7 +55,7 @@ class SingleLabelClassification(Task):
 
     def encode(self, examples: dict[str, list[Any]], tokenizer: Any, data: Data) -> dict[str, list[Any]]:
         """Also `cut`: 1 where a text did not fit and lost its end."""
-        texts = [examples[column] for column in data.text]
+        texts = [[text or "" for text in examples[column]] for column in data.text]  # a pair may have one side only
         pairs = len(texts) == 2
         tokens = tokenizer(
             *texts,
@@ -87,7 +84,6 @@ class SingleLabelClassification(Task):
             index=None,
             example=torch.arange(len(examples)),
             size=torch.tensor([example["size"] for example in examples]),
-            teacher=teacher_rows(examples),
             rows=len(examples),
             tokens=sum(len(example["input_ids"]) for example in examples),
         )
@@ -137,7 +133,9 @@ class MultiLabelClassification(SingleLabelClassification):
         if labels.missing(cell):
             return None
         if not isinstance(cell, list):
-            raise ValueError("a cell must hold a list of names, or a list of 0 and 1: for one label a text, use SingleLabelClassification")
+            raise ValueError(
+                f"a cell must hold a list of names, or of 0 and 1: {LISTS}; for one label a text, use SingleLabelClassification"
+            )
         if declared is None and cell and not any(isinstance(value, str) for value in cell):
             return self._chosen(cell)
         chosen = {labels.name_of(value, self.names, declared) for value in cell}
@@ -165,13 +163,15 @@ class MultiLabelClassification(SingleLabelClassification):
         label, probability, classes = columns["label"].long(), columns["probability"], len(self.names)
         if len(label) == 0:
             return {self.primary: math.nan}
+        each = metrics.multilabel_f1_score(probability, label, classes, average="none", validate_args=False)
         return {
             "macro_f1": float(metrics.multilabel_f1_score(probability, label, classes, average="macro", validate_args=False)),
             "micro_f1": float(metrics.multilabel_f1_score(probability, label, classes, average="micro", validate_args=False)),
+            "mcc": float(metrics.multilabel_matthews_corrcoef(probability, label, classes, validate_args=False)),
             "exact_match": float(((probability > 0.5) == label).all(-1).float().mean()),
             "nll": float(columns["nll"].mean()),
             "ece": float(metrics.binary_calibration_error(probability.flatten(), label.flatten(), BINS, validate_args=False)),
-        }
+        } | {f"f1/{name}": float(value) for name, value in zip(self.names, each.reshape(-1), strict=True)}
 
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         return ((student_NC > 0) == (teacher_NC > 0)).all(-1).float()
@@ -240,7 +240,9 @@ def _multi_names(train: Dataset, data: Data) -> tuple[str, ...]:
         return tuple(sorted({str(value) for cell in cells for value in cell}))
     widest = max(map(len, cells), default=0)
     if widest == 0:
-        raise UserError(f"column {data.label!r} holds no list of labels, but a text may have several: give lists of names, or of 0 and 1")
+        raise UserError(
+            f"column {data.label!r} holds no list of labels, but a text may have several: give lists of names or of 0 and 1; {LISTS}"
+        )
     return tuple(map(str, range(widest)))
 
 

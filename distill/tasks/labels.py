@@ -46,7 +46,8 @@ def name_of(cell: Any, names: Sequence[str], declared: Sequence[str] | None) -> 
         cell = int(cell)
     name = cell if isinstance(cell, str) else _by_id(cell, names, declared)
     if name not in names:
-        raise ValueError(f"the labels are {listed(names)}: correct it, or list every label in data.labels")
+        hint = ", 'yes' and 'no' in quotes" if {"True", "False"} & {*names} else ""  # YAML takes them for truth values
+        raise ValueError(f"the labels are {listed(names)}: correct it, or list every label in data.labels{hint}")
     return name
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from distill import losses
 from distill.config import Data
 from distill.errors import UserError
-from distill.tasks.base import Batch, Task, model_inputs, per_example, teacher_rows
+from distill.tasks.base import Batch, Task, checked_length, model_inputs, per_example
 
 
 class CausalLanguageModelling(Task):
@@ -35,9 +35,7 @@ class CausalLanguageModelling(Task):
     label_feature = List(Value("int64"))
 
     def __init__(self, max_length: int = 256) -> None:
-        if max_length < 2:
-            raise UserError(f"task.max_length is {max_length}, but a window needs a context and a token to predict: give at least 2")
-        self.max_length = max_length
+        self.max_length = checked_length(max_length, 2, "a window holds a context and a token to predict")
 
     def read_labels(self, train: Dataset, data: Data) -> None:
         """The labels are the texts."""
@@ -48,9 +46,9 @@ class CausalLanguageModelling(Task):
     def encode(self, examples: dict[str, list[Any]], tokenizer: Any, data: Data) -> dict[str, list[Any]]:
         """`labels` holds the token at each place, -100 where it is context only; `size` the UTF-8 bytes of the predicted tokens.
 
-        Also `cut`: 1 for the first window of a text that took several.
+        Also 1 for the first window of a text: `begins` for each, `cut` for one that took several.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "size", "length", "rows", "cut")}
+        columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "size", "length", "rows", "cut", "begins")}
         texts = zip(*(_tokens(examples[column], tokenizer) for column in data.text), strict=True)
         for parts in texts:
             for window in _windows(*_sequence(list(parts), tokenizer), self.max_length):
@@ -69,7 +67,6 @@ class CausalLanguageModelling(Task):
             index=index,
             example=index // labels_BL.shape[1],
             size=torch.tensor([example["size"] for example in examples]),
-            teacher=teacher_rows(examples),
             rows=len(index),
             tokens=sum(len(example["input_ids"]) for example in examples),
         )
@@ -150,7 +147,8 @@ def _windows(ids: list[int], labels: list[int], sizes: list[int], max_length: in
         if rows:
             tokens = ids[start:end]
             window = {"input_ids": tokens, "labels": [losses.IGNORED, *labels[predicted]], "length": len(tokens), "rows": rows}
-            windows.append(window | {"size": sum(sizes[predicted]), "cut": int(not windows and len(ids) > max_length)})
+            first = not windows
+            windows.append(window | {"size": sum(sizes[predicted]), "cut": int(first and len(ids) > max_length), "begins": int(first)})
     return windows
 
 

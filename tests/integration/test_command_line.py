@@ -35,7 +35,7 @@ def test_a_run_names_its_stages_and_ends_with_the_table_and_the_paths(finished):
 def test_the_run_folder_holds_everything(finished):
     _, folder, _, _ = finished
     there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert {"recipe.yaml", "train.log", "metrics.json", "logs/student/metrics.csv", "logs/teacher/metrics.csv"} <= there
+    assert {"recipe.yaml", "train.log", "metrics.json", "report.md", "logs/student/metrics.csv", "logs/teacher/metrics.csv"} <= there
     assert {"checkpoints/best.ckpt", "checkpoints/last.ckpt", "export/proof.json", "export/README.md"} <= there
     for model in ("teacher", "student", "export"):
         assert {f"{model}/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")} <= there

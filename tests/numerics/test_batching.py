@@ -4,14 +4,15 @@ import copy
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
 
 from distill import corpora, losses
 from distill.config import Data
-from distill.data import BatchPlan, encode, load, loader, waste
+from distill.data import BatchPlan, encode, load, loader
 from distill.errors import UserError
 from distill.models import logits
 from distill.models.tokenizers import train_tokenizer
@@ -38,10 +39,10 @@ def texts_of(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def language(tmp_path_factory):
+def language():
     task, tokenizer = CausalLanguageModelling(max_length=24), train_tokenizer(texts_of(50), 300, classification=False)
     raw = DatasetDict(train=Dataset.from_dict({"text": texts_of(21)}))
-    split = encode(raw, task, tokenizer, Data(source="none"), tmp_path_factory.mktemp("cache"))["train"]
+    split = encode(raw, task, tokenizer, Data(source="none"))["train"]
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, attn_implementation="eager")
     return task, split, AutoModelForCausalLM.from_config(config).eval(), tokenizer.pad_token_id
@@ -163,32 +164,54 @@ def test_a_loader_follows_its_plan_and_leaves_the_global_generator_alone(classif
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("width", [-1, 3])  # lists of any length, or of one that the type fixes
+def test_cached_outputs_travel_with_their_examples(language, width, tmp_path):
+    task, split, _, pad_id = language
+    rows = [[[float(place), float(row), -0.5] for row in range(count)] for place, count in enumerate(split["rows"])]
+    assert len({len(each) for each in rows}) > 1
+    outputs = pa.table({"teacher_logits": pa.array(rows, pa.list_(pa.list_(pa.float32(), width)))})
+    with pa.ipc.new_stream(tmp_path / "outputs.arrow", outputs.schema) as stream:
+        stream.write_table(outputs, max_chunksize=4)
+    cached = concatenate_datasets([split, Dataset.from_file(str(tmp_path / "outputs.arrow"))], axis=1)
+    for some in (cached, cached.select([5, 3, 8, 0])):
+        batches = loader(some, task, pad_id, 3, seed=1)
+        for micro, batch in zip(batches.plan, batches, strict=True):
+            assert batch.teacher.dtype == torch.float32
+            assert batch.teacher.tolist() == [row for index in micro.indices for row in some["teacher_logits"][index]]
+            assert len(batch.teacher) == len(batch.labels)
+    assert all(batch.teacher is None for batch in loader(split, task, pad_id, 3))
+
+
 # ---- padding
 
 
-def test_grouping_by_length_wastes_little_on_news(tmp_path):
+def test_grouping_by_length_wastes_little_on_news():
     task, data = SingleLabelClassification(max_length=128), Data(source="distill.corpora.bbc_news")
     try:
         raw = load(data, task, seed=0)
     except UserError:
         pytest.skip("the extra `demo` is not installed")
     raw = DatasetDict(train=raw["train"])
-    split = encode(raw, task, train_tokenizer(raw["train"]["text"][:200], 5000, classification=True), data, tmp_path)["train"]
-    assert waste(split, BatchPlan(split, 32, 1, seed=0)) < 0.05
+    split = encode(raw, task, train_tokenizer(raw["train"]["text"][:200], 5000, classification=True), data)["train"]
+    assert BatchPlan(split, 32, 1, seed=0).padding() < 0.05
 
 
 def test_grouping_by_length_wastes_little_on_texts_of_any_length():
     split = split_of(2000, longest=128)
-    assert waste(split, BatchPlan(split, 32, 1, seed=0)) < 0.05
-    assert waste(split, BatchPlan(split, 32, 1, seed=0, group_by_length=False)) > 0.3
-    assert waste(split, BatchPlan(split, 1, 1, seed=0)) == 0
+    assert BatchPlan(split, 32, 1, seed=0).padding() < 0.05
+    assert BatchPlan(split, 32, 1, seed=0, group_by_length=False).padding() > 0.3
+    assert BatchPlan(split, 1, 1, seed=0).padding() == 0
 
 
-def test_waste_is_the_share_of_padding_in_what_models_are_given(classification):
+def test_the_log_says_how_much_of_what_models_are_trained_on_is_padding(classification, caplog):
     task, split, _, pad_id = classification
-    batches = loader(split, task, pad_id, 6, 2, seed=3)
+    with caplog.at_level(logging.INFO, logger="distill"):
+        loader(split, task, pad_id, 6)  # measuring says nothing
+        batches = loader(split, task, pad_id, 6, 2, seed=3)
     masks = [batch.inputs["attention_mask"] for batch in batches]
-    assert waste(split, batches.sampler) == pytest.approx(1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks))
+    share = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    assert batches.plan.padding() == pytest.approx(share)
+    assert caplog.messages == [f"{100 * share:.1f} % of the tokens of an epoch are padding"]
 
 
 def padded_further(batch, more: int, pad_id: int, task):
@@ -250,7 +273,9 @@ def _loss_and_gradient(task, model, batches):
 def test_the_micro_batches_of_a_step_sum_to_the_loss_of_the_whole_batch(problem, accumulate):
     task, split, model, pad_id = problem
     whole, parts = (list(loader(split, task, pad_id, 7, count, seed=1)) for count in (1, accumulate))
-    assert len({batch.labels.shape[0] for batch in parts}) > 1 or accumulate == 7 or task.uses_labels
+    rows = [len(batch.labels) for batch in parts[:accumulate]]
+    assert sum(rows) == len(whole[0].labels)
+    assert len(set(rows)) > 1 or (task.uses_labels and accumulate == 7)  # so that a mean of their means would be another
     one, one_gradient = _loss_and_gradient(task, model, whole[:1])
     several, several_gradient = _loss_and_gradient(task, model, parts[:accumulate])
     torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
@@ -287,22 +312,22 @@ def test_a_prompt_adds_nothing_to_the_loss(language):
     assert values.grad.abs().sum(-1)[0].bool().tolist() == [False, True, True, False]
 
 
-def test_the_number_of_windows_does_not_change_what_is_counted(tmp_path):
+def test_the_number_of_windows_does_not_change_what_is_counted():
     tokenizer = train_tokenizer(texts_of(50), 300, classification=False)
     raw = DatasetDict(train=Dataset.from_dict({"text": texts_of(21)}))
     totals = set()
     for max_length in (5, 24, 200):
-        split = encode(raw, CausalLanguageModelling(max_length), tokenizer, Data(source="none"), tmp_path)["train"]
+        split = encode(raw, CausalLanguageModelling(max_length), tokenizer, Data(source="none"))["train"]
         totals.add((sum(split["rows"]), sum(split["size"])))
     assert totals == {(sum(map(len, tokenizer(texts_of(21))["input_ids"])), sum(len(text.encode()) for text in texts_of(21)))}
 
 
-def test_made_up_texts_are_all_seen(tmp_path):
+def test_made_up_texts_are_all_seen():
     """From the source to the batches: no example is lost on the way."""
     task, data = SingleLabelClassification(), Data(source="distill.corpora.generated")
     raw = load(data, task, seed=0)
     tokenizer = train_tokenizer(raw["train"]["text"][:], 400, classification=True)
-    splits = encode(raw, task, tokenizer, data, tmp_path)
+    splits = encode(raw, task, tokenizer, data)
     for name, size in corpora.GENERATED.items():
         seen = [
             tuple(row[row != tokenizer.pad_token_id].tolist())

@@ -59,6 +59,7 @@ def test_bytes_on_disk_are_those_of_all_files(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "a").write_bytes(b"123")
     (tmp_path / "inner" / "b").write_bytes(b"4567")
+    (tmp_path / "manifest.json").write_bytes(b"of our store, not of the model")
     assert cost.disk_bytes(tmp_path) == 7
 
 

@@ -1,5 +1,6 @@
 """Sources of every kind become the same three splits; what is wrong with them is named; tokenising happens once."""
 
+import errno
 import logging
 import os
 from collections import Counter
@@ -7,8 +8,9 @@ from collections import Counter
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets.exceptions import DatasetGenerationError
 
-from distill import corpora
+from distill import corpora, store
 from distill import data as pipeline
 from distill.config import Data
 from distill.data import encoding
@@ -23,8 +25,8 @@ HERE = __name__
 
 
 @pytest.fixture(autouse=True)
-def _own_datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+def _own_store(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path_factory.mktemp("store")))
 
 
 def made() -> DatasetDict:
@@ -77,6 +79,56 @@ def test_a_folder_holds_a_file_for_each_split(suffix, tmp_path):
     (tmp_path / "README.md").write_text("Words about them.")
     splits = pipeline.open_source(str(tmp_path))
     assert {name: split.to_dict() for name, split in splits.items()} == {"train": ROWS, "test": {"text": MORE["text"]}}
+
+
+def test_a_file_is_known_by_its_content_not_by_its_name_and_time(tmp_path):
+    file = tmp_path / "rows.csv"
+    for word in ("old", "new"):
+        file.write_text(f"text,label\n{word},a\n")
+        os.utime(file, (1, 1))
+        assert pipeline.open_source(str(file))["train"]["text"][:] == [word]
+
+
+def test_a_folder_laid_out_as_on_the_hub_is_known_by_its_content(tmp_path):
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "train.csv"
+    for word in ("old", "new"):
+        file.write_text(f"text,label\n{word},a\n")
+        os.utime(file, (1, 1))
+        assert pipeline.open_source(str(tmp_path))["train"]["text"][:] == [word]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "denied", "/elsewhere/x")]
+)
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_source(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise DatasetGenerationError("generating") from error
+
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=rf"^{store.root()} cannot be written \(.*set DISTILL_CACHE"):
+        pipeline.open_source(str(tmp_path / "rows.csv"))
+
+
+def test_a_cache_that_is_no_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "rows.csv"))
+    (tmp_path / "more.csv").write_text("text,label\na,b\n")
+    with pytest.raises(UserError, match=r"rows\.csv cannot be written \(.*but what is read from .*more\.csv is kept there"):
+        pipeline.open_source(str(tmp_path / "more.csv"))
+
+
+def test_a_source_that_the_system_refuses_is_blamed(tmp_path, monkeypatch):
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "denied", str(path))
+
+    monkeypatch.setattr(store, "sha256", refuse)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^rows\.csv cannot be read \("):
+        pipeline.open_source("rows.csv")
 
 
 def test_a_folder_saved_by_datasets(tmp_path):
@@ -217,6 +269,20 @@ def test_empty_texts_are_dropped_and_counted_once(tmp_path, caplog):
     ]
 
 
+def test_pairs_with_one_empty_side_are_kept_and_counted_once(tmp_path, tokenizer, caplog):
+    rows = {"a": [*ROWS["text"], "", "x", None], "b": [*ROWS["text"], "y", None, " "], "label": [*ROWS["label"], "up", "up", "up"]}
+    write(Dataset.from_dict(rows), tmp_path / "pairs.jsonl")
+    task, keys = SingleLabelClassification(), {"text": ["a", "b"], "validation": None, "test": None}
+    with caplog.at_level(logging.INFO, logger="distill"):
+        splits = load(tmp_path / "pairs.jsonl", task, **keys)
+    assert sum(map(len, splits.values())) == 22
+    assert [record.getMessage() for record in caplog.records] == [
+        f"2 of 23 pairs in split train of {tmp_path}/pairs.jsonl have one empty side: kept, the first in row 20",
+        f"1 of 23 examples in split train of {tmp_path}/pairs.jsonl are empty: dropped, the first in row 22",
+    ]
+    assert sum(map(len, pipeline.encode(splits, task, tokenizer, Data(source="none", **keys)).values())) == 22
+
+
 def test_nothing_but_empty_texts_is_refused(tmp_path):
     write(Dataset.from_dict({"text": ["", " "], "label": ["a", "b"]}), tmp_path / "gaps.jsonl")
     with pytest.raises(UserError, match=r"has 2 rows, but none of them has a text"):
@@ -249,6 +315,18 @@ def test_labels_of_other_tasks(task, cells, tmp_path):
         assert [by_text[f"text {row}"] for row in range(30)] == cells * 10
 
 
+@pytest.mark.parametrize("labels", [None, ["a", "b"]])
+def test_several_labels_in_a_string_are_answered_by_the_formats_that_have_lists(labels, tmp_path):
+    write(Dataset.from_dict({"text": ROWS["text"], "label": ["a;b"] * 20}), tmp_path / "rows.csv")
+    with pytest.raises(UserError, match=r"JSON lines and Parquet can hold lists, CSV cannot"):
+        load(tmp_path / "rows.csv", MultiLabelClassification(), labels=labels)
+
+
+def test_labels_that_yaml_takes_for_truth_values_are_to_be_quoted():
+    with pytest.raises(UserError, match=r"is 'up' in row 0, but the labels are False, True: .* data.labels, 'yes' and 'no' in quotes$"):
+        load(f"{HERE}.made", labels=["False", "True"])
+
+
 # ---- splits and labels
 
 
@@ -261,6 +339,45 @@ def test_held_out_splits_do_not_depend_on_the_seed_and_share_nothing():
     texts = [text for split in first.values() for text in split["text"]]
     assert sorted(texts) == sorted(ROWS["text"])
     assert load(f"{HERE}.made", validation="validation")["test"].to_dict() == first["test"].to_dict()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"validation": "train"},
+            "data.validation is train, but data.train is that split too: name another, or set data.validation to null",
+        ),
+        ({"test": "train"}, "data.test is train, but data.train is that split too"),
+        ({"validation": "validation", "test": "validation"}, "data.test is validation, but data.validation is that split too"),
+        ({"unlabelled": "train"}, "data.unlabelled is train, but data.train is that split too"),
+        ({"test": "validation", "unlabelled": "validation"}, "data.unlabelled is validation, but data.test is that split too"),
+    ],
+)
+def test_a_split_has_one_use(keys, message):
+    with pytest.raises(UserError, match=message):
+        load(f"{HERE}.made", **keys)
+
+
+def test_texts_that_are_trained_on_and_measured_on_are_said(tmp_path, caplog):
+    splits = {"train": ROWS, "validation": MORE, "test": {name: values[:3] for name, values in ROWS.items()}}
+    splits["test"] = splits["test"] | {"text": ["text number 0", " text\nnumber  1", "Text number 2"]}
+    DatasetDict({name: Dataset.from_dict(rows) for name, rows in splits.items()}).save_to_disk(tmp_path)
+    loaded = load(tmp_path, validation="validation", test="test")
+    assert [record.getMessage() for record in caplog.records] == ["2 of 3 texts of the test split are texts of the training split too"]
+    assert [len(split) for split in loaded.values()] == [20, 8, 3]
+    caplog.clear()
+    (tmp_path / "more.txt").write_text("other text 0\nother text 9")
+    load(f"{HERE}.made", validation="validation", unlabelled=str(tmp_path / "more.txt"))
+    assert "1 of 8 texts of the validation split are texts of the training split too" in caplog.text
+
+
+def test_pairs_are_compared_as_pairs(tmp_path, caplog):
+    for name, rows in {"train": {"a": ["x", "y"], "b": ["y", None]}, "test": {"a": ["x", "y"], "b": [None, ""]}}.items():
+        write(Dataset.from_dict(rows | {"label": ["up", "down"]}), tmp_path / f"{name}.jsonl")
+    write(Dataset.from_dict({"a": ["v"], "b": ["w"], "label": ["up"]}), tmp_path / "validation.jsonl")
+    load(tmp_path, text=["a", "b"], validation="validation", test="test")
+    assert [record.getMessage() for record in caplog.records] == ["1 of 2 texts of the test split are texts of the training split too"]
 
 
 def test_too_few_examples_to_hold_out_are_refused(tmp_path):
@@ -349,55 +466,51 @@ def counted(monkeypatch):
     return calls
 
 
-def encoded(tokenizer, cache, task=None, seed=0, **keys) -> DatasetDict:
+def encoded(tokenizer, task=None, seed=0, **keys) -> DatasetDict:
     task = task or SingleLabelClassification()
     keys = {"validation": "validation", "test": None} | keys
     data = Data(source=f"{HERE}.made", **keys)
-    return pipeline.encode(pipeline.load(data, task, seed), task, tokenizer, data, cache)
+    return pipeline.encode(pipeline.load(data, task, seed), task, tokenizer, data)
 
 
-def test_texts_are_tokenised_once_and_kept(tokenizer, tmp_path, counted):
-    first = encoded(tokenizer, tmp_path)
+def entries(file="*") -> list:
+    return [*(store.root() / "examples").glob(f"*/{file}")]
+
+
+def test_texts_are_tokenised_once_and_kept(tokenizer, counted):
+    first = encoded(tokenizer)
     assert sum(counted) >= 28
     counted.clear()
     tokenizer("the last use", truncation=True, max_length=3, padding="max_length")  # leaves its mark on the tokenizer's state
-    again = encoded(tokenizer, tmp_path)
+    again = encoded(tokenizer)
     assert counted == []
     assert {name: split.to_dict() for name, split in first.items()} == {name: split.to_dict() for name, split in again.items()}
-    assert sorted(file.name[:8] for file in tmp_path.iterdir() if file.is_file()) == ["encoded-"] * 3
-    assert again["train"].cache_files  # mapped into memory, not read
+    assert len(entries(encoding.FILE)) == 3
+    assert all(file["filename"] in map(str, entries()) for split in again.values() for file in split.cache_files)  # mapped, not read
+    assert again["train"].cache_files
 
 
 @pytest.mark.parametrize("change", ["max_length", "tokenizer", "labels", "texts", "version"])
-def test_a_changed_ingredient_is_a_new_file(change, tokenizer, tmp_path, counted, monkeypatch):
-    encoded(tokenizer, tmp_path)
+def test_a_changed_ingredient_is_a_new_file(change, tokenizer, counted, monkeypatch):
+    encoded(tokenizer)
     counted.clear()
     if change == "version":
         monkeypatch.setattr(encoding, "VERSION", -1)
     changed = {
-        "max_length": lambda: encoded(tokenizer, tmp_path, SingleLabelClassification(max_length=64)),
-        "tokenizer": lambda: encoded(train_tokenizer(ROWS["text"], 280, classification=True), tmp_path),
-        "labels": lambda: encoded(tokenizer, tmp_path, labels=["up", "down"]),
-        "texts": lambda: encoded(tokenizer, tmp_path, labelled=4),
-        "version": lambda: encoded(tokenizer, tmp_path),
+        "max_length": lambda: encoded(tokenizer, SingleLabelClassification(max_length=64)),
+        "tokenizer": lambda: encoded(train_tokenizer(ROWS["text"], 280, classification=True)),
+        "labels": lambda: encoded(tokenizer, labels=["up", "down"]),
+        "texts": lambda: encoded(tokenizer, labelled=4),
+        "version": lambda: encoded(tokenizer),
     }
     changed[change]()
     assert counted
 
 
-def test_an_interrupted_run_leaves_nothing_that_is_used(tokenizer, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        encoded(tokenizer, tmp_path)
-    assert [file for file in tmp_path.iterdir() if file.is_file()] == []
-
-
 def test_a_run_interrupted_midway_is_made_up_for(tokenizer, tmp_path, monkeypatch):
-    whole = encoded(tokenizer, tmp_path / "whole")["train"].to_dict()
+    whole = encoded(tokenizer)["train"].to_dict()
     texts = load(f"{HERE}.made", validation="validation")["train"]["text"][:]
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(encoding, "CHUNK", 5)
     encode = SingleLabelClassification.encode
 
@@ -409,37 +522,40 @@ def test_a_run_interrupted_midway_is_made_up_for(tokenizer, tmp_path, monkeypatc
     with monkeypatch.context() as context:
         context.setattr(SingleLabelClassification, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            encoded(tokenizer, tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("encoded-*"))
-    assert encoded(tokenizer, tmp_path / "cache")["train"].to_dict() == whole
+            encoded(tokenizer)
+    assert not entries()
+    assert encoded(tokenizer)["train"].to_dict() == whole
 
 
-def test_a_damaged_file_is_made_again(tokenizer, tmp_path, counted, caplog):
-    whole = encoded(tokenizer, tmp_path)["train"].to_dict()
-    for file in tmp_path.glob("encoded-*"):
-        file.write_bytes(file.read_bytes()[:100])
+@pytest.mark.parametrize("damage", ["shortened", "overwritten"])
+def test_a_damaged_file_is_made_again(damage, tokenizer, counted, caplog):
+    whole = encoded(tokenizer)["train"].to_dict()
+    for file in entries(encoding.FILE):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:100] if damage == "shortened" else content[: middle - 200] + bytes(400) + content[middle + 200 :])
     counted.clear()
-    assert encoded(tokenizer, tmp_path)["train"].to_dict() == whole
+    assert encoded(tokenizer)["train"].to_dict() == whole
     assert counted
-    assert "cannot be read" in caplog.text
+    assert "is damaged (examples.arrow): it is made again" in caplog.text
 
 
-def test_texts_that_are_shortened_are_counted(tokenizer, tmp_path, caplog):
+def test_texts_that_are_shortened_are_counted(tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="distill"):
-        encoded(tokenizer, tmp_path, SingleLabelClassification(max_length=4))
+        encoded(tokenizer, SingleLabelClassification(max_length=4))
     assert "18 of 18 texts of the train split are longer than task.max_length, 4 tokens: shortened to it" in caplog.text
 
 
-def test_texts_without_anything_to_predict_are_refused(endless, tmp_path):
+def test_texts_without_anything_to_predict_are_refused(endless):
     raw = DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}))
     with pytest.raises(UserError, match=r"the train split has 2 texts, but none of them holds a token to predict"):
-        pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"), tmp_path)
+        pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"))
 
 
-def test_texts_that_give_no_window_first_do_not_hide_those_that_do(endless, tmp_path, monkeypatch):
+def test_texts_that_give_no_window_first_do_not_hide_those_that_do(endless, monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK", 2)
     raw = DatasetDict(train=Dataset.from_dict({"text": ["a", "b", "c", "d", "long enough"]}))
-    split = pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"), tmp_path)["train"]
+    split = pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"))["train"]
     assert len(split) == 1
 
 
@@ -465,17 +581,26 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
 
 
 @pytest.mark.parametrize("task", [SingleLabelClassification, MultiLabelClassification, Regression])
-def test_labelled_only_leaves_out_what_has_no_label(task, tokenizer, tmp_path):
+def test_labelled_only_leaves_out_what_has_no_label(task, tokenizer):
     cells = {SingleLabelClassification: ["a", None, "b"], MultiLabelClassification: [["a"], None, []], Regression: [-100.0, None, 2.0]}[
         task
     ]
     it, raw = task(), Dataset.from_dict({"text": ["x", "y", "z"], "label": cells})
     it.names = ("a", "b")
-    split = pipeline.encode(DatasetDict(train=raw), it, tokenizer, Data(source="none"), tmp_path)["train"]
+    split = pipeline.encode(DatasetDict(train=raw), it, tokenizer, Data(source="none"))["train"]
     assert pipeline.labelled_only(split, it)["input_ids"][:] == [split["input_ids"][0], split["input_ids"][2]]
 
 
-def test_the_default_recipe_data_load(tmp_path):
+@pytest.mark.parametrize("task", [SingleLabelClassification, MultiLabelClassification, Regression])
+def test_nothing_labelled_is_refused(task, tokenizer):
+    it, raw = task(), Dataset.from_dict({"text": ["x", "y"], "label": [None, None]})
+    it.names = ("a", "b")
+    split = pipeline.encode(DatasetDict(train=raw), it, tokenizer, Data(source="none"))["train"]
+    with pytest.raises(UserError, match=r"0 of 2 training examples have a label, but .* data.label, or a source that has them"):
+        pipeline.labelled_only(split, it)
+
+
+def test_the_default_recipe_data_load():
     try:
         corpora.bbc_news()
     except UserError:

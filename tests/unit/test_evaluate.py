@@ -1,7 +1,9 @@
 """One pass over the examples, honest numbers, and one sentence for every wrong command line."""
 
+import io
 import json
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +12,8 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from distill import config, evaluate, fresh, recipe
+from distill import config, evaluate, fresh, models, recipe
+from distill.data import BatchPlan
 from distill.errors import UserError
 from distill.evaluate import measure, table
 from distill.tasks import CausalLanguageModelling, SingleLabelClassification
@@ -63,6 +66,17 @@ def test_fidelity_is_the_share_of_equal_predictions_and_the_mean_divergence(task
     assert followed["divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
     assert task.quality(columns["teacher"])["accuracy"] == 1.0
     assert task.quality(columns["student"])["accuracy"] == 0.75
+
+
+def test_windows_of_a_text_are_resampled_together():
+    """In whatever order the windows were answered, their outcomes are added up text by text."""
+    split = Dataset.from_dict({"length": [3, 5, 2, 4], "rows": [1, 1, 1, 1], "begins": [1, 0, 1, 1]})
+    plan = BatchPlan(split, batch_size=2)
+    order = [place for micro in plan for place in micro.indices]
+    assert order == [1, 3, 0, 2]
+    answered = torch.tensor([10.0**place for place in order])
+    assert measure.by_text({"nll": answered}, split, plan)["nll"].tolist() == [11, 100, 1000]
+    assert measure.by_text({"nll": answered}, split.remove_columns("begins"), plan)["nll"] is answered
 
 
 def test_a_model_is_perfectly_faithful_to_itself(task):
@@ -131,6 +145,14 @@ def metrics(teacher=True):
     return measure.finite(found)
 
 
+def test_models_come_back_from_the_device_they_answered_on(monkeypatch):
+    moves = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: moves.append("emptied"))
+    with pytest.raises(KeyboardInterrupt), models.on("cuda", SimpleNamespace(to=moves.append)):
+        raise KeyboardInterrupt
+    assert moves == ["cuda", "cpu", "emptied"]
+
+
 def printed(found, width=100):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table.table(found))
@@ -184,9 +206,31 @@ def test_numbers_have_the_digits_that_matter(value, shown):
 
 def test_metrics_are_stored_whole_or_not_at_all(tmp_path):
     evaluate.write({"a": 1}, tmp_path)
-    with pytest.raises(ValueError, match="JSON"):
-        evaluate.write({"a": math.nan}, tmp_path)
+    with pytest.raises(TypeError, match="JSON"):
+        evaluate.write({"a": object()}, tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1}
+
+
+def test_what_training_could_not_know_is_stored_as_null(tmp_path):
+    evaluate.write({"training": {"best": {"val/pearson": -math.inf}}, "perplexity": math.nan}, tmp_path)
+    assert evaluate.read(tmp_path) == {"training": {"best": {"val/pearson": None}}, "perplexity": None}
+
+
+@pytest.mark.parametrize("content", [None, "", '{"a": 1', "[]", "\0"])
+def test_damaged_metrics_are_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.json").write_text(content)
+    assert evaluate.read(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("terminal", "progress"), [(True, True), (False, True), (True, False)])
+def test_a_terminal_sees_a_sign_of_life(terminal, progress, monkeypatch):
+    said = io.StringIO()
+    said.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", said)
+    with evaluate.status(SimpleNamespace(trainer=config.Trainer(progress=progress)), "measuring cost"):
+        pass
+    assert ("measuring cost" in said.getvalue()) == (terminal and progress)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +306,25 @@ def test_the_command_line_measures_any_two_models_on_a_recipe(finished, monkeypa
     assert found["comparison"]["p"] == 1.0
     assert found["teacher"]["quality"] == found["student"]["quality"]
     assert not (finished / "metrics.json").exists()
+
+
+def test_measuring_a_run_again_keeps_what_is_known_of_its_training(finished, monkeypatch, capsys):
+    of_training = {"training": {"steps": 6}, "stages": {"student": 1.5}}
+    evaluate.write({"split": "test", "fidelity": "of old"} | of_training, finished)
+    called(monkeypatch, f"run={finished}")
+    found = evaluate.read(finished)
+    assert found.items() >= of_training.items()
+    assert found["fidelity"] != "of old"
+
+
+def test_models_that_read_other_token_ids_are_refused(finished, monkeypatch, capsys):
+    other = models.train_tokenizer(["quite another text", "and yet another"], 320, True)
+    shutil.copytree(finished / "teacher", finished / "other")
+    other.save_pretrained(finished / "other")
+    with pytest.raises(SystemExit) as ended:
+        called(monkeypatch, "recipe=recipe.yaml", "teacher=other", "student=student")
+    assert ended.value.code == 2
+    assert "the vocabularies of student and teacher differ at" in capsys.readouterr().err
 
 
 def test_a_student_alone_is_measured_alone(finished, monkeypatch, capsys):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from distill import config, export, fresh, recipe
 from distill.errors import RunFailed
-from distill.export import proof
+from distill.export import equal, proof
+from distill.export.card import card
 from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression
 from tests.unit import tiny_runs
 from tests.unit.tiny_runs import classifier, made
@@ -120,6 +121,50 @@ def test_a_tampered_export_is_refused_and_leaves_nothing(ready, in_process, tamp
 def test_an_export_as_large_as_its_teacher_is_refused(tmp_path, in_process):
     ready = made(tmp_path, classifier("no", "yes"), teacher_layers=1)
     refused(ready, r"not smaller: its weights take ([\d,]+) bytes on disk, but its teacher's take \1")
+
+
+def test_a_teacher_stored_without_safetensors_is_weighed_too(ready, in_process):
+    weights = ready[4] / "teacher" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    assert json.loads((export.export(*ready) / "proof.json").read_text())["ratio"] < 1
+
+
+@pytest.mark.parametrize(
+    ("task", "student", "told", "agreed"),
+    [
+        (classifier("a", "b", "c"), [9.0, 9.0001, 0.0], [9.0001, 9.0, 0.0], True),
+        (classifier("a", "b", "c"), [9.0, 9.01, 0.0], [9.01, 9.0, 0.0], False),
+        (classifier("a", "b", "c"), [9.0, 9.0001, 0.0], [0.0, 0.0, 9.0], False),
+        (classifier("a", "b", kind=MultiLabelClassification), [9.0, 1e-5], [9.0, -1e-5], True),
+        (classifier("a", "b", kind=MultiLabelClassification), [9.0, 1e-2], [9.0, -1e-2], False),
+    ],
+)
+def test_predictions_of_near_ties_are_equal(task, student, told, agreed):
+    student_1C, told_1C = torch.tensor([student]), torch.tensor([told])
+    tied = equal._tied(student_1C, told_1C, equal.NEAR * 9 / 2)
+    assert task.agreement(told_1C, student_1C).item() == 0
+    assert task.agreement(told_1C, tied).item() == agreed
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("/home/me/secret/bert", "bert"),
+        ("./secret/bert", "bert"),
+        ("~/secret/bert/", "bert"),
+        ("org/bert", "org/bert"),
+        ("distill.corpora.generated", "distill.corpora.generated"),
+        ("package:models/bert", "package:models/bert"),
+    ],
+)
+def test_the_card_tells_no_path_of_this_machine(ready, given, shown):
+    run, task, *_ = ready
+    run = replace(run, data=replace(run.data, source=given), teacher=config.Teacher(model=given), student=config.Student(model=given))
+    proof = {"bytes": 1, "teacher_bytes": None, "texts": 1, "agreement": 1, "max_difference": 0, "dtype": "float32", "threads": 1}
+    told = card(run, task.pipeline, ["a"], proof | {"latency_p50_ms": 1, "device": "cpu", "versions": {}}, None)
+    assert "secret" not in told
+    assert told.count(shown) >= 5
 
 
 def test_without_a_teacher_there_is_nothing_to_be_smaller_than(tmp_path, in_process):
@@ -300,6 +345,15 @@ def test_the_command_line_exports_a_run_folder(ready, in_process, monkeypatch, c
     assert f"export: {folder / 'export'}" in capsys.readouterr().out
     found = json.loads((folder / "export" / "proof.json").read_text())
     assert (found["dtype"], found["texts"]) == ("bfloat16", 3)
+
+
+def test_damaged_metrics_are_left_out_of_the_card(ready, in_process, monkeypatch, capsys):
+    run, task, raw, tokenizer, folder = ready
+    recipe.save(run, folder / "recipe.yaml")
+    (folder / "metrics.json").write_text('{"student": ')
+    monkeypatch.setattr(export, "prepared", lambda run, folder: (task, raw, tokenizer))
+    run_main(monkeypatch, f"run={folder}")
+    assert "Not measured." in (folder / "export" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

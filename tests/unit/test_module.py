@@ -1,10 +1,12 @@
+import logging
 import math
+from dataclasses import replace
 
 import lightning as L
 import pytest
 import torch
 
-from distill import config, fit
+from distill import config, fit, teacher
 from distill.errors import UserError
 from distill.module import Distillation
 from tests.worlds import LANGUAGE, world
@@ -53,12 +55,12 @@ def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches(any_wor
 
 
 def test_cached_outputs_give_the_losses_of_the_teacher_online(any_world):
-    module = module_of(any_world, alpha=0.3).eval()
-    for batch in any_world.loader("test"):
-        with torch.no_grad():
-            teacher = any_world.task.rows(module._teacher[0](**batch.inputs).logits, batch)
-        online, cached = module.parts(batch)["loss"], module.parts(batch._replace(teacher=teacher))["loss"]
-        torch.testing.assert_close(cached, online)
+    made, module = any_world, module_of(any_world, alpha=0.3).eval()
+    run = replace(made.run, teacher=replace(made.run.teacher, outputs="cached"))
+    made.examples["cached"] = teacher.with_outputs(run, module._teacher[0], made.examples["test"], made.task, made.tokenizer)
+    for batch in made.loader("cached", seed=0):
+        assert batch.teacher is not None
+        torch.testing.assert_close(module.parts(batch)["loss"], module.parts(batch._replace(teacher=None))["loss"])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
@@ -193,6 +195,21 @@ def test_the_last_step_is_looked_at_and_the_best_weights_are_kept(small, tmp_pat
     assert list(looks) == [3, 6, 7]
     best = max(looks, key=looks.get)
     assert torch.equal(torch.nn.utils.parameters_to_vector(module.student.parameters()), weights.seen[best])
+
+
+def test_the_teacher_is_back_where_the_student_is_after_training(small, tmp_path, monkeypatch):
+    moves, module = [], module_of(small)
+    monkeypatch.setattr(module._teacher[0], "to", lambda device: moves.append(str(device)))
+    fitted(small, tmp_path, module, max_steps=1, validations=1)
+    assert moves == ["cpu", "cpu"]
+
+
+def test_lightning_s_advice_comes_back_after_an_error():
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    with pytest.raises(KeyboardInterrupt), fit.quiet():
+        raise KeyboardInterrupt
+    assert logger.level == before != logging.WARNING
 
 
 def test_patience_ends_a_training_that_does_not_improve(small, tmp_path):

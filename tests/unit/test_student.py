@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill import config, models, student, teacher
+from distill import config, corpora, models, student, teacher
+from distill.errors import RunFailed, UserError
 from distill.tracking import Tracker
 from tests.worlds import LANGUAGE, world
 
@@ -62,3 +63,30 @@ def test_wider_logits_of_one_model_are_sliced_to_the_shared_tokens():
     tutor = made.model(vocab_size=len(made.tokenizer) + 7)
     _, classes = student.build(replace(made.run, student=config.Student(config=made.run.teacher.config)), made.task, made.tokenizer, tutor)
     assert classes == len(made.tokenizer)
+
+
+def numbered():
+    """The generated corpus with numbers for labels."""
+    labels = {name: [float(place % 7) for place in range(size)] for name, size in corpora.GENERATED.items()}
+    made = corpora.generated()
+    return type(made)({name: split.remove_columns("label").add_column("label", labels[name]) for name, split in made.items()})
+
+
+NUMBER = {"task": {"_target_": "distill.tasks.Regression"}, "data": {"source": "tests.unit.test_student.numbered"}}
+
+
+@pytest.mark.parametrize("recipe", [{}, LANGUAGE, NUMBER], ids=["classes", "language", "number"])
+def test_a_training_that_diverges_is_said_in_one_sentence(recipe, tmp_path):
+    with pytest.raises(RunFailed, match=r"^optimizer\.lr is 1e\+09, .*training diverged.*: lower optimizer\.lr$"):
+        distilled(world(**recipe, optimizer={"lr": 1e9}, loss={"alpha": 1.0}), tmp_path)
+    assert not (tmp_path / "student").exists()
+
+
+def just_a_function():
+    return 3
+
+
+def test_a_callback_that_lightning_cannot_call_is_refused(made, tmp_path):
+    run = replace(made.run, callbacks={"mine": {"_target_": "tests.unit.test_student.just_a_function"}})
+    with pytest.raises(UserError, match=r"callbacks\.mine is tests\.unit\.test_student\.just_a_function, but that gives a int"):
+        distilled(made, tmp_path, run)

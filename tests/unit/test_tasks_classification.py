@@ -168,6 +168,13 @@ def test_pairs_carry_token_types_where_the_tokenizer_gives_them():
     assert set(batch.inputs) == {"input_ids", "attention_mask", "token_type_ids"}
 
 
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_pair_may_have_one_side(empty, tokenizer):
+    data = Data(source="none", text=["text", "other"], label=None)
+    encoded = named(["a", "b"]).encode({"text": [TEXTS[0], empty], "other": [empty, TEXTS[1]]}, tokenizer, data)
+    assert encoded["input_ids"] == tokenizer([TEXTS[0], ""], ["", TEXTS[1]])["input_ids"]
+
+
 def test_a_batch_is_padded_on_the_right():
     examples = [{"input_ids": [5, 6, 7], "labels": 1, "size": 1}, {"input_ids": [8], "labels": -100, "size": 1}]
     batch = SingleLabelClassification().collate(examples, pad_id=9)
@@ -175,12 +182,6 @@ def test_a_batch_is_padded_on_the_right():
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels.tolist() == [1, -100]
     assert (batch.rows, batch.tokens, batch.index, batch.teacher) == (2, 4, None, None)
-
-
-def test_cached_teacher_rows_travel_with_their_examples():
-    example = {"input_ids": [5], "labels": 1, "size": 1}
-    batch = SingleLabelClassification().collate([example | {"teacher_logits": [[1.0, 2.0]]}, example | {"teacher_logits": [[3.0, 4.0]]}], 0)
-    assert batch.teacher.tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("task", [MultiLabelClassification, Regression])
@@ -199,9 +200,10 @@ def test_unlabelled_rows_of_lists_are_nan_and_cost_nothing(task, tokenizer):
     assert values[0] > 0
 
 
-def test_max_length_must_hold_a_text():
-    with pytest.raises(UserError, match=r"task.max_length is 2, but it must be at least 3"):
-        SingleLabelClassification(max_length=2)
+@pytest.mark.parametrize("max_length", [2, "abc", 12.5, None, True])
+def test_max_length_must_hold_a_text(max_length):
+    with pytest.raises(UserError, match=rf"task.max_length is {max_length}, but it must be at least 3, a whole number: texts are cut"):
+        SingleLabelClassification(max_length=max_length)
 
 
 # ---- metrics
@@ -234,6 +236,8 @@ def test_multi_label_metrics():
     assert quality["micro_f1"] == pytest.approx(0.8)
     assert quality["macro_f1"] == pytest.approx(0.5)
     assert quality["ece"] == pytest.approx(0.25, abs=1e-3)
+    assert (quality["f1/a"], quality["f1/b"]) == (1, 0)
+    assert quality["mcc"] == pytest.approx(1 / math.sqrt(3))  # of all four decisions: 2 true and 1 false positive, 1 true negative
 
 
 def test_regression_metrics():

@@ -88,9 +88,10 @@ def test_a_slow_tokenizer_is_refused():
         encode("x", Slow(), 8)
 
 
-def test_a_window_must_hold_a_context_and_a_token():
-    with pytest.raises(UserError, match=r"task.max_length is 1, but"):
-        CausalLanguageModelling(1)
+@pytest.mark.parametrize("max_length", [1, "abc", 12.5])
+def test_a_window_must_hold_a_context_and_a_token(max_length):
+    with pytest.raises(UserError, match=rf"task.max_length is {max_length}, but it must be at least 2, a whole number: a window holds"):
+        CausalLanguageModelling(max_length)
 
 
 def test_logits_answer_for_the_next_token():

@@ -1,12 +1,16 @@
+import io
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import DatasetDict
 from omegaconf import OmegaConf
 
 from distill import data, fit, models, store, student, teacher
-from distill.errors import UserError
+from distill.errors import RunFailed, UserError
+from distill.tasks import SingleLabelClassification
 from distill.tracking import Tracker
 from tests.worlds import LANGUAGE, world
 
@@ -79,6 +83,32 @@ def entry_of(**recipe):
     loaded = models.load(None, made.run.teacher.config, made.task, "teacher", made.tokenizer)
     labelled = DatasetDict(made.examples | {"train": data.labelled_only(made.examples["train"], made.task)})
     return store.entry("teachers", teacher._ingredients(made.run, made.task, labelled, loaded))
+
+
+class Weighted(SingleLabelClassification):
+    """A task of a user's own, with an argument that changes its loss."""
+
+    def __init__(self, max_length=128, weight=1.0):
+        super().__init__(max_length)
+        self.weight = weight
+
+
+def test_a_task_s_own_arguments_its_module_and_our_version_are_ingredients(monkeypatch):
+    tasks = [SingleLabelClassification(24), Weighted(24), Weighted(24, weight=2.0)]
+    elsewhere = type("SingleLabelClassification", (SingleLabelClassification,), {"__module__": "mine"})(24)
+    keys = [store.entry("any", {"made by": teacher._made_by(task)}) for task in [*tasks, elsewhere]]
+    assert len(set(keys)) == 4
+    assert keys[1] == store.entry("any", {"made by": teacher._made_by(Weighted(24))})
+    monkeypatch.setattr(teacher, "VERSION", teacher.VERSION + 1)
+    assert keys[1] != store.entry("any", {"made by": teacher._made_by(tasks[1])})
+
+
+def test_a_fine_tuning_that_diverges_names_its_rate_and_leaves_no_teacher(finetuning, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "store"))
+    settings = replace(finetuning.run.teacher, finetune=replace(finetuning.run.teacher.finetune, lr=1e9))
+    with pytest.raises(RunFailed, match=r"teacher\.finetune\.lr is 1e\+09, .*training diverged.*: lower teacher\.finetune\.lr$"):
+        obtained(finetuning, tmp_path / "run", teacher=settings)
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
 
 
 def test_a_damaged_teacher_is_trained_again(finetuning, tmp_path, trainings, monkeypatch):
@@ -186,6 +216,66 @@ def test_outputs_too_large_for_the_disk_are_refused(online, tmp_path, monkeypatc
     monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="teacher.outputs=online"):
         cached(online)
+
+
+@pytest.mark.parametrize("recipe", [{}, LANGUAGE], ids=["classification", "language"])
+def test_small_chunks_hold_the_same_outputs(recipe, tmp_path, monkeypatch):
+    made = world(**recipe)
+    made.examples["train"] = made.examples["train"].select(range(40))
+    whole = cached(made)["teacher_logits"][:]
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(teacher, "CHUNK", 3000)
+    for outputs, expected in zip(cached(made)["teacher_logits"][:], whole, strict=True):
+        torch.testing.assert_close(torch.tensor(outputs), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    with pa.ipc.open_stream(next(tmp_path.rglob("outputs.arrow"))) as stream:
+        assert len(list(stream)) > 3 if recipe else len(list(stream)) == 1
+
+
+def test_chunks_are_cut_by_the_bytes_of_their_outputs(online):
+    examples = online.examples["train"].select(range(6)).remove_columns("rows").add_column("rows", [1, 1, 1, 9, 1, 1])
+    assert teacher._chunks(examples, teacher.CHUNK // teacher.FLOAT // 2) == [range(2), range(2, 4), range(4, 6)]
+    assert teacher._chunks(examples, 4) == [range(6)]
+
+
+def test_outputs_stay_in_numpy_s_buffers(online):
+    split = online.examples["train"].select(range(20))
+    outputs = teacher._outputs(online.model(), online.task, data.loader(split, online.task, online.pad_id, 8), lambda count: None)
+    assert outputs.type == pa.list_(pa.list_(pa.float32(), len(online.task.names)))  # rows are counted in 32 bits, not their numbers
+    assert np.shares_memory(outputs.flatten().flatten().to_numpy(), outputs.values.values.to_numpy())
+
+
+def test_the_outputs_device_is_the_recipe_s_and_part_of_their_key(online, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cached(online)  # trainer.accelerator is cpu
+    monkeypatch.setattr(models, "device_of", lambda run: "cuda")
+    with pytest.raises(ZeroDivisionError):
+        monkeypatch.setattr(teacher, "_write", lambda *_: 1 / 0)
+        cached(online)
+
+
+@pytest.mark.gpu
+def test_the_teacher_comes_back_from_the_gpu_fit_for_training(online, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    tutor = online.model()
+    cached(online, tutor, trainer=replace(online.run.trainer, accelerator="gpu"))
+    assert tutor.device.type == "cpu"
+    assert not any(parameter.is_inference() for parameter in tutor.parameters())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_how_far_the_outputs_are(online, tmp_path, monkeypatch, terminal):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(teacher.sys, "stdout", Terminal(terminal))
+    online_with_progress = replace(online, run=replace(online.run, trainer=replace(online.run.trainer, progress=True)))
+    cached(online_with_progress)
+    assert ("teacher outputs" in teacher.sys.stdout.getvalue()) == terminal
+
+
+class Terminal(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
 
 
 def test_training_from_the_cache_is_training_online(online, tmp_path):
