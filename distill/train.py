@@ -39,6 +39,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         metrics = evaluate.evaluate(run, task, examples["test"], tokenizer, folder)
         metrics |= {"training": training, "stages": stage.seconds}
         evaluate.write(metrics, folder)  # kept even if the export should fail
+        evaluate.report(metrics, folder)
     with stage("export"):
         artefact = export.export(run, task, raw["test"], tokenizer, folder, metrics)
     evaluate.write(metrics, folder)

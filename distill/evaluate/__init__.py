@@ -71,16 +71,20 @@ def of_run(run: config.Run, folder: Path) -> dict[str, str]:
 
 
 def write(metrics: dict[str, Any], file: Path) -> None:
-    """Store the metrics in a file, with null for NaN; an earlier file is replaced in one step. In a folder: metrics.json and report.md."""
+    """Store the metrics in a file, or as metrics.json in a folder, with null for NaN; an earlier file is replaced in one step."""
     from distill.evaluate.measure import finite
-    from distill.evaluate.table import markdown
 
-    if file.is_dir():
-        (file / REPORT).write_text(markdown(metrics) + "\n")
-        file = file / METRICS
+    file = file / METRICS if file.is_dir() else file
     draft = file.with_name(f".{file.name}")
     draft.write_text(json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n")
     draft.replace(file)
+
+
+def report(metrics: dict[str, Any], folder: Path) -> None:
+    """The table as Markdown, beside metrics.json."""
+    from distill.evaluate.table import markdown
+
+    (folder / REPORT).write_text(markdown(metrics) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -134,6 +138,7 @@ def main() -> None:
         folder = Path(given.run).expanduser()
         earlier = read(folder)
         write(metrics | {key: earlier[key] for key in OF_TRAINING if key in earlier}, folder)
+        report(metrics, folder)
     show(metrics)
 
 
