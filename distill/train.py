@@ -60,8 +60,8 @@ def _one_run(composed: DictConfig) -> None:
     try:
         train(recipe.checked(composed), folder)
     except Exception:
-        if not (folder / "recipe.yaml").exists():
-            shutil.rmtree(folder)  # a refused recipe leaves nothing behind
+        if {file.name for file in folder.iterdir()} <= {"train.log"}:
+            shutil.rmtree(folder)  # a refused recipe leaves nothing behind, and takes nothing away
         raise
 
 

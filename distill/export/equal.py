@@ -69,7 +69,7 @@ def _tokens(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data, 
     """At every token: the next one, its logit, and the normaliser of the distribution. Of prompts and completions, the prompts."""
     start, agreed, apart, scale = start_token(tokenizer), [], [], 0.0
     for text, answer in zip([text or "" for text in texts[data.text[0]]], told, strict=True):
-        ids = [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]][: task.max_length]
+        ids = [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]][: task.max_length]
         if ids != answer["ids"]:
             raise UnequalError(f"its tokenizer reads {text[:40]!r} as {answer['ids'][:8]}..., and the student's as {ids[:8]}...")
         inputs_1L = torch.tensor([ids], device=model.device)

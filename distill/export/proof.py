@@ -61,7 +61,7 @@ def predict_next(question: dict[str, Any], tokenizer: Any, model: Any) -> list[d
     answers = []
     for (text,) in question["texts"]:
         start = time.perf_counter()
-        ids = [*question["start"], *tokenizer(text, add_special_tokens=False)["input_ids"]][: question["max_length"]]
+        ids = [*question["start"], *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]][: question["max_length"]]
         with torch.inference_mode():
             logits_LV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
         top = logits_LV.max(-1)

@@ -38,6 +38,14 @@ def test_what_only_data_and_models_can_tell_is_answered_as_shortly(tmp_path):
     assert_one_sentence(err, "hiden_size", "hidden_size")
 
 
+def test_a_refusal_takes_nothing_away_from_a_folder_that_was_there(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    code, _, err = call("train", "recipe=tiny", "loss.alpha=2", "hydra.run.dir=mine", cwd=tmp_path)
+    assert code == 2, err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
 def test_help_lists_recipes_and_keys(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     code, out, err = call("train", "--help", cwd=tmp_path)
