@@ -57,6 +57,8 @@ def main() -> None:
 @command
 def _one_run(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())  # as the user would type it
     try:
         train(recipe.checked(composed), folder)
     except Exception:
