@@ -24,11 +24,11 @@ def finished(tmp_path_factory, _module_store):
 
 
 def test_a_run_names_its_stages_and_ends_with_the_table_and_the_paths(finished):
-    _, folder, out, err = finished
+    cwd, folder, out, err = finished
     places = [err.index(f"── {name} ") for name in ("data", "teacher", "cache", "student", "evaluate", "export")]
     assert places == sorted(places)
     assert all(word in out for word in ("teacher", "student", "ratio", "accuracy", "latency", "bytes on disk"))
-    assert str(folder) in out
+    assert f"run: {folder.relative_to(cwd)}\n" in out
     assert "Traceback" not in err
 
 
