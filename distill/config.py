@@ -144,6 +144,11 @@ class Loss:
     beta: float = 0.5  # weight of the teacher in the mixture of jensen_shannon and of skew_kl, in (0, 1)
     terms: dict[str, Any] = field(default_factory=dict)  # name -> {_target_: distill.terms...., weight: ...}
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything in the loss comes from the teacher."""
+        return self.alpha < 1 or bool(self.terms)
+
     def __post_init__(self) -> None:
         _in_range("loss.alpha", self.alpha, 0, 1, "0 trains on the teacher only, 1 on the labels only")
         _above_zero("loss.temperature", self.temperature, "1 leaves the logits as they are, 2 to 8 softens them")

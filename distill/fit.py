@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from distill import config, data
 from distill.data import Loader
 from distill.errors import RunFailed, UserError
 from distill.module import Distillation
+from distill.stages import watched
 from distill.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def fit(
     ours = [LookAtTheEnd(module.steps), Narrator(metric), best, last]
     if settings.patience is not None:
         ours.append(EarlyStopping(metric, mode=mode, patience=settings.patience))
-    if settings.progress and sys.stdout.isatty():
+    if watched(settings.progress):
         ours.append(Bar(leave=False))
     with quiet():
         # the user's callbacks come first: a checkpoint holds what they did

@@ -80,7 +80,7 @@ class Distillation(L.LightningModule):
 
     def _taught(self, batch: Batch) -> Tensor | None:
         """The teacher's rows, (N, C), from the cache or from its forward in its own precision; None where nothing needs them."""
-        if self.loss.alpha == 1 and not self.terms:
+        if not self.loss.needs_teacher:
             return None
         if batch.teacher is not None:
             return batch.teacher[:, : self.classes]

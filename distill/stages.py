@@ -1,11 +1,17 @@
 """The named stages of a run, in the terminal and in its log: which one is under way, and how long each took."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
+
+
+def watched(progress: bool) -> bool:
+    """Whether progress is wanted, and somebody may be looking: it is drawn on terminals alone."""
+    return progress and sys.stdout.isatty()
 
 
 class Stages:

@@ -61,9 +61,9 @@ def build(run: config.Run, task: Task, tokenizer: Any, teacher: PreTrainedModel 
         student = models.load(spec.model, spec.config, task, "student", tokenizer)
         models.check_length(student, task.max_length, "student")
         models.check_labels(student, task, "student")
-    return student, models.shared_vocabulary(tokenizer, tokenizer, student, teacher) if teacher is not None else None
+    return student, models.shared_vocabulary(tokenizer, student, teacher) if teacher is not None else None
 
 
 def useful(examples: Dataset, task: Task, run: config.Run) -> Dataset:
     """The examples that have a part in the loss: those without a label have none where nothing comes from the teacher."""
-    return data.labelled_only(examples, task) if run.loss.alpha == 1 and not run.loss.terms else examples
+    return examples if run.loss.needs_teacher else data.labelled_only(examples, task)

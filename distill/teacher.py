@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 from distill import config, data, fit, models, store
 from distill.errors import UserError
 from distill.module import Distillation
+from distill.stages import watched
 from distill.tasks.base import Task
 from distill.tracking import Tracker
 
@@ -83,8 +83,8 @@ def _ingredients(run: config.Run, task: Task, labelled: DatasetDict, teacher: Pr
 
 
 def _made_by(task: Task) -> list[Any]:
-    """What code, and which arguments of the task, decide a result beside weights and data."""
-    return [VERSION, f"{type(task).__module__}.{type(task).__qualname__}", sorted(vars(task).items())]
+    """What decides a result beside weights and data."""
+    return [VERSION, *task.identity()]
 
 
 def _finetune(
@@ -106,7 +106,7 @@ def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dat
 
     As they are where the teacher answers online, or not at all.
     """
-    if run.teacher is None or teacher is None or run.teacher.outputs == "online" or run.loss.alpha == 1:
+    if run.teacher is None or teacher is None or run.teacher.outputs == "online" or not run.loss.needs_teacher:
         return examples
     ingredients = {
         "weights": models.fingerprint(teacher),  # its dtype is part of it
@@ -125,13 +125,8 @@ def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dat
     return concatenate_datasets([examples, outputs], axis=1)
 
 
-def _width(teacher: PreTrainedModel) -> int:
-    """Logits in a row."""
-    return (teacher.config.vocab_size if teacher.get_output_embeddings() is not None else teacher.config.num_labels) or 0
-
-
 def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
-    size, free = FLOAT * _width(teacher) * sum(examples["rows"]), shutil.disk_usage(store.root()).free
+    size, free = FLOAT * models.width(teacher) * sum(examples["rows"]), shutil.disk_usage(store.root()).free
     if size > free / 2:
         raise UserError(
             f"teacher.outputs is cached, but these outputs take {size / 1e9:.1f} GB and must leave half of the "
@@ -141,12 +136,11 @@ def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
 
 def _write(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int, file: Path) -> None:
     """One forward over all examples, chunk by chunk; inside a chunk the longest go first, so that batches pad little."""
-    width = _width(teacher)
+    width = models.width(teacher)
     schema = pa.schema({"teacher_logits": pa.list_(pa.list_(pa.float32(), width))})
-    hidden = not (run.trainer.progress and sys.stdout.isatty())
     with (
         models.on(models.device_of(run), teacher),
-        Progress(console=Console(), transient=True, disable=hidden) as bar,
+        Progress(console=Console(), transient=True, disable=not watched(run.trainer.progress)) as bar,
         pa.ipc.new_stream(str(file), schema) as stream,
     ):
         shown = bar.add_task("teacher outputs", total=len(examples))

@@ -59,7 +59,7 @@ def _ingredients(split: Dataset, task: Task, tokenizer: Any, data: Data) -> dict
         "version": VERSION,
         "split": fingerprint(split),
         "tokenizer": _tokenizer(tokenizer),
-        "task": [f"{type(task).__module__}.{type(task).__qualname__}", repr(sorted(vars(task).items()))],
+        "task": task.identity(),
         "columns": [list(data.text), data.label],
     }
 

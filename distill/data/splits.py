@@ -51,7 +51,7 @@ def load(data: Data, task: Task, seed: int) -> DatasetDict:
         train = parts["train"] = train._replace(cells=_keep_labels(train, chosen["train"], data.labelled, seed, data))
     splits = DatasetDict({role: _cut(parts.get(role, train), rows, labels) for role, rows in chosen.items()})
     if data.unlabelled is not None:
-        splits["train"] = concatenate_datasets([splits["train"], _unlabelled(source, data, splits["train"].features, task)])
+        splits["train"] = concatenate_datasets([splits["train"], _unlabelled(source, data, splits["train"].features)])
     _say_overlap(splits, data)
     return splits
 
@@ -235,7 +235,7 @@ def _feature(cells: list[Any]) -> Any:
     return Value("float64") if isinstance(first, float) else Value("string")
 
 
-def _unlabelled(source: DatasetDict, data: Data, features: Features, task: Task) -> Dataset:
+def _unlabelled(source: DatasetDict, data: Data, features: Features) -> Dataset:
     """The texts of a further split or source, in the shape of the training examples."""
     name = str(data.unlabelled)
     if name in source:

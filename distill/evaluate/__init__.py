@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill import cli, config, recipe
 from distill.errors import UserError
+from distill.stages import watched
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,11 +56,11 @@ class Options:
     threads: int | None = None
 
 
-def evaluate(run: config.Run, task: "Task", examples: "Dataset", tokenizer: Any, folder: Path, split: str = "test") -> dict[str, Any]:
-    """Measure `student/` and, where there is one, `teacher/` of a run folder on one encoded split: what metrics.json holds."""
+def evaluate(run: config.Run, task: "Task", examples: "Dataset", tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Measure `student/` and, where there is one, `teacher/` of a run folder on the encoded test split: what metrics.json holds."""
     from distill.evaluate.measure import measure
 
-    return measure(run, task, examples, tokenizer, of_run(run, folder), split)
+    return measure(run, task, examples, tokenizer, of_run(run, folder), "test")
 
 
 def of_run(run: config.Run, folder: Path) -> dict[str, str]:
@@ -101,7 +102,7 @@ def read(folder: Path) -> dict[str, Any]:
 @contextmanager
 def status(run: config.Run, said: str) -> Iterator[None]:
     """A sign of life in a terminal while nothing else is said; few pictures a second, for times are measured meanwhile."""
-    if not (run.trainer.progress and sys.stdout.isatty()):
+    if not watched(run.trainer.progress):
         yield
         return
     from rich.console import Console

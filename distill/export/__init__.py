@@ -86,17 +86,12 @@ def write(task: "Task", tokenizer: Any, student: Path, draft: Path, dtype: str) 
     import torch
 
     from distill import models
-    from distill.models.loading import quiet
 
     model = models.load(str(student), None, task, "student", tokenizer, strict=True)
     models.check_labels(model, task, "student")
-    with quiet():
-        model.to(getattr(torch, dtype)).save_pretrained(draft)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = task.max_length
-    tokenizer.save_pretrained(draft)
-    for weights in draft.glob("*.safetensors"):
-        weights.chmod((draft / "config.json").stat().st_mode)  # safetensors writes for the owner's eyes only
+    models.save(model.to(getattr(torch, dtype)), tokenizer, draft)
 
 
 def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
@@ -117,7 +112,7 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
     """What the draft answers in a fresh process that cannot import this library."""
     from distill import models
     from distill.export import proof
-    from distill.export.equal import start_token
+    from distill.tasks.language import start_token
 
     columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
     question = {

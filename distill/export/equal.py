@@ -9,6 +9,7 @@ from torch import Tensor
 from distill.config import Data
 from distill.models import logits
 from distill.tasks.base import Task
+from distill.tasks.language import start_token
 
 NEAR = 1e-4  # of the largest logit: predictions whose logits are this close are a tie
 
@@ -24,12 +25,6 @@ class Answers(NamedTuple):
     agreement: float  # share of rows with the same prediction
     difference: float  # largest absolute difference of a logit
     scale: float  # largest absolute logit of the student
-
-
-def start_token(tokenizer: Any) -> list[int]:
-    """What stands before every text of a language model, so that its first token has a context too."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [] if first is None else [first]
 
 
 @torch.inference_mode()

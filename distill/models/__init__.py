@@ -13,7 +13,7 @@
 from distill.models.architectures import attention_projections, blocks, embeddings
 from distill.models.forward import device_of, logits, on
 from distill.models.loading import files, load, save
-from distill.models.preflight import adopt_labels, check_labels, check_length, check_tokens, fingerprint, shared_vocabulary
+from distill.models.preflight import adopt_labels, check_labels, check_length, check_tokens, fingerprint, shared_vocabulary, width
 from distill.models.student import Account, cut
 from distill.models.tokenizers import load_tokenizer, tokenizer_for, train_tokenizer
 
@@ -38,4 +38,5 @@ __all__ = [
     "shared_vocabulary",
     "tokenizer_for",
     "train_tokenizer",
+    "width",
 ]

@@ -70,18 +70,12 @@ def check_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase,
         )
 
 
-def shared_vocabulary(
-    student_tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-) -> int | None:
-    """Number of tokens to slice both language models' logits to; null where they are equally wide, or no language models."""
-    check_tokens(student_tokenizer, teacher_tokenizer)
-    ours, theirs = _width(student), _width(teacher)
+def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+    """Number of tokens to slice both language models' logits to; null where they are equally wide, as classifiers' always are."""
+    ours, theirs = width(student), width(teacher)
     if ours == theirs:
         return None
-    shared = max(student_tokenizer.get_vocab().values()) + 1
+    shared = max(tokenizer.get_vocab().values()) + 1
     if min(ours, theirs) < shared:
         raise UserError(
             f"the tokenizer has {shared} ids, but the student's logits have {ours} classes and the teacher's {theirs}: "
@@ -91,10 +85,10 @@ def shared_vocabulary(
     return shared
 
 
-def _width(model: PreTrainedModel) -> int:
-    """Classes of a language model's logits; 0 without such a head."""
+def width(model: PreTrainedModel) -> int:
+    """Logits in a row: tokens of a language model's head, or labels."""
     head = model.get_output_embeddings()
-    return head.out_features if isinstance(head, nn.Linear) else 0
+    return head.out_features if isinstance(head, nn.Linear) else model.config.num_labels or 0
 
 
 def check_length(model: PreTrainedModel, length: int, what: str) -> None:

@@ -89,6 +89,10 @@ class Task(ABC):
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         """1 where a row's prediction is the same for both models, 0 where not, (N,)."""
 
+    def identity(self) -> list[str]:
+        """What of the task decides a stored result: its class, its arguments and the labels that it has read."""
+        return [f"{type(self).__module__}.{type(self).__qualname__}", repr(sorted(vars(self).items()))]
+
     def divergence(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         """The task's default divergence at temperature 1, (N,)."""
         return getattr(losses, self.divergences[0])(student_NC, teacher_NC, 1.0)

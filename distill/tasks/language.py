@@ -127,14 +127,19 @@ def _bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     return [len(text[start:end].encode()) for start, end in pairwise(edges)][: len(offsets)]
 
 
+def start_token(tokenizer: Any) -> list[int]:
+    """What stands before every text, so that its first token has a context too; nothing where the tokenizer has no such token."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [] if first is None else [first]
+
+
 def _sequence(parts: list[Piece], tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     """Ids, labels and bytes of one text or one prompt with its completion, special tokens included."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prompt = parts[0][0] if len(parts) == 2 else []
     ids, sizes = parts[-1]
     if len(parts) == 2 and tokenizer.eos_token_id is not None:
         ids, sizes = [*ids, tokenizer.eos_token_id], [*sizes, 0]
-    context = [*([start] if start is not None else []), *prompt]
+    context = [*start_token(tokenizer), *prompt]
     return [*context, *ids], [*[losses.IGNORED] * len(context), *ids], [*[0] * len(context), *sizes]
 
 

@@ -53,27 +53,25 @@ class TestSharedVocabulary:
         return random("gpt2", CausalLanguageModelling(), vocab_size=width)
 
     def test_equal_widths_need_no_slice(self) -> None:
-        tokenizer = self.tokenizer()
-        assert models.shared_vocabulary(tokenizer, self.tokenizer(), self.model(270), self.model(270)) is None
+        assert models.shared_vocabulary(self.tokenizer(), self.model(270), self.model(270)) is None
 
     def test_padded_embeddings_are_sliced_to_the_tokens_and_the_log_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
         tokenizer = self.tokenizer()
         with caplog.at_level(logging.INFO, "distill"):
-            assert models.shared_vocabulary(tokenizer, tokenizer, self.model(270), self.model(288)) == len(tokenizer) == 270
+            assert models.shared_vocabulary(tokenizer, self.model(270), self.model(288)) == len(tokenizer) == 270
         assert "270 classes, the teacher's 288" in caplog.text
 
     def test_other_ids_are_refused_by_name(self) -> None:
-        model = self.model(280)
         with pytest.raises(UserError, match=r"student and teacher differ at 5 ids \(265 is nothing and "):
-            models.shared_vocabulary(self.tokenizer(265), self.tokenizer(), model, model)
+            models.check_tokens(self.tokenizer(265), self.tokenizer())
 
     def test_logits_that_lack_tokens_are_refused(self) -> None:
         with pytest.raises(UserError, match="the tokenizer has 270 ids, but the student's logits have 260 classes"):
-            models.shared_vocabulary(self.tokenizer(), self.tokenizer(), self.model(260), self.model(270))
+            models.shared_vocabulary(self.tokenizer(), self.model(260), self.model(270))
 
     def test_classifiers_need_no_slice(self) -> None:
         ours, theirs = (random("bert", classification(), vocab_size=size) for size in (270, 288))
-        assert models.shared_vocabulary(self.tokenizer(), self.tokenizer(), ours, theirs) is None
+        assert models.shared_vocabulary(self.tokenizer(), ours, theirs) is None
 
 
 class TestFingerprint:

@@ -1,4 +1,5 @@
 import io
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -266,10 +267,10 @@ def test_the_teacher_comes_back_from_the_gpu_fit_for_training(online, tmp_path, 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_sees_how_far_the_outputs_are(online, tmp_path, monkeypatch, terminal):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
-    monkeypatch.setattr(teacher.sys, "stdout", Terminal(terminal))
+    monkeypatch.setattr(sys, "stdout", Terminal(terminal))
     online_with_progress = replace(online, run=replace(online.run, trainer=replace(online.run.trainer, progress=True)))
     cached(online_with_progress)
-    assert ("teacher outputs" in teacher.sys.stdout.getvalue()) == terminal
+    assert ("teacher outputs" in sys.stdout.getvalue()) == terminal
 
 
 class Terminal(io.StringIO):
