@@ -7,6 +7,7 @@ The map, in the order in which the data passes:
     train.py     all of it on one screen: python -m distill.train
     recipe.py    recipe file -> Run; unknown keys refused
     config.py    every key: type, default, unit, range
+    formats.py   what each format of an export can hold
     targets.py   `_target_`: dotted path -> class
     corpora.py   data sets that need no network
     tasks/       what differs between tasks: encoding, collation, which logits count, labels, metrics
@@ -17,7 +18,11 @@ The map, in the order in which the data passes:
     losses.py    logits -> losses, as pure functions
     terms.py     hidden states and attention of both models -> extra loss terms
     module.py    batch -> loss: one training step
+    compress/    weights -> masks, codes, factors: what to remove and how to round
+    callbacks/   when a function of compress/ is applied to the student
     fit.py       module, batches -> the weights that did best: Lightning's Trainer as it is used here
+    runtime/     all that a compressed model needs to load: two files that travel with it
+    packing/     student -> files of a format: dense, torchao, packed
     evaluate/    models -> metrics.json and its table: python -m distill.evaluate
     export/      student -> artefact, once it is proven: python -m distill.export
     store.py     what is computed once and used again

@@ -21,7 +21,9 @@ ENVIRONMENT = {  # what the user has not set
     "OMP_WAIT_POLICY": "passive",  # threads that wait for others sleep: much faster where other processes want the cores too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # of maps that take moments
     "HF_HUB_VERBOSITY": "error",  # one sentence of ours says what could not be reached, not a line per attempt
+    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",  # transformers imports torchao where it is installed; its kernels are not used here
 }
+CHATTY = ("torchao", "torch.utils._pytree")  # loggers that warn about torchao's own code
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
 
@@ -32,6 +34,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def answered(*arguments: Any) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to hand its errors over, not to print them
         try:
             main(*arguments)

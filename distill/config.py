@@ -15,6 +15,8 @@ from distill.errors import UserError
 OUTPUTS = ("cached", "online")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("dense", "torchao", "packed")
+QUANTIZE = ("weights", "dynamic", "static")
 SCHEDULES = ("constant", "linear", "cosine")
 PARTS = ("loss", "supervised", "divergence")  # what the log calls the parts of the loss, beside the extra terms
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -234,15 +236,20 @@ class Evaluate:
 class Export:
     """The artefact, written only once it is proven."""
 
-    format: str | None = "dense"  # null: no export
-    dtype: str = "float32"  # of the stored weights
+    format: str | None = "dense"  # torchao: int8 tensors; packed: 2 to 8 bits a weight; null: no export
+    dtype: str = "float32"  # of what is stored unquantized
+    quantize: str | None = None  # after training: weights; dynamic or static: weights, and inputs of linear layers to 8 bits
+    bits: int = 8  # a weight of `quantize`
     examples: int = 200  # held-out examples on which the proof compares predictions
 
     def __post_init__(self) -> None:
         _one_of("export.dtype", self.dtype, DTYPES)
         _above_zero("export.examples", self.examples, "200 is a good start")
+        _in_range("export.bits", self.bits, 2, 8, "8 changes least, 4 halves its bytes")
         if self.format is not None:
-            _one_of("export.format", self.format, ("dense",))
+            _one_of("export.format", self.format, FORMATS)
+        if self.quantize is not None:
+            _one_of("export.quantize", self.quantize, QUANTIZE)
 
 
 @dataclass

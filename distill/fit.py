@@ -14,6 +14,7 @@ from datasets import Dataset
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 
 from distill import config, data
+from distill.callbacks.base import compressions
 from distill.data import Loader
 from distill.errors import RunFailed, UserError
 from distill.module import Distillation
@@ -23,9 +24,8 @@ from distill.tasks.base import Task
 log = logging.getLogger(__name__)
 
 
-def steps(trainer: config.Trainer, loader: Loader, epochs: float | None = None) -> int:
-    """Optimizer steps of a training: `max_steps`, or that many epochs of the loader's batches."""
-    per_epoch = loader.plan.steps
+def steps(trainer: config.Trainer, per_epoch: int, epochs: float | None = None) -> int:
+    """Optimizer steps of a training: `max_steps`, or that many epochs of so many steps."""
     return trainer.max_steps if trainer.max_steps is not None and epochs is None else math.ceil((epochs or trainer.epochs) * per_epoch)
 
 
@@ -68,11 +68,11 @@ def fit(
     `rate` is the recipe's key of the learning rate, to be named should the training diverge.
     """
     metric, mode = f"val/{module.task.primary}", "max" if module.task.maximise else "min"
-    best = ModelCheckpoint(folder, filename="best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)
+    best = Best(folder, filename="best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)
     last = ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
     ours = [LookAtTheEnd(module.steps), Narrator(metric), best, last]
     if settings.patience is not None:
-        ours.append(EarlyStopping(metric, mode=mode, patience=settings.patience))
+        ours.append(Patience(metric, mode=mode, patience=settings.patience))
     if watched(settings.progress):
         ours.append(Bar(leave=False))
     with quiet():
@@ -106,6 +106,22 @@ def _trainer(settings: config.Trainer, steps: int, train: Loader, **options: Any
         enable_model_summary=False,
         **options,
     )
+
+
+class InFinalForm(Callback):
+    """Counts only the looks at the validation split after which no technique will change the student any more."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if all(technique.reached == 1 for technique in compressions(trainer.callbacks)):  # type: ignore[attr-defined]
+            super().on_validation_end(trainer, module)
+
+
+class Best(InFinalForm, ModelCheckpoint):
+    """The checkpoint that did best on the validation split."""
+
+
+class Patience(InFinalForm, EarlyStopping):
+    """Stops where the validation split shows no improvement."""
 
 
 class LookAtTheEnd(Callback):

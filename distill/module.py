@@ -5,16 +5,19 @@ module tree, so it is in no checkpoint, optimizer or DDP bucket, and `.train()` 
 """
 
 import inspect
+import json
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from distill import config, losses, targets
+from distill.compress.rebuild import rebuild
 from distill.models import logits
 from distill.tasks.base import Batch, Task
 from distill.terms import Term
@@ -42,9 +45,12 @@ class Distillation(L.LightningModule):
         self._divergence = divergence(task, loss)
         self._parts: dict[str, Tensor] = {}  # of the optimizer step under way
         self._outcomes: list[dict[str, Tensor]] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        """Tap the modules that the models have now."""
         for _, term in self.named_terms():
-            assert teacher is not None
-            term.attach(student, teacher)
+            term.attach(self.student, self._teacher[0])
 
     def named_terms(self) -> Iterable[tuple[str, Term]]:
         return cast(Iterable[tuple[str, Term]], self.terms.items())
@@ -108,14 +114,40 @@ class Distillation(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
-        decayed = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.ndim > 1]
-        kept = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.ndim <= 1]  # biases and norms
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         fused = self.trainer.precision != "16-mixed"  # a fused optimizer would unscale after the clipping
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+        optimizer = torch.optim.AdamW(self._groups(), lr=settings.lr, fused=fused)
         name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         schedule = get_scheduler(name, optimizer, round(settings.warmup * self.steps), self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        decayed = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.ndim > 1]
+        kept = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.ndim <= 1]  # biases and norms
+        return [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+    def restructured(self) -> None:
+        """After parameters or modules were replaced: the optimizer's lists, the taps of the loss terms and DDP's buckets follow.
+
+        A parameter that survives, as itself or as a part, keeps its moments if they were moved to the new parameter before.
+        """
+        optimizer, groups = self.trainer.optimizers[0], self._groups()
+        for group, fresh in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = fresh["params"]  # in the order in which a resumed run would list them
+        current = {parameter for group in groups for parameter in group["params"]}
+        for gone in optimizer.state.keys() - current:
+            del optimizer.state[gone]
+        self._attach()
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            strategy.model = strategy._setup_model(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["student_config"] = self.student.config.to_json_string(use_diff=False)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the student the form that it had, for the weights to fit."""
+        rebuild(self.student, json.loads(checkpoint["student_config"]))
+        self._attach()
 
 
 def divergence(task: Task, loss: config.Loss) -> Any:

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill import targets
+from distill import formats, targets
 from distill.config import Run
 from distill.errors import UserError
 
@@ -168,6 +168,7 @@ def save(run: Run, file: Path) -> None:
 
 def _check_together(run: Run) -> None:
     """Rules between sections."""
+    formats.check(run.callbacks, run.export.format, run.export.quantize, run.export.bits)
     if run.loss.divergence is not None:
         path = run.loss.divergence
         targets.signature(path if "." in path else f"distill.losses.{path}")

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel
 
 from distill import config, data, fit, models, store, targets
+from distill.callbacks.base import Before, Compression, arranged, compressions, named
 from distill.errors import UserError
 from distill.module import Distillation
 from distill.tasks.base import Task
@@ -18,29 +19,65 @@ from distill.tracking import Tracker
 log = logging.getLogger(__name__)
 
 
+def callbacks(run: config.Run, task: Task, tokenizer: Any, raw: Dataset, examples: Dataset) -> list[Callback]:
+    """The recipe's callbacks, those that compress in the order of their stages; UserError where they do not go together.
+
+    `raw` and `examples` are the training split, as texts and encoded.
+    """
+    built = [_callback(name, spec) for name, spec in run.callbacks.items()]
+    per_epoch = -(-len(useful(examples, task, run)) // run.data.batch_size)
+    for technique in compressions(built):
+        with named(technique.name):
+            technique.read(tokenizer, (text for column in run.data.text for text in raw[column] if text))
+    return arranged(built, fit.steps(run.trainer, per_epoch))
+
+
 def distil(
-    run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, teacher: PreTrainedModel | None, folder: Path, tracker: Tracker
+    run: config.Run,
+    task: Task,
+    tokenizer: Any,
+    examples: DatasetDict,
+    teacher: PreTrainedModel | None,
+    callbacks: list[Callback],
+    folder: Path,
+    tracker: Tracker,
 ) -> dict[str, Any]:
-    """Train the recipe's student and write it to `student/` in the run folder. Returns what metrics.json says of its training."""
-    callbacks = [_callback(name, spec) for name, spec in run.callbacks.items()]
+    """Train the recipe's student and write it to `student/` in the run folder. Returns what metrics.json says of its training.
+
+    Where callbacks compress it, `dense/` holds the student as it was before the first of them changed it.
+    """
     L.seed_everything(run.seed, verbose=False)  # whether the teacher was trained now or earlier must not matter
     student, classes = build(run, task, tokenizer, teacher)
     learned = useful(examples["train"], task, run)
     train, validation = fit.loaders(run, learned, examples["validation"], task, tokenizer.pad_token_id)
-    steps = fit.steps(run.trainer, train)
+    steps = fit.steps(run.trainer, train.plan.steps)
     online = teacher if run.teacher is not None and run.teacher.outputs == "online" else None
     module = Distillation(task, student, online, run.loss, run.optimizer, steps, classes)
     log.info("training the student on %d examples, %d steps, %s", len(learned), steps, fit.precision(run.trainer))
-    best = fit.fit(module, train, validation, run.trainer, folder / "checkpoints", tracker.loggers("student"), callbacks)
+    techniques = compressions(callbacks)
+    dense = Before(techniques, steps, lambda: _save(student, tokenizer, folder / "dense"))
+    loggers = tracker.loggers("student")
+    best = fit.fit(module, train, validation, run.trainer, folder / "checkpoints", loggers, [dense, *callbacks])
     for _, term in module.named_terms():
         term.detach()
-    with store.writing(folder / "student") as inside:
-        models.save(student, tokenizer, inside)
+    if techniques and not dense.saved:
+        dense.save()  # what is left to do is done now
+    for technique in techniques:
+        tokenizer = technique.finish(student, tokenizer)
+    _save(student, tokenizer, folder / "student")
     return {"examples": len(learned), "steps": steps, "best": best}
 
 
+def _save(student: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    with store.writing(folder) as inside:
+        models.save(student, tokenizer, inside)
+
+
 def _callback(name: str, spec: dict[str, Any]) -> Callback:
-    built = targets.build(spec)
+    with named(name):
+        built = targets.build(spec)
+    if isinstance(built, Compression):
+        built.name = name
     if not isinstance(built, Callback):
         raise UserError(
             f"callbacks.{name} is {spec['_target_']}, but that gives a {type(built).__name__}, and Lightning calls only its own: "

@@ -94,7 +94,7 @@ def _finetune(
     assert run.teacher is not None and run.teacher.finetune is not None
     settings = run.teacher.finetune
     train, validation = fit.loaders(run, labelled["train"], labelled["validation"], task, tokenizer.pad_token_id)
-    steps = fit.steps(run.trainer, train, settings.epochs)
+    steps = fit.steps(run.trainer, train.plan.steps, settings.epochs)
     module = Distillation(task, teacher, None, config.Loss(alpha=1.0), replace(run.optimizer, lr=settings.lr), steps)
     log.info("fine-tuning the teacher on %d examples, %d steps, %s", len(labelled["train"]), steps, fit.precision(run.trainer))
     fit.fit(module, train, validation, run.trainer, folder, tracker.loggers("teacher"), [], "teacher.finetune.lr")

@@ -135,9 +135,9 @@ class AttentionRelations(Term):
         student_BHLD, teacher_BHLD = (states.unflatten(-1, (self.heads, -1)).transpose(1, 2) for states in (student_BLD, teacher_BLD))
         return losses.relation_kl(student_BHLD, teacher_BHLD, mask_BL)
 
-    def _projections(self, block: nn.Module, what: str) -> tuple[nn.Linear, ...]:
+    def _projections(self, block: nn.Module, what: str) -> tuple[nn.Module, ...]:
         found = attention_projections(block)
-        for width in (projection.out_features for projection in found):
+        for width in (int(projection.out_features) for projection in found):  # type: ignore[arg-type]
             if width % self.heads:
                 raise UserError(
                     f"heads of AttentionRelations is {self.heads}, but it must divide the {what}'s width of {width}: 1 always does"

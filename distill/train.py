@@ -27,6 +27,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         raw = data.load(run.data, task, run.seed)
         tokenizer = models.tokenizer_for(run, task, raw["train"])
         examples = data.encode(raw, task, tokenizer, run.data)
+        callbacks = student.callbacks(run, task, tokenizer, raw["train"], examples["train"])
     recipe.save(run, folder / "recipe.yaml")
     tracker = Tracker(run, folder)
     with stage("teacher"):
@@ -34,14 +35,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     with stage("cache"):
         examples["train"] = teacher.with_outputs(run, tutor, examples["train"], task, tokenizer)
     with stage("student"):
-        training = student.distil(run, task, tokenizer, examples, tutor, folder, tracker)
+        training = student.distil(run, task, tokenizer, examples, tutor, callbacks, folder, tracker)
     with stage("evaluate"):
-        metrics = evaluate.evaluate(run, task, examples["test"], tokenizer, folder)
+        metrics = evaluate.evaluate(run, task, raw["test"], examples["test"], tokenizer, folder)
         metrics |= {"training": training, "stages": stage.seconds}
         evaluate.write(metrics, folder)  # kept even if the export should fail
         evaluate.report(metrics, folder)
     with stage("export"):
-        artefact = export.export(run, task, raw["test"], tokenizer, folder, metrics)
+        own = models.load_tokenizer(str(folder / "student"))  # callbacks may have trimmed it
+        artefact = export.export(run, task, raw["test"], own, folder, metrics)
     evaluate.write(metrics, folder)
     tracker.finish(metrics)
     evaluate.show(metrics, folder, artefact)

@@ -1,6 +1,7 @@
 """Every test: no network, one thread, a store of its own."""
 
 import os
+import tempfile
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -8,6 +9,8 @@ os.environ |= {
     "WANDB_MODE": "disabled",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
+    "HF_MODULES_CACHE": tempfile.mkdtemp(),  # code that travels with exports
 }
 
 import pytest

@@ -56,18 +56,23 @@ class Options:
     threads: int | None = None
 
 
-def evaluate(run: config.Run, task: "Task", examples: "Dataset", tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Measure `student/` and, where there is one, `teacher/` of a run folder on the encoded test split: what metrics.json holds."""
+def evaluate(run: config.Run, task: "Task", raw: "Dataset", examples: "Dataset", tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Measure the models of a run folder on the test split, raw and encoded: what metrics.json holds."""
     from distill.evaluate.measure import measure
 
-    return measure(run, task, examples, tokenizer, of_run(run, folder), "test")
+    return measure(run, task, raw, examples, tokenizer, of_run(run, folder), "test", as_exported=True)
 
 
 def of_run(run: config.Run, folder: Path) -> dict[str, str]:
-    """The models of a run folder; a teacher that was taken as it is has no folder there, but a name."""
-    names = {"student": str(folder / "student")}
-    if run.teacher is not None:
-        names = {"teacher": str(folder / "teacher") if (folder / "teacher").is_dir() else str(run.teacher.model)} | names
+    """The models of a run folder: teacher, the student before it was compressed, and student, as far as they are there.
+
+    A teacher that was taken as it is has no folder there, but a name.
+    """
+    names = {what: str(folder / what) for what in ("teacher", "dense", "student") if (folder / what).is_dir()}
+    if run.teacher is None:
+        names.pop("teacher", None)
+    elif "teacher" not in names:
+        names = {"teacher": str(run.teacher.model)} | names
     return names
 
 
@@ -131,8 +136,8 @@ def main() -> None:
     run, names = described(given)
     from distill.evaluate.measure import measure  # imports torch: only once the command line holds
 
-    task, examples, tokenizer = prepared(run, names, given.split)
-    metrics = measure(run, task, examples, tokenizer, names, given.split)
+    task, raw, examples, tokenizer = prepared(run, names, given.split)
+    metrics = measure(run, task, raw, examples, tokenizer, names, given.split, as_exported=given.run is not None)
     if given.output is not None:
         write(metrics, Path(given.output))
     elif given.run is not None and given.split == "test":
@@ -189,16 +194,22 @@ def finished(name: str) -> Path:
     return folder
 
 
-def prepared(run: config.Run, names: dict[str, str], split: str) -> tuple[Any, Any, Any]:
-    """Task, one encoded split, and tokenizer, made again from the recipe. UserError where the models read other token ids."""
+def prepared(run: config.Run, names: dict[str, str], split: str) -> tuple[Any, Any, Any, Any]:
+    """Task, one split, raw and encoded, and tokenizer, made again from the recipe.
+
+    UserError where the models read other token ids, but for a student whose vocabulary is the others' trimmed.
+    """
     from datasets import DatasetDict
 
     from distill import data, models, targets
+    from distill.evaluate.measure import trimmed_tokenizer
 
     task = targets.build(run.task)
-    tokenizer = models.load_tokenizer(names["student"], "student")
-    if "teacher" in names:
-        models.check_tokens(tokenizer, models.load_tokenizer(names["teacher"], "teacher"))
+    first, *others = names
+    tokenizer = models.load_tokenizer(names[first], first)
+    for what in others:
+        if what != "student" or trimmed_tokenizer(names[what], tokenizer) is None:
+            models.check_tokens(models.load_tokenizer(names[what], what), tokenizer, (what, first))
     raw = data.load(run.data, task, run.seed)
     encoded = data.encode(DatasetDict({split: raw[split]}), task, tokenizer, run.data)
-    return task, encoded[split], tokenizer
+    return task, raw[split], encoded[split], tokenizer

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,41 @@ Costs = dict[str, float]
 
 
 def measure(
-    folders: dict[str, Path], auto_class: str, requests: Sequence[Inputs], batches: Sequence[Inputs], threads: int, device: str
+    folders: dict[str, Path],
+    auto_class: str,
+    requests: Sequence[Inputs],
+    batches: Sequence[Inputs],
+    threads: int,
+    device: str,
+    own: Mapping[str, tuple[Sequence[Inputs], Sequence[Inputs]]] | None = None,
 ) -> tuple[dict[str, Costs], dict[str, Any]]:
-    """The costs of each model, and what they were measured on: one process times all, then one per model weighs its memory."""
+    """The costs of each model, and what they were measured on: one process times all, then one per model weighs its memory.
+
+    `own` are the requests and batches, of the same texts, of models that read other token ids.
+    """
     from distill.fresh import ask  # not at the top: the measuring process runs this file and has no `distill`
 
     models = {name: str(folder.resolve()) for name, folder in folders.items()}
     question = {"models": models, "auto_class": auto_class, "threads": threads, "device": device, "dtype": DTYPE}
     question |= {"attention": "eager" if device == "cpu" else "sdpa", "requests": list(requests), "batches": list(batches)}
+    question["own"] = {name: {"requests": list(singles), "batches": list(groups)} for name, (singles, groups) in (own or {}).items()}
     script = Path(__file__)
     timed = ask(script, question | {"measure": "speed"})
     alone = [question | {"measure": "memory", "models": {name: folder}} for name, folder in models.items()]
     with ThreadPoolExecutor(len(alone)) as pool:
         weighed = [answer["costs"] for answer in pool.map(lambda one: ask(script, one), alone)]
     memory = {name: costs for one in weighed for name, costs in one.items()}
-    disk = {name: {"disk_bytes": disk_bytes(folder)} for name, folder in folders.items()}
+    disk = {name: _on_disk(folder, memory[name]["parameters"]) for name, folder in folders.items()}
     return {name: timed["costs"][name] | memory[name] | disk[name] for name in models}, timed["machine"]
+
+
+def _on_disk(folder: Path, parameters: float) -> Costs:
+    return {"disk_bytes": disk_bytes(folder), "bits_per_weight": 8 * weight_bytes(folder) / parameters}
+
+
+def weight_bytes(folder: Path) -> int:
+    """The bytes of a model's weights in the form that is loaded: safetensors, packed or not, where there are some."""
+    return disk_bytes(folder, "*.safetensors") or disk_bytes(folder, "pytorch_model*.bin")
 
 
 def disk_bytes(folder: Path, pattern: str = "*") -> int:
@@ -52,10 +71,10 @@ def disk_bytes(folder: Path, pattern: str = "*") -> int:
 def speed(question: dict[str, Any]) -> dict[str, Any]:
     """Latency of single requests, then throughput of batches; the models take turns at every one of them."""
     models = _load_all(question)
-    requests, batches = (_tensors(question[what], question["device"]) for what in ("requests", "batches"))
+    requests, batches = ({name: _calls(question, name, what) for name in models} for what in ("requests", "batches"))
     latencies = interleaved(models, requests, WARM_UP["requests"])
     times = interleaved(models, batches, WARM_UP["batches"])
-    costs = {name: _latency(latencies[name]) | _throughput(times[name], batches) for name in models}
+    costs = {name: _latency(latencies[name]) | _throughput(times[name], batches[name]) for name in models}
     return {"costs": costs, "machine": machine(question)}
 
 
@@ -68,11 +87,11 @@ def memory(question: dict[str, Any]) -> dict[str, Any]:
     before = peak_memory()
     (name, model), *_ = _load_all(question).items()
     loaded = peak_memory()
-    interleaved({name: model}, _tensors(question["requests"] + question["batches"], question["device"]))
+    interleaved({name: model}, {name: _calls(question, name, "requests") + _calls(question, name, "batches")})
     tensors = [*model.parameters(), *model.buffers()]
     costs = {
         "parameters": sum(tensor.numel() for tensor in model.parameters()),
-        "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "weight_bytes": sum(_bytes(tensor) for tensor in tensors),
         "memory_before_bytes": before,
         "memory_loaded_bytes": loaded,
         "memory_peak_bytes": peak_memory(),
@@ -82,16 +101,27 @@ def memory(question: dict[str, Any]) -> dict[str, Any]:
     return {"costs": {name: costs}}
 
 
-def interleaved(models: dict[str, Any], calls: Sequence[dict[str, Any]], warm_up: int = 0) -> dict[str, list[float]]:
-    """Seconds of each call, for each model; the models take turns call by call, and in turn go first."""
+def _bytes(tensor: Any) -> int:
+    """What a tensor takes in memory; one of torchao's is made of others."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def interleaved(models: dict[str, Any], calls: Mapping[str, Sequence[dict[str, Any]]], warm_up: int = 0) -> dict[str, list[float]]:
+    """Seconds of each model's calls, as many for each; the models take turns call by call, and in turn go first."""
     names = list(models)
-    for inputs in calls[:warm_up]:
-        for name in names:
-            _seconds(models[name], inputs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn, inputs in enumerate(calls):
-        for name in names if turn % 2 == 0 else reversed(names):
-            seconds[name].append(_seconds(models[name], inputs))
+    turns = list(zip(*(calls[name] for name in names), strict=True))
+    for inputs in turns[:warm_up]:
+        for name, given in zip(names, inputs, strict=True):
+            _seconds(models[name], given)
+    for turn, inputs in enumerate(turns):
+        pairs = list(zip(names, inputs, strict=True))
+        for name, given in pairs if turn % 2 == 0 else reversed(pairs):
+            seconds[name].append(_seconds(models[name], given))
     return seconds
 
 
@@ -127,18 +157,25 @@ def _throughput(seconds: list[float], batches: Sequence[dict[str, Any]]) -> Cost
 
 
 def _load_all(question: dict[str, Any]) -> dict[str, Any]:
+    return {name: _load(question, folder).eval().to(question["device"]) for name, folder in question["models"].items()}
+
+
+def _load(question: dict[str, Any], folder: str) -> Any:
+    """Code that lies in the folder is run only where its config names some: there config and weights alone do not say enough."""
     import torch
     import transformers
 
-    auto = getattr(transformers, question["auto_class"])
-    options = {"dtype": getattr(torch, question["dtype"]), "attn_implementation": question["attention"]}
-    return {name: auto.from_pretrained(folder, **options).eval().to(question["device"]) for name, folder in question["models"].items()}
+    coded = "auto_map" in json.loads(Path(folder, "config.json").read_text())
+    options = {"dtype": getattr(torch, question["dtype"]), "attn_implementation": question["attention"], "trust_remote_code": coded}
+    return getattr(transformers, question["auto_class"]).from_pretrained(folder, **options)
 
 
-def _tensors(calls: list[Inputs], device: str) -> list[dict[str, Any]]:
+def _calls(question: dict[str, Any], name: str, what: str) -> list[dict[str, Any]]:
+    """The requests or batches of a model, its own or those of all."""
     import torch
 
-    return [{name: torch.tensor(values, device=device) for name, values in inputs.items()} for inputs in calls]
+    calls = question["own"].get(name, question)[what]
+    return [{key: torch.tensor(values, device=question["device"]) for key, values in inputs.items()} for inputs in calls]
 
 
 def peak_memory() -> int:
@@ -186,6 +223,8 @@ def main() -> None:
     asked, answered = sys.argv[1:]
     question = json.loads(Path(asked).read_text())
     sys.path += [entry for entry in question.get("packages", []) if entry not in sys.path]
+    sys.path.insert(0, str(Path(asked).parent / "modules"))  # where a model's own code is put: not shared with other processes
+    os.environ["HF_MODULES_CACHE"] = sys.path[0]
     import torch
 
     torch.set_num_threads(question["threads"])

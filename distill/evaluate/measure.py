@@ -1,26 +1,29 @@
-"""teacher, student and a split -> what both are worth and what they cost: the nested dictionary of metrics.json.
+"""teacher, student and a split -> what they are worth and what they cost: the nested dictionary of metrics.json.
 
-Both answer the same batches once. From their outcomes come quality with 95 % intervals, a paired comparison, and how closely
-the student follows its teacher; cost is measured in processes of its own (cost.py).
+All answer the same examples once, and `dense`, a compressed student as it was before, with them. From their outcomes come quality
+with 95 % intervals, a paired comparison, and how closely the student follows its teacher; cost is measured in processes of its
+own (cost.py).
 """
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
+from transformers import AutoConfig
 
-from distill import config, data, fresh, models
+from distill import config, data, fresh, models, packing
+from distill.compress import vocabulary
 from distill.errors import RunFailed
 from distill.evaluate import cost, quality, status
-from distill.models.loading import quiet
+from distill.models.loading import explained, locate, quiet
 from distill.tasks.base import Batch, Task
 
 log = logging.getLogger("distill")
@@ -28,28 +31,100 @@ log = logging.getLogger("distill")
 Columns = dict[str, Tensor]  # outcomes of all examples, each (examples, ...)
 
 
-def measure(run: config.Run, task: Task, examples: Dataset, tokenizer: Any, names: dict[str, str], split: str) -> dict[str, Any]:
-    """Quality, comparison, fidelity and cost of `teacher` and `student`, folders or names; null where a number cannot be known."""
-    device = models.device_of(run)
+class Reading(NamedTuple):
+    """What a model reads: the split as a tokenizer encodes it."""
+
+    tokenizer: Any
+    examples: Dataset
+
+
+def measure(
+    run: config.Run,
+    task: Task,
+    raw: Dataset,
+    examples: Dataset,
+    tokenizer: Any,
+    names: dict[str, str],
+    split: str,
+    as_exported: bool = False,
+) -> dict[str, Any]:
+    """Quality, comparison, fidelity and cost of models by their folders or names; null where a number cannot be known.
+
+    `names` are of `teacher`, `dense` and `student`, in this order; only the last must be there. `as_exported`: the student is
+    measured in the form that the recipe's `export` section gives it.
+    """
+    read = readings(run, task, raw, Reading(tokenizer, examples), names, split)
     with TemporaryDirectory() as temporary:
-        log.info("measuring %s on %d examples: quality", " and ".join(names), len(examples))
-        loaded = {what: _loaded(what, name, task, tokenizer) for what, name in names.items()}
+        if as_exported:
+            names = names | {"student": str(_exported(run, task, read["student"].tokenizer, Path(names["student"]), Path(temporary)))}
+        loaded = {what: _loaded(what, name, task, read[what].tokenizer) for what, name in names.items()}
         folders = {what: _folder(names[what], model, Path(temporary, what)) for what, model in loaded.items()}
-        batches = data.loader(examples, task, tokenizer.pad_token_id, run.evaluate.batch_size)
+        log.info("measuring %s on %d examples: quality", _listed(names), len(examples))
         with status(run, "measuring quality"):
-            with models.on(device, *loaded.values()):
-                columns, followed = outcomes(task, loaded, batches)
-            columns = {what: by_text(each, examples, batches.plan) for what, each in columns.items()}
-            del loaded  # the processes that measure cost need the memory
-            metrics = _worth(run, task, columns)
-        if "teacher" in names:
-            metrics["fidelity"] = followed | {"name": task.divergences[0]}
-        log.info("measuring %s: cost", " and ".join(names))
+            metrics = _answered(run, task, Reading(tokenizer, examples), read, loaded)
+        del loaded  # the processes that measure cost need the memory
+        log.info("measuring %s: cost", _listed(names))
         with status(run, "measuring cost"):
-            costs, machine = _costs(run, task, examples, tokenizer.pad_token_id, folders, device)
+            costs, machine = _costs(run, task, read, folders, models.device_of(run))
     measured = {what: {"quality": metrics.pop(what), "cost": costs[what]} for what in names}
-    texts = len(next(iter(columns["student"].values())))
-    return finite({"split": split, "examples": len(examples), "texts": texts} | measured | metrics | {"machine": machine})
+    said = {"split": split, "examples": len(examples), "texts": metrics.pop("texts")}
+    return finite(said | measured | metrics | {"machine": machine})
+
+
+def _answered(run: config.Run, task: Task, shared: Reading, read: dict[str, Reading], loaded: dict[str, Any]) -> dict[str, Any]:
+    """What the models' answers are worth, and how closely they follow the teacher's."""
+    batches = data.loader(shared.examples, task, shared.tokenizer.pad_token_id, run.evaluate.batch_size)
+    own = {what: _batches(task, each, batches.plan) for what, each in read.items() if each.examples is not shared.examples}
+    with models.on(models.device_of(run), *loaded.values()):
+        columns, followed = outcomes(task, loaded, batches, own)
+    columns = {what: by_text(each, shared.examples, batches.plan) for what, each in columns.items()}
+    worth = _worth(run, task, columns)
+    if "teacher" in loaded:
+        worth["fidelity"] = followed.pop("student") | followed | {"name": task.divergences[0]}
+    return worth | {"texts": len(next(iter(columns["student"].values())))}
+
+
+def _listed(names: Iterable[str]) -> str:
+    *some, last = names
+    return f"{', '.join(some)} and {last}" if some else last
+
+
+def readings(run: config.Run, task: Task, raw: Dataset, shared: Reading, names: dict[str, str], split: str) -> dict[str, Reading]:
+    """What each model reads: all the same, but for a student whose vocabulary was trimmed, which has ids of its own."""
+    found = dict.fromkeys(names, shared)
+    own = trimmed_tokenizer(names["student"], shared.tokenizer)
+    if own is not None:
+        found["student"] = Reading(own, data.encode(DatasetDict({split: raw}), task, own, run.data)[split])
+    return found
+
+
+def trimmed_tokenizer(name: str, whole: Any) -> Any:
+    """The student's tokenizer where it is this one without some of its tokens, and its config says so; null otherwise."""
+    where = locate(name, "student")
+    with explained(name, "student", Path(where).is_dir()):
+        settings = AutoConfig.from_pretrained(where, trust_remote_code=False).to_dict()
+    if "vocabulary" not in (settings.get("compression") or {}):
+        return None
+    own = models.load_tokenizer(name, "student")
+    ours, theirs = own.get_vocab(), whole.get_vocab()
+    return own if ours != theirs and vocabulary.part_of(ours, theirs) else None
+
+
+def _exported(run: config.Run, task: Task, tokenizer: Any, student: Path, temporary: Path) -> Path:
+    """The student as it ships; where that is as it was trained, its own folder."""
+    wanted = run.export
+    if wanted.format in (None, "dense") and wanted.dtype == "float32" and wanted.quantize is None:
+        return student
+    target = temporary / "exported"
+    target.mkdir()
+    packing.artefact(run, task, tokenizer, student, target)
+    return target
+
+
+def _batches(task: Task, read: Reading, plan: data.BatchPlan) -> Iterator[Batch]:
+    """The examples of a plan, as another tokenizer encodes them."""
+    encoded = data.Examples(read.examples, task, read.tokenizer.pad_token_id)
+    return (encoded[micro] for micro in plan)
 
 
 def _loaded(what: str, name: str, task: Task, tokenizer: Any) -> Any:
@@ -83,32 +158,52 @@ def _worth(run: config.Run, task: Task, columns: dict[str, Columns]) -> dict[str
     return worth | {"resamples": resamples}
 
 
-def _costs(run: config.Run, task: Task, examples: Dataset, pad_id: int, folders: dict[str, Path], device: str) -> Any:
-    singles, groups = requests(task, examples, pad_id, run.evaluate)
+def _costs(run: config.Run, task: Task, read: dict[str, Reading], folders: dict[str, Path], device: str) -> Any:
+    """Requests are the first model's own encodings; those of a student with a vocabulary of its own are given beside them."""
+    shared, *_ = read.values()
+    singles, groups = requests(task, shared.examples, shared.tokenizer.pad_token_id, run.evaluate)
+    own = {
+        what: requests(task, each.examples, each.tokenizer.pad_token_id, run.evaluate)
+        for what, each in read.items()
+        if each.examples is not shared.examples
+    }
+    options: dict[str, Any] = {"own": own} if own else {}
     try:
-        return cost.measure(folders, task.auto_class, singles, groups, run.evaluate.threads, device)
+        return cost.measure(folders, task.auto_class, singles, groups, run.evaluate.threads, device, **options)
     except fresh.ProcessError as error:
         raise RunFailed(
             f"the measurement of cost ended early ({error}), but it must be known: the models are kept, run distill.evaluate"
         ) from error
 
 
-def outcomes(task: Task, loaded: dict[str, Any], batches: Iterable[Batch]) -> tuple[dict[str, Columns], dict[str, float]]:
-    """One pass over the batches: what quality needs of every example, for each model, and the student's fidelity to its teacher."""
+def outcomes(
+    task: Task, loaded: dict[str, Any], batches: Iterable[Batch], own: Mapping[str, Iterable[Batch]] | None = None
+) -> tuple[dict[str, Columns], dict[str, Any]]:
+    """One pass over the batches: what quality needs of every example, for each model, and each one's fidelity to the teacher.
+
+    `own` are the batches, of the same examples, of models that read other ids.
+    """
+    own = own or {}
     parts: dict[str, list[Columns]] = {what: [] for what in loaded}
-    agreed, diverged = [], []
+    followed: dict[str, list[tuple[Tensor, Tensor]]] = {what: [] for what in loaded if what != "teacher"}
+    device = loaded["student"].device
     with torch.inference_mode():
-        for batch in (move_data_to_device(batch, loaded["student"].device) for batch in batches):
-            rows = {what: task.rows(models.logits(model, batch.inputs), batch).float() for what, model in loaded.items()}
+        for batch, *others in zip(batches, *own.values(), strict=True):
+            given = dict.fromkeys(loaded, move_data_to_device(batch, device))
+            given |= {what: move_data_to_device(other, device) for what, other in zip(own, others, strict=True)}
+            rows = {what: task.rows(models.logits(model, given[what].inputs), given[what]).float() for what, model in loaded.items()}
             for what, rows_NC in rows.items():
-                parts[what].append({key: column.cpu() for key, column in task.outcomes(rows_NC, batch).items()})
-            if "teacher" in rows:
-                pair = _same_classes(rows["student"], rows["teacher"])
-                agreed.append(task.agreement(*pair).cpu())
-                diverged.append(task.divergence(*pair).cpu())
+                parts[what].append({key: column.cpu() for key, column in task.outcomes(rows_NC, given[what]).items()})
+            for what in followed if "teacher" in rows else ():
+                pair = _same_classes(rows[what], rows["teacher"])
+                followed[what].append((task.agreement(*pair).cpu(), task.divergence(*pair).cpu()))
     columns = {what: {key: torch.cat([part[key] for part in some]) for key in some[0]} for what, some in parts.items()}
-    means = {"agreement": agreed, "divergence": diverged}
-    return columns, {key: float(torch.cat(values).double().mean()) for key, values in means.items() if values}
+    return columns, {what: _means(pairs) for what, pairs in followed.items() if pairs}
+
+
+def _means(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    means = (float(torch.cat(values).double().mean()) for values in zip(*pairs, strict=True))
+    return dict(zip(("agreement", "divergence"), means, strict=True))
 
 
 def by_text(columns: Columns, examples: Dataset, plan: data.BatchPlan) -> Columns:

@@ -13,6 +13,7 @@ COSTS = {
     "parameters": ("parameters, million", 1e-6),
     "weight_bytes": ("weights, MB", 1e-6),
     "disk_bytes": ("bytes on disk, MB", 1e-6),
+    "bits_per_weight": ("effective bits per weight", 1.0),
     "memory_peak_bytes": ("peak memory of the process, MB", 1e-6),
     "memory_before_bytes": ("  before the model was loaded, MB", 1e-6),
     "device_peak_bytes": ("peak memory on the device, MB", 1e-6),
@@ -24,12 +25,16 @@ COSTS = {
 }
 
 
+OF_COMPRESSION = ("bits_per_weight",)  # shown only where there is something to see: beside the dense student
+
+
 class Row(NamedTuple):
-    """One line: both models' values and student / teacher."""
+    """One line: each model's value, those of `dense` empty where nothing was compressed, and student / teacher."""
 
     group: str
     name: str
     teacher: str
+    dense: str
     student: str
     ratio: str
 
@@ -39,33 +44,45 @@ def rows(metrics: dict[str, Any]) -> list[Row]:
     return [*_quality(metrics), *_fidelity(metrics), *_cost(metrics)]
 
 
+def columns(metrics: dict[str, Any]) -> tuple[str, ...]:
+    """The columns that there are, by the fields of a row."""
+    return ("teacher", "dense", "student", "ratio") if "dense" in metrics else ("teacher", "student", "ratio")
+
+
+def _of(metrics: dict[str, Any], what: str) -> list[dict[str, Any]]:
+    """Quality or cost of student, dense and teacher, empty where there is no such model."""
+    return [metrics.get(who, {}).get(what, {}) for who in ("student", "dense", "teacher")]
+
+
 def _quality(metrics: dict[str, Any]) -> Iterator[Row]:
-    student, teacher = (metrics.get(who, {}).get("quality", {}) for who in ("student", "teacher"))
+    student, dense, teacher = _of(metrics, "quality")
     crowded = sum("/" in name for name in student) > LABELS
     for name, measured in student.items():
         if not (crowded and "/" in name):
-            other = teacher.get(name, {})
+            before, other = dense.get(name, {}), teacher.get(name, {})
             ratio = _ratio(measured["value"], other.get("value"))
-            yield Row("quality", name.replace("_", " "), _with_interval(other), _with_interval(measured), ratio)
+            shown = [_with_interval(each) for each in (other, before, measured)]
+            yield Row("quality", name.replace("_", " "), shown[0], shown[1], shown[2], ratio)
 
 
 def _fidelity(metrics: dict[str, Any]) -> Iterator[Row]:
     if "comparison" in metrics:
         compared = metrics["comparison"]
         name = f"{compared['metric'].replace('_', ' ')}, student - teacher"
-        yield Row("fidelity", name, "", _with_interval(compared["difference"]), f"p = {number(compared['p'])}")
+        yield Row("fidelity", name, "", "", _with_interval(compared["difference"]), f"p = {number(compared['p'])}")
     if "fidelity" in metrics:
-        fidelity = metrics["fidelity"]
-        yield Row("fidelity", "agreement with the teacher", "", number(fidelity["agreement"]), "")
-        yield Row("fidelity", f"{fidelity['name'].replace('_', ' ')} from the teacher", "", number(fidelity["divergence"]), "")
+        student = metrics["fidelity"]
+        dense, divergence = student.get("dense", {}), student["name"].replace("_", " ")
+        for key, name in (("agreement", "agreement with the teacher"), ("divergence", f"{divergence} from the teacher")):
+            yield Row("fidelity", name, "", number(dense.get(key)), number(student[key]), "")
 
 
 def _cost(metrics: dict[str, Any]) -> Iterator[Row]:
-    student, teacher = (metrics.get(who, {}).get("cost", {}) for who in ("student", "teacher"))
+    costs = _of(metrics, "cost")
     for key, (name, scale) in COSTS.items():
-        if key in student:
-            ours, theirs = student[key] * scale, teacher[key] * scale if key in teacher else None
-            yield Row("cost", name, number(theirs), number(ours), _ratio(ours, theirs))
+        if key in costs[0] and ("dense" in metrics or key not in OF_COMPRESSION):
+            student, dense, teacher = (cost[key] * scale if key in cost else None for cost in costs)
+            yield Row("cost", name, number(teacher), number(dense), number(student), _ratio(student, teacher))
 
 
 def number(value: float | None) -> str:
@@ -105,7 +122,8 @@ def table(metrics: dict[str, Any]) -> Table:
     """The rows for a terminal of 100 columns."""
     drawn = Table(caption=conditions(metrics), caption_justify="left", pad_edge=False)
     drawn.add_column("")
-    for title in ("teacher", "student", "ratio"):
+    shown = columns(metrics)
+    for title in shown:
         drawn.add_column(title, justify="right")
     group = ""
     for row in rows(metrics):
@@ -113,18 +131,22 @@ def table(metrics: dict[str, Any]) -> Table:
             drawn.add_section()
             drawn.add_row(Text(row.group, "bold"))
         group = row.group
-        drawn.add_row(*(Text(cell) for cell in (f"  {row.name}", *row[2:])))
+        cells = (row._asdict()[column] for column in shown)
+        if "dense" in shown:  # intervals below their values, or the names would be squeezed
+            cells = (cell.replace(" [", "\n[") for cell in cells)
+        drawn.add_row(*(Text(cell) for cell in (f"  {row.name}", *cells)))
     return drawn
 
 
 def markdown(metrics: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| | teacher | student | ratio |", "|---|---:|---:|---:|"]
+    shown = columns(metrics)
+    lines = ["".join(f"| {title} " for title in ("", *shown)).replace("|  |", "| |") + "|", "|---" + "|---:" * len(shown) + "|"]
     group = ""
     for row in rows(metrics):
         if row.group != group:
-            lines.append(f"| **{row.group}** | | | |")
+            lines.append(f"| **{row.group}** " + "| " * len(shown) + "|")
         group = row.group
         name = row.name.strip().replace("|", r"\|")
-        lines.append(f"| {name} | {row.teacher} | {row.student} | {row.ratio} |")
+        lines.append(" | ".join([f"| {name}", *(row._asdict()[column] for column in shown)]) + " |")
     return "\n".join([*lines, "", conditions(metrics)])

@@ -4,7 +4,6 @@ It is written beside its final name, loaded in a fresh process that cannot impor
 it answers as the trained student does, and takes fewer bytes than the teacher, is it renamed; an earlier export stays until then.
 """
 
-import copy
 import json
 import logging
 import os
@@ -14,13 +13,14 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from distill import cli, config, evaluate, fresh, recipe
+from distill import cli, config, evaluate, formats, fresh, recipe
 from distill.errors import RunFailed, UserError
-from distill.evaluate.cost import disk_bytes
+from distill.evaluate.cost import disk_bytes, weight_bytes
 from distill.export.card import card
 
 if TYPE_CHECKING:
@@ -35,9 +35,15 @@ TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit,
 AGREEMENT = 0.99  # share of predictions that an export of fewer bits keeps
 USAGE = """Exports the student of a finished run as a folder that plain transformers loads, once it is proven.
 
-  python -m distill.export run=FOLDER [dtype=float32|bfloat16|float16] [examples=200]
+  python -m distill.export run=FOLDER [key=value ...]     a finished run; writes FOLDER/export
+  python -m distill.export packed=FOLDER to=FOLDER        an export of format=packed, as a folder of ordinary weights
 
-dtype is that of the stored weights, examples the number of held-out texts that the proof compares; both default to the recipe's.
+Keys, which default to the recipe's, under export:
+  format=            dense: one float a weight; torchao: int8, loads where torchao is installed; packed: 2 to 8 bits a weight
+  dtype=             of what is stored unquantized: float32, bfloat16, float16
+  quantize=          what is not quantized yet: weights; dynamic or static: weights, and inputs of linear layers to 8 bits
+  bits=              a weight of quantize=, 2 to 8
+  examples=          number of held-out texts that the proof compares
 """
 
 
@@ -46,7 +52,12 @@ class Options:
     """The command line; what is null is the recipe's."""
 
     run: str | None = None
+    packed: str | None = None
+    to: str | None = None
+    format: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
+    bits: int | None = None
     examples: int | None = None
 
 
@@ -59,11 +70,14 @@ def export(
     """
     if run.export.format is None:
         return None
+    from distill import packing
+
     final = folder / FINAL
-    with drafted(final) as draft:
-        write(task, tokenizer, folder / "student", draft, run.export.dtype)
+    with drafted(final) as draft, TemporaryDirectory() as temporary:
+        student = packing.final(run, task, tokenizer, folder / "student", Path(temporary))
+        packing.write(run, task, tokenizer, student, draft)
         with evaluate.status(run, "proving the export"):
-            proof = prove(run, task, texts, tokenizer, folder, draft)
+            proof = prove(run, task, texts, tokenizer, folder, student, draft)
         describe(run, task, draft, proof, metrics)
         put(draft, final)
     log.info("export: %s, %.2f MB, proven on %d texts", final, proof["bytes"] / 1e6, proof["texts"])
@@ -81,37 +95,31 @@ def drafted(final: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def write(task: "Task", tokenizer: Any, student: Path, draft: Path, dtype: str) -> None:
-    """Weights as safetensors, config and tokenizer. The tokenizer cuts texts where training did."""
-    import torch
-
-    from distill import models
-
-    model = models.load(str(student), None, task, "student", tokenizer, strict=True)
-    models.check_labels(model, task, "student")
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = task.max_length
-    models.save(model.to(getattr(torch, dtype)), tokenizer, draft)
-
-
-def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
-    """Loadable, equal, smaller, in this order: what proof.json holds, or RunFailed."""
+def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, student: Path, draft: Path) -> dict[str, Any]:
+    """Loadable, equal to `student`, smaller, in this order: what proof.json holds, or RunFailed."""
     from distill import models
     from distill.evaluate.measure import spread
 
     texts = texts.select(spread(len(texts), run.export.examples))
     told = _loadable(run, task, texts, tokenizer, folder, draft)
-    answers = _equal(run, task, texts, tokenizer, folder, told["answers"])
+    answers = _equal(run, task, texts, tokenizer, folder, student, told["answers"])
     sizes = _smaller(run, folder, draft)
     latency = {"latency_p50_ms": 1000 * statistics.median(answer["seconds"] for answer in told["answers"])}
-    how = {"dtype": run.export.dtype, "threads": run.evaluate.threads, "device": models.device_of(run), "versions": told["versions"]}
-    return {"texts": len(texts), **answers, **sizes, **latency, **how}
+    how: dict[str, Any] = {
+        "format": run.export.format,
+        "dtype": run.export.dtype,
+        "quantize": run.export.quantize,
+        "code": _auto_map(draft) is not None,
+    }
+    how |= {"threads": run.evaluate.threads, "device": models.device_of(run), "versions": told["versions"]}
+    return {"texts": len(texts), **answers, **sizes, "bits_per_weight": 8 * weight_bytes(draft) / told["parameters"], **latency, **how}
 
 
 def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
     """What the draft answers in a fresh process that cannot import this library."""
     from distill import models
     from distill.export import proof
+    from distill.models.loading import best_attention
     from distill.tasks.language import start_token
 
     columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
@@ -124,6 +132,8 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
         "max_length": task.max_length,
         "threads": run.evaluate.threads,
         "device": models.device_of(run),
+        "attention": best_attention() if _rounds(draft) else None,  # other kernels' last bits would be rounded to other levels
+        "libraries": ["torchao"] if run.export.format == "torchao" else [],
         "blocked": "distill",
     }
     try:
@@ -132,30 +142,54 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
         raise _failed("loadable", f"plain transformers cannot use it ({error})", "it must load without this library", folder) from error
 
 
-def _equal(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, told: list[Any]) -> dict[str, Any]:
-    """How the draft's answers compare with those of the trained student in this process."""
-    from distill import models
-    from distill.export import equal
+def _rounds(draft: Path) -> bool:
+    """Whether inputs of layers are rounded."""
+    said = json.loads((draft / "config.json").read_text())
+    return bool((said.get("compression") or {}).get("activations")) or "quantization_config" in said
 
-    student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True)
-    try:
-        with models.on(models.device_of(run), student):
-            answers = equal.compare(task, student, tokenizer, texts, run.data, told)
-    except equal.UnequalError as error:
-        raise _failed("equal", str(error), "it must answer as the trained student does", folder) from error
+
+def _auto_map(draft: Path) -> Any:
+    return json.loads((draft / "config.json").read_text()).get("auto_map")
+
+
+def _equal(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, student: Path, told: list[Any]) -> dict[str, Any]:
+    """How the draft's answers compare with those of the student in this process; and of the trained one, if it was quantized since."""
+    answers = _compared(run, task, texts, tokenizer, student, told, folder)
     exact = run.export.dtype == "float32"
     needed, tolerance = (1.0, TOLERANCE * max(1.0, answers.scale)) if exact else (AGREEMENT, None)
     if answers.agreement < needed or not answers.difference <= (tolerance or sys.float_info.max):  # NaN is no difference to accept
         found = f"{answers.agreement:.2%} of its predictions are the student's, and logits differ by up to {answers.difference:.2g}"
         rule = f"{needed:.0%} must be the same" + ("" if tolerance is None else f" and the difference at most {tolerance:.2g}")
         raise _failed("equal", found, rule, folder)
-    return {
+    compared = {
         "rows": answers.rows,
         "agreement": answers.agreement,
         "max_difference": answers.difference,
         "tolerance": tolerance,
         "max_logit": answers.scale,
     }
+    if run.export.quantize is None:
+        return compared
+    trained = _compared(run, task, texts, tokenizer, folder / "student", told, folder)
+    return compared | {"trained_agreement": trained.agreement, "trained_max_difference": trained.difference}
+
+
+def _compared(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, student: Path, told: list[Any], folder: Path) -> Any:
+    """The answers beside those of a student that is loaded here, by as many threads."""
+    import torch
+
+    from distill import models
+    from distill.export import equal
+
+    model, threads = models.load(str(student), None, task, "student", tokenizer, strict=True), torch.get_num_threads()
+    torch.set_num_threads(run.evaluate.threads)
+    try:
+        with models.on(models.device_of(run), model):
+            return equal.compare(task, model, tokenizer, texts, run.data, told)
+    except equal.UnequalError as error:
+        raise _failed("equal", str(error), "it must answer as the trained student does", folder) from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _smaller(run: config.Run, folder: Path, draft: Path) -> dict[str, Any]:
@@ -167,15 +201,10 @@ def _smaller(run: config.Run, folder: Path, draft: Path) -> dict[str, Any]:
     teacher = models.files(evaluate.of_run(run, folder)["teacher"], "teacher.model")
     size, limit = (weight_bytes(each) for each in (draft, teacher))
     if size >= limit:
-        rule = f"its teacher's take {limit:,}: keep fewer layers, or set a smaller export.dtype"
+        rule = f"its teacher's take {limit:,}: keep fewer layers, or set export.format=packed or a smaller export.dtype"
         raise _failed("smaller", f"its weights take {size:,} bytes on disk", rule, folder)
     size, limit = disk_bytes(draft), disk_bytes(teacher)
     return {"bytes": size, "teacher_bytes": limit, "ratio": size / limit}
-
-
-def weight_bytes(folder: Path) -> int:
-    """The bytes of a model's weights in the form that is loaded: safetensors where there are some."""
-    return disk_bytes(folder, "*.safetensors") or disk_bytes(folder, "pytorch_model*.bin")
 
 
 def _failed(law: str, found: str, rule: str, folder: Path) -> RunFailed:
@@ -217,15 +246,27 @@ def _sync(path: Path) -> None:
 def main() -> None:
     """Read the command line, export, and say where."""
     given = cli.options(Options, USAGE)
+    if given.packed is not None:
+        _to_dense(given)
+        return
     if given.run is None:
         raise UserError("run is not given, but there must be something to export: add run=FOLDER, such as run=runs/NAME/TIME")
     folder = evaluate.finished(given.run)
     run = recipe.load_recipe(str(folder / "recipe.yaml"))
-    chosen = {key: getattr(given, key) for key in ("dtype", "examples") if getattr(given, key) is not None}
-    run = replace(run, export=replace(run.export, **({"format": "dense"} | chosen)))
+    chosen = {key.name: getattr(given, key.name) for key in fields(config.Export) if getattr(given, key.name) is not None}
+    run = replace(run, export=replace(run.export, **({"format": run.export.format or "dense"} | chosen)))
+    formats.check(run.callbacks, run.export.format, run.export.quantize, run.export.bits)
     task, texts, tokenizer = prepared(run, folder)
     artefact = export(run, task, texts, tokenizer, folder, evaluate.read(folder))
     print(f"export: {artefact}")
+
+
+def _to_dense(given: Options) -> None:
+    if given.run is not None or given.to is None:
+        raise UserError(f"packed is {given.packed}, but run is {given.run} and to is {given.to}: give packed=FOLDER to=FOLDER alone")
+    from distill.packing.packed import to_dense
+
+    print(f"export: {to_dense(Path(str(given.packed)), Path(given.to))}")
 
 
 def prepared(run: config.Run, folder: Path) -> tuple[Any, Any, Any]:

@@ -10,18 +10,18 @@ from distill.evaluate import table
 
 CLASSIFY = """from transformers import pipeline
 
-classify = pipeline("text-classification", model="path/of/this/folder")
+classify = pipeline("text-classification", model="path/of/this/folder"{code})
 print(classify({example}, truncation=True))"""
 
 GENERATE = """from transformers import pipeline
 
-write = pipeline("text-generation", model="path/of/this/folder")
+write = pipeline("text-generation", model="path/of/this/folder"{code})
 print(write("The", max_new_tokens=50))"""
 
 
 def card(run: Run, pipeline: str, labels: list[str], proof: dict[str, Any], metrics: dict[str, Any] | None) -> str:
     """The whole file."""
-    parts = [_header(run, pipeline), f"# {run.name}", _what(run, labels), "## Use", _use(run, pipeline), "## Measured"]
+    parts = [_header(run, pipeline), f"# {run.name}", _what(run, labels), "## Use", _use(run, pipeline, proof), "## Measured"]
     parts.append(table.markdown(metrics) if metrics else "Not measured.")
     parts += ["## How it was trained", _recipe(run), "## Proof", _proof(proof)]
     return "\n\n".join(parts) + "\n"
@@ -35,7 +35,7 @@ def _header(run: Run, pipeline: str) -> str:
 
 def _what(run: Run, labels: list[str]) -> str:
     origin = f"a student distilled from {_teacher(run)}" if run.teacher is not None else "a model trained on labels alone"
-    said = f"This is {origin}, on {_public(run.data.source)}. It loads with plain transformers."
+    said = f"This is {origin}, on {_public(run.data.source)}."
     return f"{said} Its labels: {', '.join(labels)}." if labels else said
 
 
@@ -52,10 +52,21 @@ def _public(name: str) -> str:
     return os.path.basename(path) if name.startswith(("/", ".", "~")) or os.path.exists(path) else name
 
 
-def _use(run: Run, pipeline: str) -> str:
+def _use(run: Run, pipeline: str, proof: dict[str, Any]) -> str:
     example = '"a text"' if len(run.data.text) == 1 else '{"text": "a text", "text_pair": "another"}'
     code = GENERATE if pipeline == "text-generation" else CLASSIFY.replace("{example}", example)
-    return f"```python\n{code}\n```"
+    code = code.replace("{code}", ", trust_remote_code=True" if proof["code"] else "")
+    return f"{_needs(proof)}\n\n```python\n{code}\n```"
+
+
+def _needs(proof: dict[str, Any]) -> str:
+    if proof["format"] == "torchao":
+        versions = proof["versions"]
+        also = " and runs the two short files of code beside the weights" if proof["code"] else ""
+        return f"It loads with plain transformers where torchao is installed (written with torchao {versions['torchao']}){also}."
+    if proof["code"]:
+        return "It loads with plain transformers, which is to run the two short files of code beside the weights: `trust_remote_code=True`."
+    return "It loads with plain transformers."
 
 
 def _recipe(run: Run) -> str:
@@ -72,9 +83,15 @@ def _recipe(run: Run) -> str:
         "loss": loss + (f", terms {', '.join(run.loss.terms)}" if run.loss.terms else ""),
         "optimizer": f"AdamW, learning rate {run.optimizer.lr:g}, {run.optimizer.schedule} schedule",
         "length": f"{length}, batches of {run.data.batch_size}",
+        "compression": "; ".join(_technique(spec) for spec in run.callbacks.values()) or "none while training",
         "seed": str(run.seed),
     }
     return "\n".join(f"- {name}: {value}" for name, value in settings.items())
+
+
+def _technique(spec: dict[str, Any]) -> str:
+    given = {key: _public(value) if isinstance(value, str) else value for key, value in spec.items() if key != "_target_"}
+    return f"{spec['_target_'].rpartition('.')[2]} {json.dumps(given)}"
 
 
 def _proof(proof: dict[str, Any]) -> str:
@@ -84,10 +101,14 @@ def _proof(proof: dict[str, Any]) -> str:
     how = ", ".join(
         [f"{proof['threads']} thread(s)", proof["device"], *(f"{name} {version}" for name, version in proof["versions"].items())]
     )
+    whom = "trained student" if proof["quantize"] is None else "quantized student"
     said = [
-        f"In a fresh process with plain transformers, this folder answered {proof['texts']} held-out texts as the trained student did:",
+        f"In a fresh process with plain transformers, this folder answered {proof['texts']} held-out texts as the {whom} did:",
         f"{proof['agreement']:.2%} of the predictions agree, and logits differ by at most {proof['max_difference']:.2g}.",
-        f"{size}, stored as {proof['dtype']}.",
+        f"{size}, {proof['bits_per_weight']:.2f} bits a weight: format {proof['format']}, and {proof['dtype']} for what is not quantized.",
         f"One text took {proof['latency_p50_ms']:.1f} ms (median, tokenising included; {how}). See `proof.json`.",
     ]
+    if proof["quantize"] is not None:
+        apart = f"{proof['trained_agreement']:.2%} of the predictions are those of the student as it was trained"
+        said.insert(2, f"It was quantized after training ({proof['quantize']}); {apart}.")
     return "\n".join(said)

@@ -7,8 +7,10 @@ compares them with those of the student that was trained.
 """
 
 import json
+import os
 import sys
 import time
+from importlib import metadata
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,10 @@ def load(question: dict[str, Any]) -> tuple[Any, Any]:
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
         raise SystemExit("it holds no tokenizer")
     auto = getattr(transformers, question["auto_class"])
-    model, found = auto.from_pretrained(question["folder"], output_loading_info=True)
+    options = {"attn_implementation": question["attention"]} if question["attention"] else {}
+    if "auto_map" in json.loads(Path(question["folder"], "config.json").read_text()):
+        options["trust_remote_code"] = True  # the code beside the weights, without which they do not load
+    model, found = auto.from_pretrained(question["folder"], output_loading_info=True, **options)
     amiss = {what: sorted(map(str, names)) for what, names in found.items() if names}
     if amiss:
         raise SystemExit(f"the file does not fit the model: {amiss}")
@@ -76,14 +81,19 @@ def main() -> None:
     question = json.loads(Path(asked).read_text())
     sys.path += [entry for entry in question["packages"] if entry not in sys.path]
     sys.meta_path.insert(0, Blocked(question["blocked"]))
+    sys.path.insert(0, str(Path(asked).parent / "modules"))  # where a model's own code is put: not shared with other processes
+    os.environ["HF_MODULES_CACHE"] = sys.path[0]
     import torch
     import transformers
 
     torch.set_num_threads(question["threads"])
     answer = {"text-classification": classify, "text-generation": predict_next}[question["pipeline"]]
-    answers = answer(question, *load(question))
+    tokenizer, model = load(question)
+    answers = answer(question, tokenizer, model)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    Path(answered).write_text(json.dumps({"answers": answers, "versions": versions}))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    versions |= {name: metadata.version(name) for name in question["libraries"]}
+    Path(answered).write_text(json.dumps({"answers": answers, "versions": versions, "parameters": parameters}))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ architecture other than its teacher's is one row of TRANSLATIONS.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill.errors import UserError
 
@@ -21,6 +21,11 @@ class Architecture:
     blocks: str  # the list of transformer blocks
     embeddings: str  # the module whose output enters the first block
     attention: tuple[str, ...]  # query, key and value projections in a block; empty where they are fused
+    attention_out: str  # the projection that mixes the heads' outputs
+    ffn: tuple[str, ...]  # what fills the neurons of a block's feed-forward network, and reads them
+    ffn_out: str
+    ffn_width: str  # the config's key of the number of neurons
+    heads: tuple[str, ...] = ()  # its keys of the numbers of heads, where a head's width need not be hidden size / heads
     positions_after_pad: bool = False  # position ids start behind the padding id, not at 0
     requires: Mapping[str, Any] = field(default_factory=dict)  # config values without which a block depends on its place
 
@@ -36,14 +41,50 @@ class Translation:
     requires: Mapping[str, Any]  # config values of the teacher that the student's family cannot vary
 
 
-_BERT = Architecture("encoder.layer", "embeddings", ("attention.self.query", "attention.self.key", "attention.self.value"))
-_LLAMA = Architecture("layers", "embed_tokens", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+_BERT = Architecture(
+    blocks="encoder.layer",
+    embeddings="embeddings",
+    attention=("attention.self.query", "attention.self.key", "attention.self.value"),
+    attention_out="attention.output.dense",
+    ffn=("intermediate.dense",),
+    ffn_out="output.dense",
+    ffn_width="intermediate_size",
+)
+_LLAMA = Architecture(
+    blocks="layers",
+    embeddings="embed_tokens",
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attention_out="self_attn.o_proj",
+    ffn=("mlp.gate_proj", "mlp.up_proj"),
+    ffn_out="mlp.down_proj",
+    ffn_width="intermediate_size",
+    heads=("num_attention_heads", "num_key_value_heads"),
+)
+_DISTILBERT = Architecture(
+    blocks="transformer.layer",
+    embeddings="embeddings",
+    attention=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    attention_out="attention.out_lin",
+    ffn=("ffn.lin1",),
+    ffn_out="ffn.lin2",
+    ffn_width="hidden_dim",
+)
+_GPT2 = Architecture(
+    blocks="h",
+    embeddings="drop",
+    attention=(),
+    attention_out="attn.c_proj",
+    ffn=("mlp.c_fc",),
+    ffn_out="mlp.c_proj",
+    ffn_width="n_inner",
+    requires={"scale_attn_by_inverse_layer_idx": False},
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "bert": _BERT,
-    "roberta": Architecture(_BERT.blocks, _BERT.embeddings, _BERT.attention, positions_after_pad=True),
-    "distilbert": Architecture("transformer.layer", "embeddings", ("attention.q_lin", "attention.k_lin", "attention.v_lin")),
-    "gpt2": Architecture("h", "drop", (), requires={"scale_attn_by_inverse_layer_idx": False}),
+    "roberta": replace(_BERT, positions_after_pad=True),
+    "distilbert": _DISTILBERT,
+    "gpt2": _GPT2,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -114,16 +155,22 @@ def embeddings(model: PreTrainedModel) -> nn.Module:
     return model.base_model.get_submodule(architecture(model.config.model_type).embeddings)
 
 
-def attention_projections(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+def ffn_width(config: PreTrainedConfig) -> int:
+    """Neurons of a block's feed-forward network, as the config says."""
+    return getattr(config, architecture(config.model_type).ffn_width) or 4 * config.hidden_size  # null is GPT-2's way to say 4
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """Features of one attention head, as the config says."""
+    return config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+
+
+def attention_projections(block: nn.Module) -> tuple[nn.Module, ...]:
     """Query, key and value projections of one of :func:`blocks`; UserError where they are fused into one (GPT-2)."""
     modules = dict(block.named_modules())
     for names in {known.attention for known in ARCHITECTURES.values() if known.attention}:
         if all(name in modules for name in names):
-            query, key, value = (modules[name] for name in names)
-            assert isinstance(query, nn.Linear)
-            assert isinstance(key, nn.Linear)
-            assert isinstance(value, nn.Linear)
-            return query, key, value
+            return tuple(modules[name] for name in names)
     raise UserError(
         f"the block is a {type(block).__name__}, but attention relations need separate query, key and value layers: "
         "leave this term out, or use hidden states in its place"

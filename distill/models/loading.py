@@ -1,8 +1,10 @@
 """A name or a config -> a model in fp32 and eval mode, or one sentence that says why not."""
 
 import copy
+import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -21,9 +23,14 @@ from transformers.utils import logging as transformers_logging
 from distill.errors import UserError
 from distill.models.architectures import ARCHITECTURES, blocks
 from distill.models.preflight import compare_labels
+from distill.runtime import container, modeling
 from distill.tasks.base import Task
 
 log = logging.getLogger("distill")
+
+AUTO_CLASSES = ("AutoModelForSequenceClassification", "AutoModelForCausalLM")  # of the tasks
+CODE_FILES = [Path(str(module.__file__)) for module in (container, modeling)]
+CODE = f"{CODE_FILES[0].stem}.{container.CompressedModel.__name__}"  # what auto_map says of compressed students
 
 
 def load(
@@ -71,12 +78,11 @@ def pretrained(name: str, task: Task, what: str, strict: bool = False) -> PreTra
     local = Path(where).is_dir()
     if local and not (Path(where) / "config.json").is_file():
         raise UserError(f"{key} is {name}, but this folder has no config.json: name a folder that save_pretrained wrote")
-    auto = getattr(transformers, task.auto_class)
     with explained(name, key, local), quiet(bars=local):
         declared = dict(AutoConfig.from_pretrained(where, trust_remote_code=False).id2label)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **task.model_options())
         _look_back_only(config, task)
-        loaded, info = auto.from_pretrained(
+        loaded, info = _loader(config, task).from_pretrained(
             where,
             config=config,
             dtype=torch.float32,
@@ -87,6 +93,23 @@ def pretrained(name: str, task: Task, what: str, strict: bool = False) -> PreTra
         )
     _refuse_gaps(loaded, info, declared, task, f"{key} is {name}, but", what, strict)
     return loaded
+
+
+def _loader(config: PreTrainedConfig, task: Task) -> Any:
+    """What reads the files. Those of a compressed student are read by our own copy of the code beside them: a record is data."""
+    auto = getattr(transformers, task.auto_class)
+    if not container.needs_code(config) and CODE not in (config.to_dict().get("auto_map") or {}).values():
+        return auto
+    stored, wanted = "".join((config.architectures or [])[:1]), _architecture(task.auto_class, config)
+    if stored != wanted:
+        raise ValueError(f"it is compressed as a {stored}, and the task needs a {wanted}")
+    return container.CompressedModel
+
+
+def _architecture(auto_class: str, config: PreTrainedConfig) -> str | None:
+    """The name of the class that an auto class makes of a config; null where it makes none."""
+    mapping = getattr(transformers, auto_class)._model_mapping
+    return mapping[type(config)].__name__ if type(config) in mapping else None
 
 
 def _refuse_gaps(
@@ -229,9 +252,23 @@ def quiet(bars: bool = True) -> Iterator[None]:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that plain transformers loads: config, safetensors, tokenizer."""
+    """A folder that plain transformers loads: config, safetensors, tokenizer, and code where the config alone does not say enough."""
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    describe(model, folder, container.needs_code(model.config))
     for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner's eyes only
+
+
+def describe(model: PreTrainedModel, folder: Path, code: bool) -> None:
+    """Let config.json name the code that loads the folder, and put that beside it; or neither."""
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    settings.pop("auto_map", None)
+    if code:
+        auto_class = next(name for name in AUTO_CLASSES if _architecture(name, model.config) == type(model).__name__)
+        settings["auto_map"] = {auto_class: CODE}
+        for source in CODE_FILES:
+            shutil.copyfile(source, folder / source.name)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -37,7 +37,7 @@ def inputs(*numbers):
 def test_models_take_turns_and_the_warm_up_is_not_timed():
     calls: list[str] = []
     models = {"a": Recorder("a", calls), "b": Recorder("b", calls)}
-    seconds = cost.interleaved(models, inputs(0, 1, 2), warm_up=1)
+    seconds = cost.interleaved(models, dict.fromkeys(models, inputs(0, 1, 2)), warm_up=1)
     assert calls == ["a0", "b0", "a0", "b0", "b1", "a1", "a2", "b2"]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
     assert all(time > 0 for times in seconds.values() for time in times)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from transformers import AutoModelForSequenceClassification
 
 from distill import config, evaluate, fresh, models, recipe
+from distill.compress import vocabulary
 from distill.data import BatchPlan
 from distill.errors import UserError
 from distill.evaluate import measure, table
@@ -61,9 +63,9 @@ def test_fidelity_is_the_share_of_equal_predictions_and_the_mean_divergence(task
     teacher = [[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]]
     student = [[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [1.0, 0.0]]
     columns, followed = one_pass(task, examples([4, 3, 2, 1], [0, 1, 1, 0]), teacher=teacher, student=student)
-    assert followed["agreement"] == 0.75
+    assert followed["student"]["agreement"] == 0.75
     p, q = torch.tensor(teacher).log_softmax(-1), torch.tensor(student).log_softmax(-1)
-    assert followed["divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert followed["student"]["divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
     assert task.quality(columns["teacher"])["accuracy"] == 1.0
     assert task.quality(columns["student"])["accuracy"] == 0.75
 
@@ -81,7 +83,30 @@ def test_windows_of_a_text_are_resampled_together():
 
 def test_a_model_is_perfectly_faithful_to_itself(task):
     logits = [[2.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
-    assert one_pass(task, examples([1, 1, 1]), teacher=logits, student=logits)[1] == {"agreement": 1.0, "divergence": 0.0}
+    followed = one_pass(task, examples([1, 1, 1]), teacher=logits, student=logits)[1]
+    assert followed == {"student": {"agreement": 1.0, "divergence": 0.0}}
+
+
+def test_each_model_but_the_teacher_is_compared_with_it(task):
+    teacher, dense, student = [[2.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]], [[0.0, 2.0], [0.0, 1.0]]
+    columns, followed = one_pass(task, examples([1, 1]), teacher=teacher, dense=dense, student=student)
+    assert list(columns) == ["teacher", "dense", "student"]
+    assert followed["dense"] == {"agreement": 1.0, "divergence": 0.0}
+    assert followed["student"]["agreement"] == 0.5
+    alone = one_pass(task, examples([1, 1]), teacher=teacher, student=student)[1]
+    assert alone == {"student": followed["student"]}
+
+
+def test_a_model_with_ids_of_its_own_is_matched_example_by_example(task):
+    """Its encodings are of other lengths, which must not change the order in which examples are answered."""
+    from distill.data import loader
+
+    split, own = examples([1, 5, 3, 2], [0, 1, 1, 0]), examples([5, 1, 2, 9])
+    logits = [[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]]
+    batches = loader(split, task, 0, 2)
+    read = {"student": measure._batches(task, measure.Reading(SimpleNamespace(pad_token_id=0), own), batches.plan)}
+    models_ = {"teacher": Fixed(logits), "student": Fixed(logits)}
+    assert measure.outcomes(task, models_, batches, read)[1] == {"student": {"agreement": 1.0, "divergence": 0.0}}
 
 
 def test_outcomes_do_not_depend_on_the_teacher_being_there(task):
@@ -130,9 +155,9 @@ def test_a_spread_has_distinct_places_in_order(size, count):
     assert places[-1] < size
 
 
-def metrics(teacher=True):
+def metrics(teacher=True, dense=False):
     quality = {"accuracy": {"value": 0.9, "low": 0.85, "high": 0.95}, "mcc": {"value": math.nan, "low": math.nan, "high": math.nan}}
-    costs = {"parameters": 2_000_000, "disk_bytes": 8e6, "latency_p50_ms": 10.0, "examples_per_s": 100.0}
+    costs = {"parameters": 2_000_000, "disk_bytes": 8e6, "bits_per_weight": 7.77, "latency_p50_ms": 10.0, "examples_per_s": 100.0}
     machine = {
         "cpu": "A CPU", "device": "cpu", "threads": 1, "dtype": "float32", "attention": "eager", "torch": "2", "requests": 50, "batches": 8
     }  # fmt: skip
@@ -142,6 +167,11 @@ def metrics(teacher=True):
         gap = {"value": -0.01, "low": -0.03, "high": 0.004}
         found["comparison"] = {"metric": "accuracy", "maximise": True, "difference": gap, "p": 0.2}
         found["fidelity"] = {"agreement": 0.93, "divergence": 0.021, "name": "forward_kl"}
+    if dense:
+        better = {"accuracy": {"value": 0.91, "low": 0.86, "high": 0.96}}
+        found["dense"] = {"quality": better, "cost": {key: 1.5 * value for key, value in costs.items()}}
+    if teacher and dense:
+        found["fidelity"]["dense"] = {"agreement": 0.97, "divergence": 0.013}
     return measure.finite(found)
 
 
@@ -164,19 +194,48 @@ def test_what_cannot_be_known_is_null_in_json():
     assert metrics()["student"]["quality"]["mcc"] == {"value": None, "low": None, "high": None}
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("teacher", [True, False])
-def test_table_and_model_card_show_the_same_rows(teacher):
-    found = metrics(teacher)
+def test_table_and_model_card_show_the_same_rows(teacher, dense):
+    found = metrics(teacher, dense)
     terminal, card = printed(found), table.markdown(found)
     for row in table.rows(found):
         for cell in row[2:]:
-            assert cell in terminal
             assert cell in card
+            assert all(part in terminal for part in cell.split(" ["))
     assert ("0.50x" in terminal) == ("0.93" in terminal) == teacher
-    assert "0.900 [0.850, 0.950]" in terminal
+    assert ("0.97" in terminal) == (teacher and dense)
+    assert "0.900" in terminal
+    assert "[0.850, 0.950]" in terminal
     assert "nan" not in (terminal + card).lower()
     assert "…" not in terminal
     assert max(map(len, terminal.splitlines())) <= 100
+
+
+def cells(line):
+    return [cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]]
+
+
+def test_three_models_have_a_column_each():
+    found = metrics(dense=True)
+    lines = printed(found).splitlines()
+    assert cells(lines[1]) == ["", "teacher", "dense", "student", "ratio"]
+    assert ["bytes on disk, MB", "16.0", "12.0", "8.000", "0.50x"] in [cells(line) for line in lines]
+    assert ["agreement with the teacher", "", "0.970", "0.930", ""] in [cells(line) for line in lines]
+    card = table.markdown(found).splitlines()
+    assert card[:2] == ["| | teacher | dense | student | ratio |", "|---|---:|---:|---:|---:|"]
+    assert "| bytes on disk, MB | 16.0 | 12.0 | 8.000 | 0.50x |" in card
+    assert {line.count("|") for line in card if line.startswith("|")} == {6}
+
+
+def test_without_compression_there_is_no_sign_of_it():
+    found = metrics()
+    shown = printed(found) + table.markdown(found)
+    assert cells(printed(found).splitlines()[1]) == ["", "teacher", "student", "ratio"]
+    assert table.markdown(found).splitlines()[:3] == ["| | teacher | student | ratio |", "|---|---:|---:|---:|", "| **quality** | | | |"]
+    assert "dense" not in shown
+    assert "bits per weight" not in shown
+    assert "effective bits per weight" in printed(metrics(dense=True))
 
 
 def test_many_labels_do_not_crowd_the_table():
@@ -192,9 +251,10 @@ def test_labels_with_brackets_are_shown_as_they_are():
     assert "f1/[bold]" in printed(found)
 
 
-def test_a_narrow_terminal_loses_no_digit():
-    words = set(printed(metrics(), width=80).replace("│", " ").split())
-    assert {cell for row in table.rows(metrics()) for cell in " ".join(row[2:]).split()} <= words
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_narrow_terminal_loses_no_digit(dense):
+    words = set(printed(metrics(dense=dense), width=80).replace("│", " ").split())
+    assert {cell for row in table.rows(metrics(dense=dense)) for cell in " ".join(row[2:]).split()} <= words
 
 
 @pytest.mark.parametrize(
@@ -323,6 +383,101 @@ def test_models_that_read_other_token_ids_are_refused(finished, monkeypatch, cap
     other.save_pretrained(finished / "other")
     with pytest.raises(SystemExit) as ended:
         called(monkeypatch, "recipe=recipe.yaml", "teacher=other", "student=student")
+    assert ended.value.code == 2
+    assert "the vocabularies of student and teacher differ at" in capsys.readouterr().err
+
+
+@pytest.fixture
+def compressed(finished):
+    """The same with a student that was another before it was compressed."""
+    shutil.copytree(finished / "student", finished / "dense")
+    return finished
+
+
+def test_a_compressed_student_is_shown_beside_what_it_was(compressed, monkeypatch, capsys):
+    called(monkeypatch, f"run={compressed}")
+    found = evaluate.read(compressed)
+    models_ = ["teacher", "dense", "student"]
+    assert [what for what in found if what in models_] == models_
+    assert found["dense"]["quality"] == found["student"]["quality"]
+    assert found["dense"]["cost"]["disk_bytes"] == found["student"]["cost"]["disk_bytes"]
+    assert found["fidelity"]["dense"] == {key: found["fidelity"][key] for key in ("agreement", "divergence")}
+    out = capsys.readouterr()
+    assert "dense" in out.out
+    assert "effective bits per weight" in (compressed / "report.md").read_text()
+    assert "dense" not in evaluate.of_run(config.Run(name="x", teacher=None), compressed / "teacher")
+
+
+def test_the_student_is_measured_as_it_ships(compressed, monkeypatch, capsys):
+    run = recipe.load_recipe("recipe.yaml")
+    run.export = config.Export(dtype="bfloat16")
+    recipe.save(run, compressed / "recipe.yaml")
+    called(monkeypatch, f"run={compressed}")
+    found = evaluate.read(compressed)
+    dense, student = (found[what]["cost"] for what in ("dense", "student"))
+    assert student["parameters"] == dense["parameters"]
+    assert student["bits_per_weight"] < 0.6 * dense["bits_per_weight"]
+    nll = [found[what]["quality"]["nll"]["value"] for what in ("dense", "student")]
+    assert nll[0] != nll[1]
+    assert nll[0] == pytest.approx(nll[1], rel=0.05)
+    called(monkeypatch, "recipe=recipe.yaml", "student=student", "output=found.json")  # any other folder is what it is
+    assert json.loads((compressed / "found.json").read_text())["student"]["cost"]["bits_per_weight"] == dense["bits_per_weight"]
+
+
+@pytest.fixture
+def trimmed(compressed):
+    """The same with fewer texts, and a student that has lost the tokens that occur in none of them."""
+    lines = [line for line in (compressed / "texts.csv").read_text().splitlines() if "sees" not in line]
+    (compressed / "texts.csv").write_text("\n".join([*lines, *lines[1:]]) + "\n")
+    tokenizer = models.load_tokenizer(str(compressed / "student"))
+    student = AutoModelForSequenceClassification.from_pretrained(compressed / "student")
+    ids = {i for ids in tokenizer([text for text in tiny_runs.TEXTS if "sees" not in text])["input_ids"] for i in ids}
+    kept = vocabulary.kept(tokenizer, ids)
+    assert len(kept) < len(tokenizer)
+    student.config.compression = {"vocabulary": student.config.vocab_size}
+    vocabulary.trim(student, kept)
+    shutil.rmtree(compressed / "student")
+    models.save(student, vocabulary.trimmed(tokenizer, kept), compressed / "student")
+    return compressed
+
+
+def test_a_student_with_a_trimmed_vocabulary_is_given_its_own_ids(trimmed, monkeypatch, capsys):
+    called(monkeypatch, f"run={trimmed}")
+    found = evaluate.read(trimmed)
+    assert found["student"]["quality"] == found["dense"]["quality"]
+    assert found["fidelity"]["dense"] == {key: found["fidelity"][key] for key in ("agreement", "divergence")}
+    assert found["student"]["cost"]["parameters"] < found["dense"]["cost"]["parameters"]
+    called(monkeypatch, "recipe=recipe.yaml", "student=student", "teacher=dense", "output=found.json")
+    assert json.loads((trimmed / "found.json").read_text())["fidelity"]["agreement"] == 1.0
+    called(monkeypatch, "recipe=recipe.yaml", "student=student", "output=alone.json")
+    assert json.loads((trimmed / "alone.json").read_text())["student"]["quality"] == found["student"]["quality"]
+
+
+def test_cost_is_measured_on_the_ids_that_a_model_reads(trimmed, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(measure.cost, "measure", lambda *given, own: asked.update(own, shared=given[2:4]) or ({}, {}))
+    run = recipe.load_recipe("recipe.yaml")
+    names = evaluate.of_run(run, trimmed)
+    task, raw, encoded, tokenizer = evaluate.prepared(run, names, "test")
+    read = measure.readings(run, task, raw, measure.Reading(tokenizer, encoded), names, "test")
+    measure._costs(run, task, read, {}, "cpu")
+    assert asked.keys() == {"shared", "student"}
+    highest = [max(i for call in calls for ids in call["input_ids"] for i in ids) for calls in (asked["student"][0], asked["shared"][0])]
+    assert highest[0] < len(read["student"].tokenizer) <= highest[1]
+    for ours, theirs in zip(asked["student"][0], asked["shared"][0], strict=True):
+        texts = [each.tokenizer.decode(call["input_ids"][0]) for each, call in ((read["student"], ours), (read["teacher"], theirs))]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("defect", ["unmarked", "of another tokenizer"])
+def test_other_ids_are_refused_for_any_other_reason(trimmed, monkeypatch, capsys, defect):
+    if defect == "unmarked":
+        settings = json.loads((trimmed / "student" / "config.json").read_text())
+        (trimmed / "student" / "config.json").write_text(json.dumps(settings | {"compression": {}}))
+    else:
+        models.train_tokenizer(["quite another text", "and yet another"], 320, True).save_pretrained(trimmed / "student")
+    with pytest.raises(SystemExit) as ended:
+        called(monkeypatch, f"run={trimmed}")
     assert ended.value.code == 2
     assert "the vocabularies of student and teacher differ at" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from distill import config, export, fresh, recipe
+from distill import config, export, fresh, packing, recipe
 from distill.errors import RunFailed
 from distill.export import equal, proof
 from distill.export.card import card
@@ -36,13 +36,13 @@ def tampered(monkeypatch):
     """Changes the export between its writing and its proof."""
 
     def tamper(change):
-        write = export.write
+        write = packing.write
 
-        def changed(task, tokenizer, student, draft, dtype):
-            write(task, tokenizer, student, draft, dtype)
+        def changed(run, task, tokenizer, student, draft):
+            write(run, task, tokenizer, student, draft)
             change(draft)
 
-        monkeypatch.setattr(export, "write", changed)
+        monkeypatch.setattr(packing, "write", changed)
 
     return tamper
 
@@ -162,7 +162,16 @@ def test_the_card_tells_no_path_of_this_machine(ready, given, shown):
     run, task, *_ = ready
     run = replace(run, data=replace(run.data, source=given), teacher=config.Teacher(model=given), student=config.Student(model=given))
     proof = {"bytes": 1, "teacher_bytes": None, "texts": 1, "agreement": 1, "max_difference": 0, "dtype": "float32", "threads": 1}
-    told = card(run, task.pipeline, ["a"], proof | {"latency_p50_ms": 1, "device": "cpu", "versions": {}}, None)
+    proof |= {
+        "format": "dense",
+        "quantize": None,
+        "code": False,
+        "bits_per_weight": 32,
+        "latency_p50_ms": 1,
+        "device": "cpu",
+        "versions": {},
+    }
+    told = card(run, task.pipeline, ["a"], proof, None)
     assert "secret" not in told
     assert told.count(shown) >= 5
 
@@ -361,7 +370,7 @@ def test_damaged_metrics_are_left_out_of_the_card(ready, in_process, monkeypatch
     [
         ([], "run is not given"),
         (["run=nowhere"], "run is nowhere, but there is no such folder"),
-        (["run=x", "format=onnx"], "format is given, but there is no such key"),
+        (["run=x", "formt=onnx"], "formt is given, but there is no such key: did you mean format?"),
     ],
 )
 def test_a_wrong_command_line_is_answered_in_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):

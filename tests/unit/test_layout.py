@@ -11,14 +11,16 @@ import distill
 
 ROOT = Path(distill.__file__).parent
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file.parent != ROOT or file.name != "__init__.py"]
-# design: config <- tasks <- data, models <- teacher; losses <- module <- train. A name may import those of lower ranks, and its own.
+# config <- tasks <- data, models <- teacher; losses, compress <- module <- callbacks <- train. A name imports lower ranks and its own.
 RANKS = [
     {"errors"},
-    {"config", "targets", "losses", "store", "stages", "fresh"},
+    {"config", "targets", "losses", "formats", "runtime", "store", "stages", "fresh"},
     {"recipe", "tasks", "corpora"},
     {"cli", "data", "models", "tracking"},
-    {"terms", "evaluate"},
-    {"module", "export"},
+    {"terms", "compress"},
+    {"module", "packing"},
+    {"evaluate"},
+    {"callbacks", "export"},
     {"fit"},
     {"teacher", "student"},
     {"train"},

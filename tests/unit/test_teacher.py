@@ -288,7 +288,7 @@ def test_training_from_the_cache_is_training_online(online, tmp_path):
         examples = type(online.examples)(
             online.examples | {"train": teacher.with_outputs(run, tutor, online.examples["train"], online.task, online.tokenizer)}
         )
-        student.distil(run, online.task, online.tokenizer, examples, tutor, tmp_path / outputs, Tracker(run, tmp_path / outputs))
+        student.distil(run, online.task, online.tokenizer, examples, tutor, [], tmp_path / outputs, Tracker(run, tmp_path / outputs))
         trained = models.load(str(tmp_path / outputs / "student"), None, online.task, "student")
         ends.append(torch.nn.utils.parameters_to_vector(trained.parameters()))
     assert (ends[0] - ends[1]).abs().max() < 1e-4

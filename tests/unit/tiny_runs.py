@@ -5,10 +5,14 @@ import threading
 
 import torch
 from datasets import Dataset
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from distill import config, fresh, models
+from distill.compress import quantize
 from distill.evaluate import cost
 from distill.export import proof
+from distill.runtime import modeling
 from distill.tasks import SingleLabelClassification
 
 TEXTS = [
@@ -49,6 +53,33 @@ def made(folder, task, model_type="bert", teacher_layers=3, columns=("text",), *
     return run, task, raw, tokenizer, folder
 
 
+def quantized(folder, task, tokenizer, activations=None, sparse=0.0, kinds=(nn.Linear, nn.Embedding, Conv1D), **spec):
+    """The student of a run folder, its weights on a quantizer's grid and some of them zero, as a quantizing callback leaves it."""
+    spec = quantize.Spec(**spec)
+    student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True)
+    record = {"weights": {}, "sparse": [], "activations": {}}
+    for name, module in student.named_modules():
+        if isinstance(module, kinds):
+            on_grid(module, spec, sparse if not isinstance(module, nn.Embedding) else 0.0)
+            record["weights"][f"{name}.weight"] = spec.as_dict()
+            if isinstance(module, nn.Linear | Conv1D):
+                record["sparse"] += [f"{name}.weight"] if sparse else []
+                record["activations"] |= {name: activations} if activations else {}
+    earlier = student.config.to_dict().get("compression") or {}
+    student.config.compression = earlier | {part: said for part, said in record.items() if said}
+    modeling.apply(student, {"activations": record["activations"]})
+    models.save(student, tokenizer, folder / "student")
+    return student
+
+
+@torch.no_grad()
+def on_grid(module, spec, sparse):
+    weight_OI = module.weight.T if isinstance(module, Conv1D) else module.weight
+    if sparse:
+        weight_OI[torch.rand_like(weight_OI) < sparse] = 0
+    weight_OI.copy_(quantize.quantized(weight_OI, spec, sparse=bool(sparse)))
+
+
 def classifier(*names, kind=SingleLabelClassification):
     task = kind(max_length=12)
     task.names = names
@@ -69,6 +100,9 @@ def _answer(question):
         if "measure" in question:
             return {"speed": cost.speed, "memory": cost.memory}[question["measure"]](question)
         answer = {"text-classification": proof.classify, "text-generation": proof.predict_next}[question["pipeline"]]
-        return {"answers": answer(question, *proof.load(question)), "versions": {"transformers": "5"}}
+        tokenizer, model = proof.load(question)
+        versions = dict.fromkeys(["transformers", *question["libraries"]], "5")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return {"answers": answer(question, tokenizer, model), "versions": versions, "parameters": parameters}
     except (SystemExit, Exception) as error:
         raise fresh.ProcessError(str(error)) from error

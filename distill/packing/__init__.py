@@ -1,0 +1,65 @@
+"""A trained student -> the folder that ships, in the format that the recipe asks for.
+
+| file | what it owns |
+|---|---|
+| `after.py` | quantization after training, where the recipe wants it |
+| `packed.py` | 2 to 8 bits a weight: weights -> the container of `runtime/container.py`, and back to dense |
+| `torchao.py` | int8 weights as tensors of torchao |
+"""
+
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from distill import config, models
+from distill.packing import packed, torchao
+from distill.packing.after import calibration, quantize_now
+from distill.tasks.base import Task
+
+
+def artefact(run: config.Run, task: Task, tokenizer: Any, student: Path, target: Path) -> None:
+    """Write the student of that folder into an empty one, as the recipe's `export` section says, without a proof."""
+    with TemporaryDirectory() as temporary:
+        write(run, task, tokenizer, final(run, task, tokenizer, student, Path(temporary)), target)
+
+
+def final(run: config.Run, task: Task, tokenizer: Any, student: Path, temporary: Path) -> Path:
+    """The folder of the student as it will answer: quantized now, into the other folder, where the recipe wants that after training."""
+    if run.export.quantize is None:
+        return student
+    model = _loaded(task, tokenizer, student)
+    examples = calibration(run, task, tokenizer) if run.export.quantize == "static" else ()
+    quantize_now(model, run.export.quantize, run.export.bits, examples)
+    models.save(model, tokenizer, temporary)
+    return temporary
+
+
+def write(run: config.Run, task: Task, tokenizer: Any, student: Path, target: Path) -> None:
+    """Weights, config and tokenizer. The tokenizer cuts texts where training did."""
+    model, tokenizer = _loaded(task, tokenizer, student), copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = task.max_length
+    dtype = getattr(torch, run.export.dtype)
+    if run.export.format == "packed":
+        packed.save(model, tokenizer, target, dtype)
+    elif run.export.format == "torchao":
+        torchao.save(model, tokenizer, target, dtype)
+    else:
+        _dense(model, tokenizer, target, dtype)
+
+
+def _loaded(task: Task, tokenizer: Any, student: Path) -> PreTrainedModel:
+    model = models.load(str(student), None, task, "student", tokenizer, strict=True)
+    models.check_labels(model, task, "student")
+    return model
+
+
+def _dense(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtype) -> None:
+    """Every weight in one type of float. In half of it weights leave the grid of their codes, which the record then no longer names."""
+    compression = model.config.to_dict().get("compression")
+    if compression and dtype != torch.float32:
+        model.config.compression = {part: said for part, said in compression.items() if part != "weights"}
+    models.save(model.to(dtype), tokenizer, target)  # type: ignore[arg-type]

@@ -1,0 +1,144 @@
+"""Every technique of the table: what is trained is what is saved and exported; it resumes; two processes agree."""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from distill import export, fit, models, student
+from distill.module import Distillation
+from distill.tracking import Tracker
+from tests.techniques import TECHNIQUES
+from tests.unit.tiny_runs import ask_here
+from tests.worlds import world
+
+STEPS, PER_EPOCH = 12, 4
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ROWS = pytest.mark.parametrize("row", TECHNIQUES)
+
+
+def small():
+    teacher = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32, **STILL}
+    return world(teacher={"config": teacher, "outputs": "online"}, trainer={"max_steps": STEPS}, data={"batch_size": 120})
+
+
+@pytest.fixture(scope="module")
+def made(_module_store):
+    return small()
+
+
+def described(made, row):
+    packing, callbacks = TECHNIQUES[row]
+    return replace(made.run, callbacks=copy.deepcopy(callbacks), export=replace(made.run.export, format=packing))
+
+
+def prepared(made, row):
+    """A module and its callbacks, ready to train."""
+    run = described(made, row)
+    torch.manual_seed(0)
+    tutor = made.model()
+    built, classes = student.build(run, made.task, made.tokenizer, tutor)
+    module = Distillation(made.task, built, tutor, run.loss, run.optimizer, STEPS, classes)
+    return module, student.callbacks(run, made.task, made.tokenizer, made.raw["train"], made.examples["train"])
+
+
+def trainer(made, callbacks, folder, **options):
+    return L.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        callbacks=[*callbacks, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=PER_EPOCH, save_top_k=-1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
+def fitted(made, row, folder, resume=None):
+    """Everything that a training leaves: weights, the optimizer's state, and what the callbacks remember."""
+    module, callbacks = prepared(made, row)
+    train, _ = fit.loaders(made.run, made.examples["train"], made.examples["validation"], made.task, made.pad_id)
+    assert train.plan.steps == PER_EPOCH
+    driver = trainer(made, callbacks, folder)
+    with fit.quiet():
+        driver.fit(module, train, ckpt_path=resume)
+    return torch.load(folder / f"step={STEPS}.ckpt", weights_only=True)
+
+
+def same(one, other):
+    """Whether two nests hold the same bytes."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@ROWS
+def test_a_resumed_training_ends_with_the_same_bytes(made, row, tmp_path):
+    whole = fitted(made, row, tmp_path / "whole")
+    for step in (PER_EPOCH, 2 * PER_EPOCH):  # while the schedules are under way, and after
+        resumed = fitted(made, row, tmp_path / f"from {step}", resume=tmp_path / "whole" / f"step={step}.ckpt")
+        for part in ("state_dict", "optimizer_states", "student_config"):
+            assert same(whole[part], resumed[part]), part
+        ours = {key: state for key, state in whole["callbacks"].items() if not key.startswith("ModelCheckpoint")}
+        assert same(ours, {key: resumed["callbacks"][key] for key in ours})
+
+
+@ROWS
+def test_what_is_trained_is_what_is_saved_and_exported(made, row, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.fresh.ask", ask_here)
+    run = described(made, row)
+    tutor = made.model()
+    callbacks = student.callbacks(run, made.task, made.tokenizer, made.raw["train"], made.examples["train"])
+    student.distil(run, made.task, made.tokenizer, made.examples, tutor, callbacks, tmp_path, Tracker(run, tmp_path))
+    models.save(tutor, made.tokenizer, tmp_path / "teacher")
+    trained = answers_of_the_best_checkpoint(made, row, tmp_path)
+    tokenizer = models.load_tokenizer(str(tmp_path / "student"))
+    saved = models.load(str(tmp_path / "student"), None, made.task, "student", tokenizer, strict=True)
+    assert torch.equal(trained, answers(made, saved, tokenizer))
+    folder = export.export(run, made.task, made.raw["test"], tokenizer, tmp_path)
+    proof = json.loads((folder / "proof.json").read_text())
+    assert proof["agreement"] == 1.0
+    exported = models.load(str(folder), None, made.task, "student", tokenizer, strict=True)
+    assert torch.equal(answers(made, saved, tokenizer), answers(made, exported, tokenizer))
+    assert export.weight_bytes(folder) < export.weight_bytes(tmp_path / "dense") or row == "vocabulary"  # this corpus uses every token
+
+
+def answers_of_the_best_checkpoint(made, row, folder):
+    """Logits of the student as it was in the loop: its quantizers at work, nothing folded."""
+    module, _ = prepared(made, row)
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return answers(made, module.student.eval(), made.tokenizer)
+
+
+@torch.inference_mode()
+def answers(made, model, tokenizer):
+    """Logits for the training texts, in which a trimmed vocabulary lacks nothing."""
+    columns = made.task.encode(made.raw["train"][:64], tokenizer, made.run.data)
+    examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return models.logits(model, made.task.collate(examples, tokenizer.pad_token_id).inputs)
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    """One launch for all techniques: both ranks end with the same weights, masks and moments."""
+    script = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0].keys() == TECHNIQUES.keys()
+    assert ranks[0] == ranks[1]
