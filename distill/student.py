@@ -19,17 +19,21 @@ from distill.tracking import Tracker
 log = logging.getLogger(__name__)
 
 
-def callbacks(run: config.Run, task: Task, tokenizer: Any, raw: Dataset, examples: Dataset) -> list[Callback]:
-    """The recipe's callbacks, those that compress in the order of their stages; UserError where they do not go together.
+def callbacks(run: config.Run) -> list[Callback]:
+    """The recipe's callbacks."""
+    return [_callback(name, spec) for name, spec in run.callbacks.items()]
+
+
+def informed(run: config.Run, task: Task, tokenizer: Any, callbacks: list[Callback], raw: Dataset, examples: Dataset) -> list[Callback]:
+    """The callbacks in their order, those that compress by stage, once they know data and length; UserError where they do not go together.
 
     `raw` and `examples` are the training split, as texts and encoded.
     """
-    built = [_callback(name, spec) for name, spec in run.callbacks.items()]
     per_epoch = -(-len(useful(examples, task, run)) // run.data.batch_size)
-    for technique in compressions(built):
+    for technique in compressions(callbacks):
         with named(technique.name):
             technique.read(tokenizer, (text for column in run.data.text for text in raw[column] if text))
-    return arranged(built, fit.steps(run.trainer, per_epoch))
+    return arranged(callbacks, fit.steps(run.trainer, per_epoch))
 
 
 def distil(

@@ -21,13 +21,14 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     from distill.tracking import Tracker
 
     fit.check_device(run.trainer)
+    callbacks = student.callbacks(run)
     stage = Stages()
     with stage("data"):
         task = targets.build(run.task)
         raw = data.load(run.data, task, run.seed)
         tokenizer = models.tokenizer_for(run, task, raw["train"])
         examples = data.encode(raw, task, tokenizer, run.data)
-        callbacks = student.callbacks(run, task, tokenizer, raw["train"], examples["train"])
+        callbacks = student.informed(run, task, tokenizer, callbacks, raw["train"], examples["train"])
     recipe.save(run, folder / "recipe.yaml")
     tracker = Tracker(run, folder)
     with stage("teacher"):

@@ -118,7 +118,7 @@ class Table:
         if not (folder / "metrics.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             recipe.save(run, folder / "recipe.yaml")
-            callbacks = student.callbacks(run, self.task, self.tokenizer, self.raw["train"], self.examples["train"])
+            callbacks = student.informed(run, self.task, self.tokenizer, student.callbacks(run), self.raw["train"], self.examples["train"])
             trained = (self.task, self.tokenizer, self.examples, self.teacher, callbacks, folder, Tracker(run, folder))
             training = student.distil(run, *trained)
             store.link(self.folder / "start" / "teacher", folder / "teacher")

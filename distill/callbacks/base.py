@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distill.compress.schedule import Schedule
 from distill.errors import RunFailed, UserError
-from distill.models import blocks
+from distill.models import blocks, gathered
 from distill.module import Distillation
 
 log = logging.getLogger("distill")
@@ -191,9 +191,19 @@ def _same_on_all_ranks(trainer: L.Trainer, name: str, decided: dict[str, Tensor]
         )
 
 
-def summed(module: Distillation, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each rank gathered from its own examples, as one."""
-    return {name: module.trainer.strategy.reduce(value.clone(), reduce_op="sum") for name, value in values.items()}
+def summed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each rank gathered from its own examples, as one; all ranks must call it, with the same names."""
+    totals = {name: value.clone() for name, value in values.items()}
+    if torch.distributed.is_initialized():
+        for _, total in sorted(totals.items()):
+            torch.distributed.all_reduce(total)
+    return totals
+
+
+def of_first_rank(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A saved sum, for it to be counted once: what it is on the first rank, zeros on the others."""
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return {name: value if first else torch.zeros_like(value) for name, value in values.items()}
 
 
 def chosen(
@@ -206,7 +216,7 @@ def chosen(
         return {name: module for name, module in known.items() if id(module) in inside}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise UserError(f"layers has {pattern}, but the student has no such layer: its layers are {', '.join(known)}")
+            raise UserError(f"layers has {pattern}, but the student has no such layer: its layers are {', '.join(gathered(known))}")
     return {name: module for name, module in known.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 

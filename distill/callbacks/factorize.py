@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill.callbacks.base import Compression, chosen, record, summed
+from distill.callbacks.base import Compression, chosen, of_first_rank, record, summed
 from distill.compress import low_rank
 from distill.compress.observe import Observer
 from distill.errors import UserError
@@ -69,7 +69,7 @@ class Factorize(Compression):
     def change(self, module: Distillation, amount: float) -> None:
         self._stop_watching()
         layers = self._targets(module.student)
-        moments = {name: moment for name, moment in summed(module, self._moments).items() if len(moment) == widths(layers[name])[0]}
+        moments = {name: moment for name, moment in summed(self._moments).items() if len(moment) == widths(layers[name])[0]}
         self._moments = {}
         for name, layer in layers.items():
             self._factorize(module.student, name, layer, moments.get(name))
@@ -81,11 +81,11 @@ class Factorize(Compression):
         return {name: torch.tensor(rank) for name, rank in self._ranks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"moments": dict(self._moments)}
+        return super().state_dict() | {"moments": summed(self._moments)}  # Lightning asks all ranks, and keeps what the first says
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._moments = dict(state["moments"])
+        self._moments = of_first_rank(state["moments"])
 
     def _targets(self, student: PreTrainedModel) -> dict[str, nn.Module]:
         """The layers that the recipe chose, but for halves of layers that were factorized before."""

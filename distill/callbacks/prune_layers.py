@@ -80,7 +80,7 @@ class PruneLayers(Structure):
 
     def after_step(self, module: Distillation) -> None:
         if self._observer is not None and self._influence is not None:
-            values = summed(module, self._observer.values)
+            values = summed(self._observer.values)
             self._influence += torch.stack([values[str(place)] for place in range(len(self._blocks))])
             self._observer.values.clear()
 

@@ -128,7 +128,7 @@ class PruneGroups(Structure):
 
     def after_step(self, module: Distillation) -> None:
         if self._observer is not None:
-            values = summed(module, self._observer.values)  # each step, so that a checkpoint holds what all ranks saw
+            values = summed(self._observer.values)  # each step, so that a checkpoint holds what all ranks saw
             for site in self._sites:
                 site.score += values.get(site.place, 0)
             self._observer.values.clear()

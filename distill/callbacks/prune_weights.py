@@ -125,7 +125,7 @@ class PruneWeights(Compression):
     def _look(self, module: Distillation) -> None:
         if self._observer is not None:
             self._observer.remove()
-            for name, sums_I in summed(module, self._observer.values).items():
+            for name, sums_I in summed(self._observer.values).items():
                 self.statistics[f"{name}.weight"] = self._so_far(f"{name}.weight", sums_I) + sums_I
             self._observer = None
 

@@ -175,7 +175,7 @@ class Quantize(Compression):
     def _share_ranges(self, module: Distillation) -> None:
         """Their mean on every rank, after each step: a checkpoint holds those of one."""
         if module.trainer.world_size > 1 and self.ranges:
-            mean_L2 = summed(module, {"": torch.stack(list(self.ranges.values()))})[""] / module.trainer.world_size
+            mean_L2 = summed({"": torch.stack(list(self.ranges.values()))})[""] / module.trainer.world_size
             self.ranges.update(zip(self.ranges, mean_L2, strict=True))
 
     def _mark_sparse(self, student: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from distill.models.architectures import attention_projections, blocks, embeddin
 from distill.models.forward import device_of, logits, on
 from distill.models.loading import files, load, save
 from distill.models.preflight import adopt_labels, check_labels, check_length, check_tokens, fingerprint, shared_vocabulary, width
-from distill.models.student import Account, cut
+from distill.models.student import Account, cut, gathered
 from distill.models.tokenizers import load_tokenizer, tokenizer_for, train_tokenizer
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "embeddings",
     "files",
     "fingerprint",
+    "gathered",
     "load",
     "load_tokenizer",
     "logits",

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class Account:
         copied = [f"{name} <- {' + '.join(sources)}" for name, sources in self.copied.items()]
         parts = {"copied": copied, "initialised": self.initialised, "dropped": self.dropped}
         counts = ", ".join(f"{len(names)} {part}" for part, names in parts.items())
-        return "\n".join([f"tensors of the student: {counts}", *(f"  {part}: {line}" for part in parts for line in _gathered(parts[part]))])
+        return "\n".join([f"tensors of the student: {counts}", *(f"  {part}: {line}" for part in parts for line in gathered(parts[part]))])
 
 
 def cut(teacher: PreTrainedModel, layers: list[int], architecture: str | None, task: Task) -> tuple[PreTrainedModel, Account]:
@@ -137,8 +138,8 @@ def _renamed(name: str, prefixes: Any) -> str | None:
     return next((ours + name.removeprefix(theirs) for theirs, ours in prefixes.items() if name.startswith(theirs)), None)
 
 
-def _gathered(names: list[str]) -> list[str]:
-    """Names that differ only in a block's number, as one line."""
+def gathered(names: Iterable[str]) -> list[str]:
+    """Names that differ only in a block's number, as one line: `layer.{0,1}.attention`."""
     lines: dict[str, list[list[str]]] = {}
     for name in names:
         lines.setdefault(re.sub(r"\.\d+\.", ".{}.", name), []).append(re.findall(r"\.(\d+)\.", name))

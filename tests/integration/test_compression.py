@@ -46,7 +46,7 @@ def prepared(made, row):
     tutor = made.model()
     built, classes = student.build(run, made.task, made.tokenizer, tutor)
     module = Distillation(made.task, built, tutor, run.loss, run.optimizer, STEPS, classes)
-    return module, student.callbacks(run, made.task, made.tokenizer, made.raw["train"], made.examples["train"])
+    return module, student.informed(run, made.task, made.tokenizer, student.callbacks(run), made.raw["train"], made.examples["train"])
 
 
 def trainer(made, callbacks, folder, **options):
@@ -101,7 +101,7 @@ def test_what_is_trained_is_what_is_saved_and_exported(made, row, tmp_path, monk
     monkeypatch.setattr("distill.fresh.ask", ask_here)
     run = described(made, row)
     tutor = made.model()
-    callbacks = student.callbacks(run, made.task, made.tokenizer, made.raw["train"], made.examples["train"])
+    callbacks = student.informed(run, made.task, made.tokenizer, student.callbacks(run), made.raw["train"], made.examples["train"])
     student.distil(run, made.task, made.tokenizer, made.examples, tutor, callbacks, tmp_path, Tracker(run, tmp_path))
     models.save(tutor, made.tokenizer, tmp_path / "teacher")
     trained = answers_of_the_best_checkpoint(made, row, tmp_path)

@@ -18,7 +18,7 @@ def distilled(made, folder, run=None):
     run = run or made.run
     tracker = Tracker(run, folder)
     tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
-    callbacks = student.callbacks(run, made.task, made.tokenizer, made.raw["train"], made.examples["train"])
+    callbacks = student.informed(run, made.task, made.tokenizer, student.callbacks(run), made.raw["train"], made.examples["train"])
     student.distil(run, made.task, made.tokenizer, made.examples, tutor, callbacks, folder, tracker)
     return models.load(str(folder / "student"), None, made.task, "student", made.tokenizer, strict=True)
 
