@@ -46,8 +46,8 @@ TECHNIQUES: dict[str, tuple[str, dict[str, Any]]] = {  # row -> export format, c
     **{f"linear {bits} bit": ("packed", quantized(bits)) for bits in (8, 4, 3, 2)},
     **{f"codebook {bits} bit": ("packed", quantized(bits, method="codebook")) for bits in (4, 3, 2)},
     "NF4": ("packed", quantized(4, method="nf4")),
-    "int8, dynamic activations": ("torchao", quantized(8, activations="dynamic")),
-    "int8, static activations": ("packed", quantized(8, activations="static")),
+    "int8 and dynamic inputs": ("torchao", quantized(8, activations="dynamic")),
+    "int8 and static inputs": ("packed", quantized(8, activations="static")),
     "SVD rank 96": ("dense", {"factorize": technique("Factorize", rank=96, weighted=True)}),
     "combined (bert_prune_quantize)": ("packed", COMBINED),
 }

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from datasets import DatasetDict
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
 from distill import config, data, models, recipe, targets
@@ -78,6 +80,14 @@ def world(**changes: Any) -> World:
     raw = data.load(run.data, task, run.seed)
     tokenizer = models.tokenizer_for(run, task, raw["train"])
     return World(run, task, raw, tokenizer, data.encode(raw, task, tokenizer, run.data))
+
+
+def trainer(steps: int, *callbacks: Any, **options: Any) -> L.Trainer:
+    """Lightning's Trainer with these callbacks alone, silent; it stores checkpoints where one of them is a ModelCheckpoint."""
+    settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    stores = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return L.Trainer(max_steps=steps, callbacks=list(callbacks), enable_checkpointing=stores, **silent, **(settings | options))
 
 
 def folder_of(path: Path, made: World, **saved: Any) -> Path:

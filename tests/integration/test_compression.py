@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from distill import export, fit, models, student
 from distill.module import Distillation
 from distill.tracking import Tracker
+from tests import worlds
 from tests.techniques import TECHNIQUES
 from tests.unit.tiny_runs import ask_here
 from tests.worlds import world
@@ -50,15 +50,8 @@ def prepared(made, row):
 
 
 def trainer(made, callbacks, folder, **options):
-    return L.Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        callbacks=[*callbacks, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=PER_EPOCH, save_top_k=-1)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **options,
+    return worlds.trainer(
+        STEPS, *callbacks, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=PER_EPOCH, save_top_k=-1), **options
     )
 
 

@@ -18,7 +18,7 @@ from distill.errors import UserError
 from distill.models import logits
 from distill.module import Distillation
 from distill.runtime.modeling import LowRank
-from tests.worlds import LANGUAGE, world
+from tests.worlds import LANGUAGE, trainer, world
 
 STILL = {  # no dropout: a resumed run draws other random numbers
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -55,20 +55,8 @@ def module_of(made, steps=8):
 
 def trained(made, *callbacks, module=None, resume=None):
     module = module or module_of(made)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=module.steps,
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        callbacks=list(callbacks),
-    )
     with fit.quiet():
-        trainer.fit(module, made.loader(seed=0), made.loader("validation"), ckpt_path=resume)
+        trainer(module.steps, *callbacks, limit_val_batches=0).fit(module, made.loader(seed=0), made.loader("validation"), ckpt_path=resume)
     return module
 
 

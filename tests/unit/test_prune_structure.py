@@ -18,7 +18,7 @@ from distill.compress import structure
 from distill.errors import UserError
 from distill.models import blocks
 from distill.module import Distillation
-from tests.worlds import LANGUAGE, world
+from tests.worlds import LANGUAGE, trainer, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 STEPS = 12
@@ -104,21 +104,11 @@ class Batches:
 
 def trained(made, module, *callbacks, resume=None, steps=STEPS, **options):
     """Train as `fit` does, with callbacks alone."""
-    settings = {"accelerator": "cpu", "devices": 1} | options
-    silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     with fit.quiet():
-        trainer = L.Trainer(
-            max_steps=steps,
-            max_epochs=1,
-            callbacks=list(callbacks),
-            use_distributed_sampler=False,
-            limit_val_batches=0,
-            **silent,
-            **settings,
-        )
+        driver = trainer(steps, *callbacks, max_epochs=1, limit_val_batches=0, **options)
         first = torch.load(resume, weights_only=True)["global_step"] if resume else 0
-        trainer.fit(module, Batches(made, trainer.global_rank, first), ckpt_path=resume, weights_only=True)
-    return trainer
+        driver.fit(module, Batches(made, driver.global_rank, first), ckpt_path=resume, weights_only=True)
+    return driver
 
 
 def counts(module, kind="neurons"):

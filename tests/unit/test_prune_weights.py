@@ -16,7 +16,7 @@ from distill.compress import masks
 from distill.errors import UserError
 from distill.module import Distillation
 from distill.runtime.modeling import LowRank
-from tests.worlds import LANGUAGE, world
+from tests.worlds import LANGUAGE, trainer, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Be aware that when using `ckpt_path`")
 RAMP = {"start": 2, "end": 6, "every": 1}
@@ -57,21 +57,9 @@ def module_of(made, steps=8, **optimizer):
 
 def trained(made, *callbacks, module=None, resume=None, precision="32-true", accumulate=1, validate=True):
     module = module or module_of(made)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        precision=precision,
-        max_steps=module.steps,
-        accumulate_grad_batches=accumulate,
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-    )
+    loaders = made.loader(seed=0, accumulate=accumulate), made.loader("validation") if validate else None
     with fit.quiet():
-        trainer.fit(module, made.loader(seed=0, accumulate=accumulate), made.loader("validation") if validate else None, ckpt_path=resume)
+        trainer(module.steps, *callbacks, precision=precision, accumulate_grad_batches=accumulate).fit(module, *loaders, ckpt_path=resume)
     return module
 
 
@@ -456,7 +444,7 @@ def test_arguments_that_mean_nothing_are_refused(arguments, sentence):
     [
         (
             {"sparsity": 0.5, "layers": ["*.lin9"]},
-            "layers has *.lin9, but the student has no such layer: its layers are bert.encoder.layer.0",
+            "layers has *.lin9, but the student has no such layer: its layers are bert.encoder.layer.{0,1,2}",
         ),
         ({"pattern": "2:6"}, "pattern is 2:6, but bert.encoder.layer.0.attention.self.query has 16 inputs, which 6 does not divide"),
         ({"sparsity": 0.5, "end": 9}, "the schedule ends at step 9, but the training has 8"),

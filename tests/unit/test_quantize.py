@@ -21,7 +21,7 @@ from distill.errors import RunFailed, UserError
 from distill.models import logits
 from distill.module import Distillation
 from distill.runtime import modeling
-from tests.worlds import LANGUAGE, world
+from tests.worlds import LANGUAGE, trainer, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 DISTILBERT = {"teacher": {"config": {"model_type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2}}}
@@ -71,21 +71,10 @@ def module_of(made, steps=8, student=None):
 
 def trained(made, *callbacks, module=None, resume=None, **options):
     module = module or module_of(made)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=module.steps,
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        callbacks=list(callbacks),
-        **options,
-    )
     with fit.quiet():
-        trainer.fit(module, made.loader(seed=0), made.loader("validation"), ckpt_path=resume)
+        trainer(module.steps, *callbacks, limit_val_batches=0, **options).fit(
+            module, made.loader(seed=0), made.loader("validation"), ckpt_path=resume
+        )
     return module
 
 

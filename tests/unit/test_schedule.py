@@ -13,7 +13,7 @@ from distill.compress.observe import Observer
 from distill.compress.schedule import SHAPES, Schedule
 from distill.errors import UserError
 from distill.module import Distillation
-from tests.worlds import world
+from tests.worlds import trainer, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:You're resuming from a checkpoint")
 TOTAL = 40
@@ -225,21 +225,11 @@ class Stop(L.Callback):
 def trained(made, callback, steps=6, accumulate=1, resume=None, until=None, folder=None):
     module = Distillation(made.task, made.model("student", seed=1), made.model(), config.Loss(), config.Optimizer(lr=1e-3), steps)
     loader = made.loader(seed=0, accumulate=accumulate)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        accumulate_grad_batches=accumulate,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[callback, Stop(until)],
-    )
+    driver = trainer(steps, callback, Stop(until), accumulate_grad_batches=accumulate)
     with fit.quiet():
-        trainer.fit(module, loader, ckpt_path=resume)
+        driver.fit(module, loader, ckpt_path=resume)
     if folder is not None:
-        trainer.save_checkpoint(folder / "last.ckpt")
+        driver.save_checkpoint(folder / "last.ckpt")
     return callback
 
 

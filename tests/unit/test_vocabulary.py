@@ -4,7 +4,6 @@ import logging
 import random
 from functools import cache
 
-import lightning as L
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors, trainers
@@ -17,7 +16,7 @@ from distill.callbacks.vocabulary import TrimVocabulary
 from distill.compress import vocabulary
 from distill.errors import UserError
 from distill.module import Distillation
-from tests.worlds import LANGUAGE, world
+from tests.worlds import LANGUAGE, trainer, world
 
 STRANGE = [
     "",
@@ -209,23 +208,12 @@ def made(_module_store):
     return found
 
 
-def trained(made, *callbacks, student=None, resume=None, **options):
-    student = student or made.model("student", seed=1)
+def trained(made, *callbacks):
+    student = made.model("student", seed=1)
     module = Distillation(made.task, student, made.model(), config.Loss(), config.Optimizer(lr=1e-3), 4)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=4,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        callbacks=list(callbacks),
-        **{"enable_checkpointing": False} | options,
-    )
     with fit.quiet():
-        trainer.fit(module, made.loader(seed=0), made.loader("validation"), ckpt_path=resume)
-    return trainer, module.student.eval()
+        trainer(4, *callbacks, limit_val_batches=0).fit(module, made.loader(seed=0), made.loader("validation"))
+    return module.student.eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -309,7 +297,7 @@ def test_what_stays_is_what_training_texts_hold_and_what_is_listed(made, tmp_pat
 def test_training_is_as_without_it(made):
     """Until it is over: then the same student has fewer rows, and says so in the log."""
     technique = TrimVocabulary()
-    (_, plain), (_, student) = trained(made), trained(made, technique)
+    plain, student = trained(made), trained(made, technique)
     assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in plain.state_dict().items())
     assert technique.reached == 1
 
