@@ -4,20 +4,24 @@ from typing import Any
 
 from distill.errors import UserError
 
-QUANTIZER = "distill.callbacks.Quantize"
+QUANTIZER = "Quantize"
 OTHERS = "set export.format=packed or dense"
 
 
-def check(callbacks: dict[str, Any], format: str | None, quantize: str | None, bits: int) -> None:
+def check(callbacks: dict[str, Any], format: str | None, dtype: str, quantize: str | None, bits: int) -> None:
     """UserError where the techniques of a recipe leave something that its export cannot store.
 
-    `quantize` and `bits` are those of the recipe's `export` section: what is quantized only after training.
+    `dtype`, `quantize` and `bits` are those of the recipe's `export` section: what is quantized only after training.
     """
-    trained = {name: spec for name, spec in callbacks.items() if spec.get("_target_") == QUANTIZER}
+    trained = {name: spec for name, spec in callbacks.items() if str(spec.get("_target_")).rpartition(".")[2] == QUANTIZER}
+    if quantize is None and bits != 8:
+        raise UserError(f"export.bits is {bits}, but nothing is quantized after training: set export.quantize too, or leave bits out")
     if quantize is not None and trained:
         raise UserError(f"export.quantize is {quantize}, but callbacks.{next(iter(trained))} quantizes in training: leave one of them out")
     if format != "torchao":
         return
+    if dtype != "float32":
+        raise _refused(f"export.dtype is {dtype}, in which its tensors do not compute", "leave export.dtype at float32")
     if not trained and quantize is None:
         raise _refused("nothing is quantized", "add a callback distill.callbacks.Quantize, or set export.quantize=weights")
     if quantize is not None:

@@ -146,6 +146,7 @@ def checked(composed: DictConfig) -> Run:
         raise UserError(f"{', '.join(sorted(missing))} is not given, but recipe {composed.name} cannot do without: set it in the recipe")
     run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.to_container(composed)))  # refuses keys added with +
     assert isinstance(run, Run)
+    run.callbacks = {name: spec for name, spec in run.callbacks.items() if spec is not None}  # `callbacks.x=null` drops one of a recipe's
     named = {"task": run.task} | {f"loss.terms.{key}": spec for key, spec in run.loss.terms.items()}
     for where, spec in (named | {f"callbacks.{key}": spec for key, spec in run.callbacks.items()}).items():
         targets.check(where, spec)
@@ -168,7 +169,7 @@ def save(run: Run, file: Path) -> None:
 
 def _check_together(run: Run) -> None:
     """Rules between sections."""
-    formats.check(run.callbacks, run.export.format, run.export.quantize, run.export.bits)
+    formats.check(run.callbacks, run.export.format, run.export.dtype, run.export.quantize, run.export.bits)
     if run.loss.divergence is not None:
         path = run.loss.divergence
         targets.signature(path if "." in path else f"distill.losses.{path}")

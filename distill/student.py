@@ -9,8 +9,10 @@ from datasets import Dataset, DatasetDict
 from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel
 
-from distill import config, data, fit, models, store, targets
+from distill import config, data, fit, models, packing, store, targets
+from distill.callbacks import Quantize
 from distill.callbacks.base import Before, Compression, arranged, compressions, named
+from distill.compress.rebuild import loosened
 from distill.errors import UserError
 from distill.module import Distillation
 from distill.tasks.base import Task
@@ -54,6 +56,9 @@ def distil(
     student, classes = build(run, task, tokenizer, teacher)
     learned = useful(examples["train"], task, run)
     train, validation = fit.loaders(run, learned, examples["validation"], task, tokenizer.pad_token_id)
+    if run.export.format == "torchao":  # the other formats hold everything
+        quantizers = [technique for technique in callbacks if isinstance(technique, Quantize)]
+        packing.check(run, student, [name for technique in quantizers for name in technique.tensors(student)])
     steps = fit.steps(run.trainer, train.plan.steps)
     online = teacher if run.teacher is not None and run.teacher.outputs == "online" else None
     module = Distillation(task, student, online, run.loss, run.optimizer, steps, classes)
@@ -102,6 +107,8 @@ def build(run: config.Run, task: Task, tokenizer: Any, teacher: PreTrainedModel 
         student = models.load(spec.model, spec.config, task, "student", tokenizer)
         models.check_length(student, task.max_length, "student")
         models.check_labels(student, task, "student")
+        models.check_floats(student, "student")
+        loosened(student, "student")
     return student, models.shared_vocabulary(tokenizer, student, teacher) if teacher is not None else None
 
 

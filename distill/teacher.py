@@ -19,6 +19,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from distill import config, data, fit, models, store
+from distill.compress.rebuild import loosened
 from distill.errors import UserError
 from distill.module import Distillation
 from distill.stages import watched
@@ -40,7 +41,9 @@ def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, f
     as_it_is = run.teacher.finetune is None and run.teacher.model is not None
     teacher = models.load(run.teacher.model, run.teacher.config, task, "teacher", tokenizer, strict=as_it_is)
     models.check_length(teacher, task.max_length, "teacher")
+    models.check_floats(teacher, "teacher")
     if run.teacher.finetune is not None:
+        loosened(teacher, "teacher")
         models.adopt_labels(teacher, task)
         teacher = finetuned(run, task, tokenizer, examples, teacher, folder, tracker)
     else:

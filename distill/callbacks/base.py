@@ -210,6 +210,8 @@ def chosen(
     student: PreTrainedModel, patterns: Iterable[str] | None, kinds: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 ) -> dict[str, nn.Module]:
     """The modules of these kinds whose names fit a pattern (`*.ffn.lin1`); null: all that are inside the transformer blocks."""
+    if isinstance(patterns, str):
+        raise UserError(f"layers is {patterns}, but it must be a list of patterns: [{patterns}]")
     known = {name: module for name, module in student.named_modules() if isinstance(module, kinds)}
     if patterns is None:
         inside = {id(module) for block in blocks(student) for module in block.modules()}

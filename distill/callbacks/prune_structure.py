@@ -40,7 +40,9 @@ class Structure(Compression):
                 f"the student's config records {', '.join(sorted(later))}, but structure goes first: start from a student without"
             )
         if measured and self.schedule.at(0, trainer.max_steps) > 0:
-            raise self.wrong("start is 0, but what goes is decided by measuring training batches: start later, by 0.1 of the training, say")
+            raise self.wrong(
+                f"it starts at step 0 of {trainer.max_steps}, but what goes is decided by measuring training batches: start later"
+            )
 
     def rewire(self, module: Distillation) -> None:
         """After a removal: the config says the new form, and optimizer, loss terms and DDP follow."""

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill.callbacks.base import STAGES, Compression, chosen, record, summed
-from distill.compress import masks, scores
+from distill.callbacks.base import STAGES, Compression, chosen, compressions, record, summed
+from distill.callbacks.factorize import Factorize
+from distill.callbacks.prune_structure import PruneNeurons
+from distill.compress import masks, scores, structure
 from distill.compress.observe import Observer
 from distill.errors import UserError
+from distill.models import blocks
 from distill.module import Distillation
 from distill.runtime.modeling import LowRank, widths
 
@@ -23,7 +26,8 @@ class PruneWeights(Compression):
 
     `score` says which go first: the smallest ("magnitude"), those that matter least for the inputs they meet ("wanda"), or those
     that training moved towards zero ("movement"). `scope` says what they are compared with: the weights of their "layer", of their
-    output "row", or of all layers ("global"). Towards a pattern it says the same of the weights that N:M can do without.
+    output "row", or of all layers ("global"); null is the row for Wanda, else the layer. Towards a
+    pattern it says the same of the weights that N:M can do without.
 
     The mask is made anew each time that the schedule goes on, with exactly its share of the target; the last is final. By magnitude
     and by Wanda, what is removed stays removed. By movement, the value of a removed weight is put aside and its score goes on as if
@@ -39,7 +43,7 @@ class PruneWeights(Compression):
         sparsity: float | None = None,
         pattern: str | None = None,
         score: str = "magnitude",
-        scope: str = "layer",
+        scope: str | None = None,
         layers: list[str] | None = None,
         start: float = 0.1,
         end: float = 0.6,
@@ -47,6 +51,7 @@ class PruneWeights(Compression):
         every: int = 10,
     ) -> None:
         super().__init__(start, end, shape, every)
+        scope = scope or ("row" if score == "wanda" else "layer")
         for key, value, known in (("score", score, SCORES), ("scope", scope, tuple(masks.SCOPES))):
             if value not in known:
                 raise self.wrong(f"{key} is {value}, but it must be one of {', '.join(known)}: choose one of them")
@@ -79,12 +84,27 @@ class PruneWeights(Compression):
                     masks.check_width(name, widths(layer)[0], *self.group)
                 except UserError as error:
                     raise self.wrong(str(error)) from error
+        self._check_others(module)
         total, settled = module.trainer.max_steps, self._settled(module.trainer)
         if self.score != "magnitude" and self.schedule.at(settled, total) > 0:
             raise self.wrong(
                 f"the first mask is due at step {self.schedule.first(total)}, but {self.score} judges by the steps since "
                 f"step {settled}, when the layers have their form: start at least a step later, or choose magnitude"
             )
+
+    def _check_others(self, module: Distillation) -> None:
+        """A weight has one mask, and the pattern must divide the widths that other techniques will leave."""
+        student = module.student
+        for other in compressions(module.trainer.callbacks):  # type: ignore[attr-defined]
+            if isinstance(other, PruneWeights) and other is not self:
+                twice = sorted(other._layers(student).keys() & self._layers(student))
+                if twice:
+                    rule = "but another PruneWeights has it too, and a weight has one mask"
+                    raise self.wrong(f"layers has {twice[0]}, {rule}: name layers for each")
+            width = _width_to_come(other, student)
+            if self.group is not None and width is not None and width % self.group[1]:
+                rule = f"but {type(other).__name__} leaves layers with {width if width > 0 else 'unequal numbers of'} inputs"
+                raise self.wrong(f"pattern is {self.group[0]}:{self.group[1]}, {rule}: choose a width that {self.group[1]} divides")
 
     def _settled(self, trainer: L.Trainer) -> int:
         """The step from which on no technique of an earlier stage changes the layers."""
@@ -219,6 +239,14 @@ class PruneWeights(Compression):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.masks, self.statistics, self.aside = state["masks"], state["statistics"], state["aside"]
+
+
+def _width_to_come(other: Compression, student: PreTrainedModel) -> int | None:
+    """Inputs of the layers that another technique will narrow; -1 where that is not known yet, null where it narrows none."""
+    if isinstance(other, PruneNeurons) and other.reached < 1:
+        count = structure.neurons(student, blocks(student)[0]).count
+        return count - round(other.amount * count) if other.equal else -1
+    return (other.rank or -1) if isinstance(other, Factorize) and other.reached < 1 else None
 
 
 def _oriented(layer: nn.Module, tensor: Tensor) -> Tensor:

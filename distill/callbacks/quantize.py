@@ -10,15 +10,13 @@ from transformers.pytorch_utils import Conv1D
 from distill.callbacks.base import Compression, chosen, record, summed
 from distill.compress import quantized
 from distill.compress.observe import Observer
-from distill.compress.quantize import Spec, divisor
+from distill.compress.quantize import NEIGHBOURS, TABLE, Spec, divisor, neighbours
 from distill.errors import UserError
 from distill.module import Distillation
 from distill.runtime.modeling import LowRank, widths
 
 LINEAR = (nn.Linear, Conv1D, LowRank)
 ACTIVATIONS = (None, "dynamic", "static")
-NEIGHBOURS = 64  # inputs that share a grid of few bits, or as many as divide the row
-TABLE = 16  # rows of the smallest embedding that is worth it
 MOMENTUM = 0.05  # of a new batch in the moving range of a layer's inputs
 
 
@@ -28,7 +26,7 @@ class Quantize(Compression):
     From `start` on, the forward uses the quantized weights, and their gradient goes straight to the latent ones. At 1.0 this is
     quantization after training. `symmetric`: is the linear grid centred on 0? `group`: inputs of a row that share a grid; 0 the
     whole row, -1 the whole tensor. Null is what suits the bits: 8 bits are symmetric with a grid for each row, fewer are not and
-    have one for each 64 inputs, or as many as divide the row; a codebook serves the whole tensor.
+    have one for each 64 inputs, or as many as divide the row, or the row; a codebook serves the whole tensor.
 
     `activations` rounds the inputs of the linear layers to 8 bits as well: over the range of each token ("dynamic"), or over a
     moving average of what the training batches spanned ("static"). Every `every` steps codebooks and ranges are brought up to date.
@@ -76,7 +74,8 @@ class Quantize(Compression):
         elif self.method == "codebook":
             group = -1
         else:
-            group = 0 if self.bits == 8 and self.method == "linear" else divisor(width, NEIGHBOURS)
+            group = 0 if self.bits == 8 and self.method == "linear" else neighbours(width)
+            group = divisor(width, NEIGHBOURS) if self.method == "nf4" else group
         return Spec(self.method, self.bits, self.symmetric, group)
 
     def prepare(self, module: Distillation) -> None:
@@ -119,8 +118,10 @@ class Quantize(Compression):
             self._observe(module.student)
             return
         self._mark_sparse(module.student)
-        if (self._seen - self.schedule.first(module.trainer.max_steps)) % self.every == 0:
+        since = self._seen - self.schedule.first(module.trainer.max_steps)
+        if since % self.every == 0:
             quantized.fit_codebooks(module.student, self.tensors(module.student), refine=True)
+        if since % self.every == 0 or since == 1:  # ranges may have been unknown at the start
             quantized.set_ranges(module.student, self.ranges)
 
     def finish(self, student: PreTrainedModel, tokenizer: Any) -> Any:

@@ -18,6 +18,8 @@ from distill.runtime.modeling import NF4, fake_quantize, look_up, values
 __all__ = ["Spec", "codes", "fake_quantize", "grid", "quantized", "values"]
 
 METHODS = ("linear", "codebook", "nf4")
+NEIGHBOURS = 64  # inputs that share a grid of few bits
+TABLE = 16  # rows of the smallest embedding that is worth quantizing
 LARGEST = torch.finfo(torch.float16).max
 
 
@@ -34,7 +36,7 @@ class Spec:
         if self.method not in METHODS:
             raise UserError(f"method is {self.method}, but it must be one of {', '.join(METHODS)}: choose one of them")
         if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
-            raise UserError(f"bits is {self.bits}, but a code has 2 to 8 bits: 8 keeps the most, 4 is half as big")
+            raise UserError(f"bits is {self.bits!r}, but a code has 2 to 8 bits: 8 keeps the most, 4 is half as big")
         if not (isinstance(self.group, int) and self.group >= -1):
             raise UserError(
                 f"group is {self.group}, but it must be -1 (one grid for a tensor), 0 (for each row) or a number of inputs: take 64"
@@ -65,6 +67,12 @@ class Spec:
 def divisor(width: int, most: int) -> int:
     """The largest divisor of `width` that is at most `most`."""
     return next(size for size in range(min(width, most), 0, -1) if width % size == 0)
+
+
+def neighbours(width: int) -> int:
+    """The group of a grid of few bits: NEIGHBOURS inputs, or as many as divide the row; the row where only a handful do."""
+    group = divisor(width, NEIGHBOURS)
+    return group if 4 * group >= min(width, NEIGHBOURS) else 0
 
 
 def codes(weight_OI: Tensor, spec: Spec, sparse: bool = False) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,11 +1,32 @@
 """A student as it was built -> the form that compression gave it, for its weights to fit."""
 
+import logging
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from distill.compress import quantized, structure
 from distill.runtime import modeling
+
+log = logging.getLogger("distill")
+
+
+def loosened(model: PreTrainedModel, what: str) -> None:
+    """Make a model from a folder ready to train: what its record says of stored weights and inputs would not hold for long.
+
+    Widths and factors stay. Its weights begin where they were stored, on a grid or at zero, and leave it.
+    """
+    described = model.config.to_dict().get("compression") or {}
+    passing = [part for part in ("weights", "activations", "sparse") if described.get(part)]
+    for name in described.get("activations", {}):
+        layer = model.get_submodule(name)
+        layer.__class__ = Conv1D if isinstance(layer, Conv1D) else nn.Linear
+        del layer.input_range
+    if passing:
+        model.config.compression = {part: said for part, said in described.items() if part not in passing}
+        log.info("%s: it was compressed (%s) and trains on without: name callbacks to compress it again", what, ", ".join(passing))
 
 
 def rebuild(student: PreTrainedModel, described: dict[str, Any]) -> None:

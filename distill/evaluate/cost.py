@@ -37,10 +37,12 @@ def measure(
     `own` are the requests and batches, of the same texts, of models that read other token ids.
     """
     from distill.fresh import ask  # not at the top: the measuring process runs this file and has no `distill`
+    from distill.models.loading import ours
 
     models = {name: str(folder.resolve()) for name, folder in folders.items()}
     question = {"models": models, "auto_class": auto_class, "threads": threads, "device": device, "dtype": DTYPE}
     question |= {"attention": "eager" if device == "cpu" else "sdpa", "requests": list(requests), "batches": list(batches)}
+    question["coded"] = [name for name, folder in folders.items() if ours(folder)]
     question["own"] = {name: {"requests": list(singles), "batches": list(groups)} for name, (singles, groups) in (own or {}).items()}
     script = Path(__file__)
     timed = ask(script, question | {"measure": "speed"})
@@ -157,17 +159,17 @@ def _throughput(seconds: list[float], batches: Sequence[dict[str, Any]]) -> Cost
 
 
 def _load_all(question: dict[str, Any]) -> dict[str, Any]:
-    return {name: _load(question, folder).eval().to(question["device"]) for name, folder in question["models"].items()}
+    return {name: _load(question, name).eval().to(question["device"]) for name, folder in question["models"].items()}
 
 
-def _load(question: dict[str, Any], folder: str) -> Any:
-    """Code that lies in the folder is run only where its config names some: there config and weights alone do not say enough."""
+def _load(question: dict[str, Any], name: str) -> Any:
+    """Code that lies in the folder is run only where it is this library's own."""
     import torch
     import transformers
 
-    coded = "auto_map" in json.loads(Path(folder, "config.json").read_text())
-    options = {"dtype": getattr(torch, question["dtype"]), "attn_implementation": question["attention"], "trust_remote_code": coded}
-    return getattr(transformers, question["auto_class"]).from_pretrained(folder, **options)
+    options = {"dtype": getattr(torch, question["dtype"]), "attn_implementation": question["attention"]}
+    auto, coded = getattr(transformers, question["auto_class"]), name in question["coded"]
+    return auto.from_pretrained(question["models"][name], trust_remote_code=coded, **options)
 
 
 def _calls(question: dict[str, Any], name: str, what: str) -> list[dict[str, Any]]:

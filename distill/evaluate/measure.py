@@ -8,6 +8,7 @@ own (cost.py).
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ from transformers import AutoConfig
 
 from distill import config, data, fresh, models, packing
 from distill.compress import vocabulary
-from distill.errors import RunFailed
+from distill.errors import RunFailed, UserError
 from distill.evaluate import cost, quality, status
-from distill.models.loading import explained, locate, quiet
+from distill.models.loading import describe, explained, locate, ours, quiet
+from distill.runtime import container
 from distill.tasks.base import Batch, Task
 
 log = logging.getLogger("distill")
@@ -68,7 +70,8 @@ def measure(
             costs, machine = _costs(run, task, read, folders, models.device_of(run))
     measured = {what: {"quality": metrics.pop(what), "cost": costs[what]} for what in names}
     said = {"split": split, "examples": len(examples), "texts": metrics.pop("texts")}
-    return finite(said | measured | metrics | {"machine": machine})
+    form = {"form": asdict(run.export)} if as_exported else {}
+    return finite(said | measured | metrics | form | {"machine": machine})
 
 
 def _answered(run: config.Run, task: Task, shared: Reading, read: dict[str, Reading], loaded: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +120,11 @@ def _exported(run: config.Run, task: Task, tokenizer: Any, student: Path, tempor
         return student
     target = temporary / "exported"
     target.mkdir()
-    packing.artefact(run, task, tokenizer, student, target)
+    try:
+        packing.artefact(run, task, tokenizer, student, target)
+    except (UserError, RunFailed) as error:  # the export will say so too; what was trained is worth measuring all the same
+        log.warning("the student is measured as it was trained, for it cannot be exported: %s", error)
+        return student
     return target
 
 
@@ -136,10 +143,11 @@ def _loaded(what: str, name: str, task: Task, tokenizer: Any) -> Any:
 def _folder(name: str, model: Any, target: Path) -> Path:
     """Where the model's files are; one that came by name is stored, so that all are weighed in the same form."""
     local = Path(name).expanduser()
-    if local.is_dir():
+    if local.is_dir() and ("auto_map" not in (local / "config.json").read_text() or ours(local)):
         return local
     with quiet():
         model.save_pretrained(target)
+    describe(model, target, container.needs_code(model.config))
     return target
 
 

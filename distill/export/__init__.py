@@ -134,6 +134,7 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
         "device": models.device_of(run),
         "attention": best_attention() if _rounds(draft) else None,  # other kernels' last bits would be rounded to other levels
         "libraries": ["torchao"] if run.export.format == "torchao" else [],
+        "coded": _auto_map(draft) is not None,
         "blocked": "distill",
     }
     try:
@@ -255,7 +256,7 @@ def main() -> None:
     run = recipe.load_recipe(str(folder / "recipe.yaml"))
     chosen = {key.name: getattr(given, key.name) for key in fields(config.Export) if getattr(given, key.name) is not None}
     run = replace(run, export=replace(run.export, **({"format": run.export.format or "dense"} | chosen)))
-    formats.check(run.callbacks, run.export.format, run.export.quantize, run.export.bits)
+    formats.check(run.callbacks, run.export.format, run.export.dtype, run.export.quantize, run.export.bits)
     task, texts, tokenizer = prepared(run, folder)
     artefact = export(run, task, texts, tokenizer, folder, evaluate.read(folder))
     print(f"export: {artefact}")

@@ -22,7 +22,7 @@ print(write("The", max_new_tokens=50))"""
 def card(run: Run, pipeline: str, labels: list[str], proof: dict[str, Any], metrics: dict[str, Any] | None) -> str:
     """The whole file."""
     parts = [_header(run, pipeline), f"# {run.name}", _what(run, labels), "## Use", _use(run, pipeline, proof), "## Measured"]
-    parts.append(table.markdown(metrics) if metrics else "Not measured.")
+    parts.append(_measured(run, metrics) if metrics else "Not measured.")
     parts += ["## How it was trained", _recipe(run), "## Proof", _proof(proof)]
     return "\n\n".join(parts) + "\n"
 
@@ -31,6 +31,16 @@ def _header(run: Run, pipeline: str) -> str:
     tags = ["distillation"] if run.teacher is not None else ["fine-tuned"]
     lines = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", *(f"- {tag}" for tag in tags), "---"]
     return "\n".join(lines)
+
+
+def _measured(run: Run, metrics: dict[str, Any]) -> str:
+    """The table of the run; said so where it was made of the student in another form than this folder's."""
+    form, own = metrics.get("form", {}), asdict(run.export)
+    differing = [f"{key} {form[key]}" for key in ("format", "dtype", "quantize", "bits") if form and form[key] != own[key]]
+    warning = (
+        f"Of the student in another form than this folder's: {', '.join(differing)}. Of this one, see the proof.\n\n" if differing else ""
+    )
+    return warning + table.markdown(metrics)
 
 
 def _what(run: Run, labels: list[str]) -> str:

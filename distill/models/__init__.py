@@ -13,7 +13,16 @@
 from distill.models.architectures import attention_projections, blocks, embeddings
 from distill.models.forward import device_of, logits, on
 from distill.models.loading import files, load, save
-from distill.models.preflight import adopt_labels, check_labels, check_length, check_tokens, fingerprint, shared_vocabulary, width
+from distill.models.preflight import (
+    adopt_labels,
+    check_floats,
+    check_labels,
+    check_length,
+    check_tokens,
+    fingerprint,
+    shared_vocabulary,
+    width,
+)
 from distill.models.student import Account, cut, gathered
 from distill.models.tokenizers import load_tokenizer, tokenizer_for, train_tokenizer
 
@@ -22,6 +31,7 @@ __all__ = [
     "adopt_labels",
     "attention_projections",
     "blocks",
+    "check_floats",
     "check_labels",
     "check_length",
     "check_tokens",

@@ -261,6 +261,15 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner's eyes only
 
 
+def ours(folder: Path) -> bool:
+    """Whether the code beside a model is, byte for byte, what this library writes: other code is never run."""
+    named = json.loads((folder / "config.json").read_text()).get("auto_map") or {}
+    beside = [folder / source.name for source in CODE_FILES]
+    return set(named.values()) == {CODE} and all(
+        file.is_file() and file.read_bytes() == source.read_bytes() for file, source in zip(beside, CODE_FILES, strict=True)
+    )
+
+
 def describe(model: PreTrainedModel, folder: Path, code: bool) -> None:
     """Let config.json name the code that loads the folder, and put that beside it; or neither."""
     file = folder / "config.json"

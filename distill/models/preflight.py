@@ -91,6 +91,16 @@ def width(model: PreTrainedModel) -> int:
     return head.out_features if isinstance(head, nn.Linear) else model.config.num_labels or 0
 
 
+def check_floats(model: PreTrainedModel, what: str) -> None:
+    """UserError where the weights are the integers of a quantization library, which cannot train and have no fingerprint."""
+    stored = model.config.to_dict().get("quantization_config")
+    if stored:
+        raise UserError(
+            f"the {what}'s weights are stored by {stored.get('quant_method')}, but here they must be floats: name the folder `student` of "
+            "the run that exported it, or a dense or packed export"
+        )
+
+
 def check_length(model: PreTrainedModel, length: int, what: str) -> None:
     """UserError where texts of `length` tokens have more positions than the model."""
     most = positions(model)

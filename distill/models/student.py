@@ -15,6 +15,8 @@ from distill.models.architectures import SHARED_KEYS, TRANSLATIONS, Translation,
 from distill.models.loading import from_config, quiet
 from distill.tasks.base import Task
 
+INHERITED = {"compression", "auto_map"}  # what a compressed teacher's config says of its own weights
+
 
 @dataclass
 class Account:
@@ -37,6 +39,7 @@ def cut(teacher: PreTrainedModel, layers: list[int], architecture: str | None, t
 
     With all layers and the teacher's own architecture (null) the student answers exactly as its teacher.
     """
+    _check_ordinary(teacher)
     own = teacher.config.model_type
     target = architecture or own
     translation = _translation(own, target)
@@ -45,6 +48,15 @@ def cut(teacher: PreTrainedModel, layers: list[int], architecture: str | None, t
     with quiet():
         student = from_config(config, task, teacher.config._attn_implementation)
     return student, _fill(student, teacher, layers, translation)
+
+
+def _check_ordinary(teacher: PreTrainedModel) -> None:
+    special = {"shapes", "low_rank"} & (teacher.config.to_dict().get("compression") or {}).keys()
+    if special:
+        raise UserError(
+            f"the teacher is a compressed model ({', '.join(sorted(special))} in its config), but layers can be cut only from an ordinary "
+            "one: give student.model or student.config in place of student.layers"
+        )
 
 
 def _translation(own: str, target: str) -> Translation | None:
@@ -85,6 +97,8 @@ def _kept(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
         _require(config, architecture(config.model_type).requires, config.model_type)
     kept = copy.deepcopy(config)
     kept.num_hidden_layers = len(layers)
+    for key in INHERITED & vars(kept).keys():
+        delattr(kept, key)
     if kept.to_dict().get("layer_types") is not None:
         kept.layer_types = [config.layer_types[layer] for layer in layers]
     return kept

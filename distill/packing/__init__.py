@@ -8,6 +8,7 @@
 """
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,9 +17,17 @@ import torch
 from transformers import PreTrainedModel
 
 from distill import config, models
+from distill.errors import UserError
 from distill.packing import packed, torchao
-from distill.packing.after import calibration, quantize_now
+from distill.packing.after import calibration, chosen, quantize_now
 from distill.tasks.base import Task
+
+
+def check(run: config.Run, student: PreTrainedModel, tensors: Iterable[str]) -> None:
+    """UserError, before training, where the recipe's format cannot hold this student with these tensors quantized."""
+    if run.export.format == "torchao":
+        later = chosen(student) if run.export.quantize is not None else ()
+        torchao.check_layers(student, [*tensors, *(f"{name}.weight" for name in later)])
 
 
 def artefact(run: config.Run, task: Task, tokenizer: Any, student: Path, target: Path) -> None:
@@ -32,6 +41,10 @@ def final(run: config.Run, task: Task, tokenizer: Any, student: Path, temporary:
     if run.export.quantize is None:
         return student
     model = _loaded(task, tokenizer, student)
+    if (model.config.to_dict().get("compression") or {}).get("weights"):
+        raise UserError(
+            f"export.quantize is {run.export.quantize}, but the student's weights are quantized already: leave export.quantize out"
+        )
     examples = calibration(run, task, tokenizer) if run.export.quantize == "static" else ()
     quantize_now(model, run.export.quantize, run.export.bits, examples)
     models.save(model, tokenizer, temporary)

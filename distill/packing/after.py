@@ -10,13 +10,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill import config, data, models
-from distill.compress.quantize import Spec, divisor, quantized
+from distill.compress.quantize import TABLE, Spec, neighbours, quantized
 from distill.runtime.modeling import round_input, widths
 from distill.tasks.base import Task
 
 CALIBRATION = 128  # training examples that decide the ranges of inputs
-GROUP = 64  # weights that share a scale where a code has fewer than 8 bits
-TABLE = 16  # rows of the smallest embedding that is worth it
 LINEAR = (nn.Linear, Conv1D)
 
 
@@ -24,7 +22,7 @@ def quantize_now(student: PreTrainedModel, how: str, bits: int, examples: Iterab
     """The matrices of the student on linear grids; with `dynamic` or `static` the inputs of linear layers on 8-bit ones too.
 
     The grids are those of distill.callbacks.Quantize: 8 bits are symmetric, a grid for each output row; fewer are affine, one for
-    each group of :data:`GROUP` inputs, or as many as divide the row.
+    each group of neighbours.
     """
     layers = chosen(student)
     record = dict(student.config.to_dict().get("compression") or {})
@@ -60,7 +58,7 @@ def _on_grid(layer: nn.Module, bits: int, sparse: bool) -> dict[str, Any]:
     """Move the layer's weight; returns how."""
     weight = layer.get_parameter("weight")
     weight_OI = weight.T if isinstance(layer, Conv1D) else weight
-    spec = Spec(bits=bits) if bits == 8 else Spec(bits=bits, symmetric=False, group=divisor(weight_OI.shape[1], GROUP))
+    spec = Spec(bits=bits) if bits == 8 else Spec(bits=bits, symmetric=False, group=neighbours(weight_OI.shape[1]))
     weight_OI.copy_(quantized(weight_OI, spec, sparse))
     return spec.as_dict()
 

@@ -4,6 +4,7 @@ The tensors are made of our own codes and scales, so that what they stand for is
 of them too: it is half of a small model.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def int8(weight_OI: Tensor, spec: dict[str, Any], rounds_input: bool, dtype: tor
 
 def check(model: PreTrainedModel, compression: dict[str, Any]) -> None:
     """UserError where torchao has no tensor for what the student is."""
-    weights, tied = compression.get("weights", {}), [names for names, _ in once(model.state_dict()) if len(names) > 1]
+    weights = compression.get("weights", {})
+    check_layers(model, weights)
     if not weights:
         raise _refused("no weight of the student is quantized", "train with a quantizer, or set export.quantize=weights")
     for name, spec in weights.items():
@@ -75,15 +77,21 @@ def check(model: PreTrainedModel, compression: dict[str, Any]) -> None:
             raise _refused(f"{name} is quantized with {spec['method']}, and torchao knows linear codes only", OTHERS)
         if spec["bits"] < 8:
             raise _refused(f"torchao stores a {spec['bits']}-bit value in a whole byte ({name})", OTHERS)
-        if any(name in names for names in tied):
-            raise _refused(f"{name} is a tied tensor, which transformers cannot load in torchao's form", OTHERS)
-        if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D):
-            raise _refused(f"{name} belongs to a layer of GPT-2's, which torchao cannot compute with", OTHERS)
     for module, rounding in compression.get("activations", {}).items():
         if rounding["range"] is not None or rounding["bits"] != 8:
             raise _refused(f"the inputs of {module} are rounded to a fixed range, and torchao has only that of each token", OTHERS)
         if f"{module}.weight" not in weights:
             raise _refused(f"the inputs of {module} are rounded, but its weights are not", OTHERS)
+
+
+def check_layers(model: PreTrainedModel, tensors: Iterable[str]) -> None:
+    """UserError where torchao has no tensor for the layers that these belong to, whatever their codes."""
+    tied = [names for names, _ in once(model.state_dict()) if len(names) > 1]
+    for name in tensors:
+        if any(name in names for names in tied):
+            raise _refused(f"{name} is a tied tensor, which transformers cannot load in torchao's form", OTHERS)
+        if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D):
+            raise _refused(f"{name} belongs to a layer of GPT-2's, which torchao cannot compute with", OTHERS)
 
 
 def _refused(reason: str, way_out: str) -> UserError:

@@ -28,6 +28,7 @@ where spec is null or {"method": "linear", "codebook" or "nf4", "bits", "symmetr
 import hashlib
 import json
 import math
+import shutil
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -174,4 +175,11 @@ def shaped(architecture: type) -> Any:
         architecture.__init__(self, config, *args, **options)  # type: ignore[misc]
         apply(self, getattr(config, "compression", None) or {})
 
-    return type(architecture.__name__, (architecture,), {"__init__": build, "__module__": architecture.__module__})
+    def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
+        architecture.save_pretrained(self, folder, *args, **options)  # type: ignore[attr-defined]
+        if getattr(self.config, "auto_map", None):
+            for file in (Path(__file__), Path(__file__).with_name("modeling.py")):
+                shutil.copyfile(file, Path(folder, file.name))
+
+    members = {"__init__": build, "save_pretrained": save_pretrained, "__module__": architecture.__module__}
+    return type(architecture.__name__, (architecture,), members)

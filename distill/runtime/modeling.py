@@ -51,6 +51,11 @@ class LowRank(nn.Module):
         self.first = nn.Linear(in_features, rank, bias=False)
         self.second = nn.Linear(rank, out_features, bias=bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that it stands for, (O, I): GPT-2 looks at it when it is built."""
+        return self.second.weight @ self.first.weight
+
     def forward(self, input: Tensor) -> Tensor:
         return self.second(self.first(input))
 
@@ -158,7 +163,8 @@ def apply(model: nn.Module, compression: dict[str, Any]) -> None:
         resize(model.get_submodule(name), into, out)
     share_keys(model)
     for name, rank in compression.get("low_rank", {}).items():
-        factorize(model, name, rank)
+        if not isinstance(model.get_submodule(name), LowRank):
+            factorize(model, name, rank)
     for name, rounded in compression.get("activations", {}).items():
         round_input(model.get_submodule(name), rounded["range"])
 
