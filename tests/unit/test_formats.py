@@ -89,13 +89,15 @@ def quantizer(**arguments):
 @pytest.mark.parametrize(
     ("callbacks", "settings", "said"),
     [
-        ({}, ("torchao", None, 8), "export.format is torchao, but nothing is quantized"),
-        (quantizer(bits=4), ("torchao", None, 8), "callbacks.q.bits is 4, and torchao stores a 4-bit value in a whole byte"),
-        (quantizer(bits=8, method="codebook"), ("torchao", None, 8), "quantized with codebook"),
-        (quantizer(bits=8, activations="static"), ("torchao", None, 8), "callbacks.q.activations is static"),
-        ({}, ("torchao", "static", 8), "export.quantize is static"),
-        ({}, ("torchao", "weights", 5), "export.bits is 5"),
-        (quantizer(bits=8), ("packed", "weights", 8), "callbacks.q quantizes in training"),
+        ({}, ("torchao", "float32", None, 8), "export.format is torchao, but nothing is quantized"),
+        (quantizer(bits=4), ("torchao", "float32", None, 8), "callbacks.q.bits is 4, and torchao stores a 4-bit value in a whole byte"),
+        (quantizer(bits=8, method="codebook"), ("torchao", "float32", None, 8), "quantized with codebook"),
+        (quantizer(bits=8, activations="static"), ("torchao", "float32", None, 8), "callbacks.q.activations is static"),
+        ({}, ("torchao", "float32", "static", 8), "export.quantize is static"),
+        ({}, ("torchao", "float32", "weights", 5), "export.bits is 5"),
+        (quantizer(bits=8), ("packed", "float32", "weights", 8), "callbacks.q quantizes in training"),
+        (quantizer(bits=8), ("torchao", "bfloat16", None, 8), "export.dtype is bfloat16, in which its tensors do not compute"),
+        ({}, ("packed", "float32", None, 4), "export.bits is 4, but nothing is quantized after training"),
     ],
 )
 def test_a_recipe_that_its_format_cannot_hold_is_refused(callbacks, settings, said):
@@ -106,11 +108,11 @@ def test_a_recipe_that_its_format_cannot_hold_is_refused(callbacks, settings, sa
 @pytest.mark.parametrize(
     ("callbacks", "settings"),
     [
-        (quantizer(bits=8, activations="dynamic"), ("torchao", None, 8)),
-        (quantizer(bits=3, method="codebook"), ("packed", None, 8)),
-        ({}, ("torchao", "dynamic", 8)),
-        ({}, ("dense", None, 8)),
-        ({}, (None, None, 8)),
+        (quantizer(bits=8, activations="dynamic"), ("torchao", "float32", None, 8)),
+        (quantizer(bits=3, method="codebook"), ("packed", "float32", None, 8)),
+        ({}, ("torchao", "float32", "dynamic", 8)),
+        ({}, ("dense", "float32", None, 8)),
+        ({}, (None, "float32", None, 8)),
     ],
 )
 def test_a_recipe_that_its_format_can_hold_is_not(callbacks, settings):
