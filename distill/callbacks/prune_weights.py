@@ -27,7 +27,7 @@ class PruneWeights(Compression):
     `score` says which go first: the smallest ("magnitude"), those that matter least for the inputs they meet ("wanda"), or those
     that training moved towards zero ("movement"). `scope` says what they are compared with: the weights of their "layer", of their
     output "row", or of all layers ("global"); null is the row for Wanda, else the layer. Towards a
-    pattern it says the same of the weights that N:M can do without.
+    pattern it says the same of the weights that N:M can do without, null being the layer.
 
     The mask is made anew each time that the schedule goes on, with exactly its share of the target; the last is final. By magnitude
     and by Wanda, what is removed stays removed. By movement, the value of a removed weight is put aside and its score goes on as if
@@ -51,7 +51,7 @@ class PruneWeights(Compression):
         every: int = 10,
     ) -> None:
         super().__init__(start, end, shape, every)
-        scope = scope or ("row" if score == "wanda" else "layer")
+        scope = scope or ("row" if score == "wanda" and pattern is None else "layer")
         for key, value, known in (("score", score, SCORES), ("scope", scope, tuple(masks.SCOPES))):
             if value not in known:
                 raise self.wrong(f"{key} is {value}, but it must be one of {', '.join(known)}: choose one of them")

@@ -449,8 +449,12 @@ HIDDEN = {"hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "l
         (lambda: PruneLayers([3]), {}, "layers has 3, but the student has 3 layers: name layers from 0 to 2"),
         (lambda: PruneLayers([0, 1, 2]), {}, "layers is [0, 1, 2], but that removes all 3 layers of the student: at least one must stay"),
         (lambda: PruneLayers(amount=0.9), {}, "amount is 0.9, but that removes all 3 layers"),
-        (lambda: PruneNeurons(0.5, start=0, shape="one_shot"), {}, "start is 0, but what goes is decided by measuring training batches"),
-        (lambda: PruneLayers(amount=0.4, start=0), {}, "start is 0, but what goes is decided by measuring"),
+        (
+            lambda: PruneNeurons(0.5, start=0, shape="one_shot"),
+            {},
+            "it starts at step 0 of 12, but what goes is decided by measuring",
+        ),
+        (lambda: PruneLayers(amount=0.4, start=0), {}, "it starts at step 0 of 12, but what goes is decided by measuring"),
         (lambda: PruneNeurons(0.5, start=20, end=30), {}, "PruneNeurons: the schedule ends at step 30, but the training has 12"),
     ],
 )

@@ -259,10 +259,16 @@ def test_factors_are_quantized_in_place_of_their_layer(bert):
     blocks = [f"bert.encoder.layer.{block}.intermediate.dense" for block in range(3)]
     assert names == {"bert.embeddings.word_embeddings", *(f"{name}.{part}" for name in blocks for part in ("first", "second"))}
     assert record(module.student)["weights"][f"{blocks[0]}.second.weight"]["group"] == 4  # its width is the rank
+    quantized.fold(module.student)  # the ranges of the new layers' inputs are those of the first step since
+    ranges = [rounded["range"] for rounded in record(module.student)["activations"].values()]
+    assert len(ranges) == 6 and all(low < high for low, high in ranges)
+
+
+def test_a_layer_that_no_step_has_reached_since_is_no_result(bert):
+    quantize = Quantize(activations="static", layers=["*intermediate.dense"], start=1.0)
+    module = trained(bert, Factorize(rank=4, start=1.0, layers=["*intermediate.dense"]), quantize)
     with pytest.raises(RunFailed, match="have no range"):
         quantized.fold(module.student)
-    module = trained(bert, Factorize(rank=4, start=2), Quantize(activations="static", start=3, every=1))
-    quantized.fold(module.student)
 
 
 def test_two_share_the_student_but_no_tensor(bert):
