@@ -1,5 +1,6 @@
 """What an export's format can hold, as far as the recipe alone tells: refused before training, and before torch is imported."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from distill.errors import UserError
@@ -20,6 +21,8 @@ def check(callbacks: dict[str, Any], format: str | None, dtype: str, quantize: s
         raise UserError(f"export.quantize is {quantize}, but callbacks.{next(iter(trained))} quantizes in training: leave one of them out")
     if format != "torchao":
         return
+    if find_spec("torchao") is None:
+        raise _refused("the package torchao is not installed", "pip install 'distill[torchao]', or choose export.format=packed")
     if dtype != "float32":
         raise _refused(f"export.dtype is {dtype}, in which its tensors do not compute", "leave export.dtype at float32")
     if not trained and quantize is None:

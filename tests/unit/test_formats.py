@@ -105,6 +105,12 @@ def test_a_recipe_that_its_format_cannot_hold_is_refused(callbacks, settings, sa
         formats.check(callbacks, *settings)
 
 
+def test_a_missing_package_is_said_before_training(monkeypatch):
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="the package torchao is not installed: pip install"):
+        formats.check(quantizer(bits=8), "torchao", "float32", None, 8)
+
+
 @pytest.mark.parametrize(
     ("callbacks", "settings"),
     [
