@@ -56,9 +56,7 @@ def distil(
     student, classes = build(run, task, tokenizer, teacher)
     learned = useful(examples["train"], task, run)
     train, validation = fit.loaders(run, learned, examples["validation"], task, tokenizer.pad_token_id)
-    if run.export.format == "torchao":  # the other formats hold everything
-        quantizers = [technique for technique in callbacks if isinstance(technique, Quantize)]
-        packing.check(run, student, [name for technique in quantizers for name in technique.tensors(student)])
+    packing.check(run, student, _quantized(student, callbacks))
     steps = fit.steps(run.trainer, train.plan.steps)
     online = teacher if run.teacher is not None and run.teacher.outputs == "online" else None
     module = Distillation(task, student, online, run.loss, run.optimizer, steps, classes)
@@ -75,6 +73,15 @@ def distil(
         tokenizer = technique.finish(student, tokenizer)
     _save(student, tokenizer, folder / "student")
     return {"examples": len(learned), "steps": steps, "best": best}
+
+
+def _quantized(student: PreTrainedModel, callbacks: list[Callback]) -> list[str]:
+    """The tensors that the callbacks will quantize."""
+    names: list[str] = []
+    for technique in (each for each in callbacks if isinstance(each, Quantize)):
+        with named(technique.name):
+            names += technique.tensors(student)
+    return names
 
 
 def _save(student: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

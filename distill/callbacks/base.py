@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import combinations
@@ -14,12 +14,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from distill.compress.schedule import Schedule
 from distill.errors import RunFailed, UserError
 from distill.models import blocks, gathered
 from distill.module import Distillation
+from distill.runtime.modeling import LINEAR
 
 log = logging.getLogger("distill")
 
@@ -39,10 +39,8 @@ class Compression(Callback):
     name = ""  # in the recipe
 
     def __init__(self, start: float, end: float, shape: str, every: int) -> None:
-        try:
+        with self.refusing():
             self.schedule = Schedule(start, end, shape)
-        except UserError as error:
-            raise self.wrong(str(error)) from error
         if not (isinstance(every, int) and every >= 1):
             raise self.wrong(f"every is {every}, but it is a number of optimizer steps: 1 acts at each of them")
         self.every = every
@@ -53,12 +51,18 @@ class Compression(Callback):
         """A refusal that says whose arguments it is about."""
         return UserError(f"{type(self).__name__}: {sentence}")
 
-    def check(self, total: int) -> None:
-        """UserError where the schedule does not fit a training of `total` steps."""
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """What a function refuses is said as :meth:`wrong` says it."""
         try:
-            self.schedule.check(total)
+            yield
         except UserError as error:
             raise self.wrong(str(error)) from error
+
+    def check(self, total: int) -> None:
+        """UserError where the schedule does not fit a training of `total` steps."""
+        with self.refusing():
+            self.schedule.check(total)
 
     def read(self, tokenizer: Any, texts: Iterable[str]) -> None:
         """Learn what there is to know of the training texts, in their whole length, before any training."""
@@ -92,6 +96,10 @@ class Compression(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reached, self._seen = state["reached"], state["seen"]
+
+    def others(self, trainer: L.Trainer) -> list["Compression"]:
+        """The other techniques of this training."""
+        return [technique for technique in compressions(trainer.callbacks) if technique is not self]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Distillation)
@@ -206,9 +214,7 @@ def of_first_rank(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value if first else torch.zeros_like(value) for name, value in values.items()}
 
 
-def chosen(
-    student: PreTrainedModel, patterns: Iterable[str] | None, kinds: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
-) -> dict[str, nn.Module]:
+def chosen(student: PreTrainedModel, patterns: Iterable[str] | None, kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, nn.Module]:
     """The modules of these kinds whose names fit a pattern (`*.ffn.lin1`); null: all that are inside the transformer blocks."""
     if isinstance(patterns, str):
         raise UserError(f"layers is {patterns}, but it must be a list of patterns: [{patterns}]")
@@ -220,6 +226,11 @@ def chosen(
         if not any(fnmatchcase(name, pattern) for name in known):
             raise UserError(f"layers has {pattern}, but the student has no such layer: its layers are {', '.join(gathered(known))}")
     return {name: module for name, module in known.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def parts(layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, Any]:
+    """The modules of these kinds that layers stand for: a factorized one for its two factors, any other for itself."""
+    return {name: part for outer, layer in layers.items() for name, part in layer.named_modules(prefix=outer) if isinstance(part, kinds)}
 
 
 def record(student: PreTrainedModel) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from distill.callbacks.base import Compression, chosen, of_first_rank, record, summed
 from distill.compress import low_rank
 from distill.compress.observe import Observer
-from distill.errors import UserError
 from distill.module import Distillation
 from distill.runtime.modeling import LowRank, widths
 
@@ -90,10 +89,8 @@ class Factorize(Compression):
     def _targets(self, student: PreTrainedModel) -> dict[str, nn.Module]:
         """The layers that the recipe chose, but for halves of layers that were factorized before."""
         made = [f"{name}." for name in record(student).get("low_rank", {})]
-        try:
+        with self.refusing():
             found = {name: layer for name, layer in chosen(student, self.layers).items() if not name.startswith(tuple(made))}
-        except UserError as error:
-            raise self.wrong(str(error)) from error
         head = student.get_output_embeddings()
         for name, layer in found.items():
             if layer is head:

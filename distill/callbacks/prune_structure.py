@@ -14,9 +14,9 @@ from distill.callbacks.base import Compression, record, summed
 from distill.compress import importance, structure
 from distill.compress.observe import Observer
 from distill.compress.structure import Groups
-from distill.errors import UserError
 from distill.models.architectures import blocks
 from distill.module import Distillation
+from distill.runtime.modeling import recorded
 from distill.terms import AttentionRelations
 
 log = logging.getLogger("distill")
@@ -32,9 +32,9 @@ class Structure(Compression):
     def start_over(self, module: Distillation, measured: bool) -> None:
         """Refuse what cannot go well, before anything is measured."""
         trainer, student = module.trainer, module.student
-        if any(other is not self and type(other) is type(self) for other in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(type(other) is type(self) for other in self.others(trainer)):
             raise self.wrong("there are two of these callbacks, but each counts from the whole student: name what goes in one")
-        later = (student.config.to_dict().get("compression") or {}).keys() & LATER
+        later = recorded(student.config).keys() & LATER
         if later and not self._seen:
             raise self.wrong(
                 f"the student's config records {', '.join(sorted(later))}, but structure goes first: start from a student without"
@@ -47,7 +47,7 @@ class Structure(Compression):
     def rewire(self, module: Distillation) -> None:
         """After a removal: the config says the new form, and optimizer, loss terms and DDP follow."""
         shapes = structure.declare(module.student)
-        if shapes or module.student.config.to_dict().get("compression"):
+        if shapes or recorded(module.student.config):
             described = record(module.student)
             described.pop("shapes", None)
             described.update({"shapes": shapes} if shapes else {})
@@ -109,10 +109,8 @@ class PruneGroups(Structure):
             self._observer = Observer(student, layers, importance.activation)
 
     def _found(self, student: PreTrainedModel, block: nn.Module) -> Groups:
-        try:
+        with self.refusing():
             return self.groups(student, block)
-        except UserError as error:
-            raise self.wrong(str(error)) from error
 
     def _live(self) -> list[tuple[Site, Groups]]:
         """The sites whose blocks are still there, first to last."""

@@ -8,15 +8,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill.callbacks.base import STAGES, Compression, chosen, compressions, record, summed
+from distill.callbacks.base import STAGES, Compression, chosen, parts, record, summed
 from distill.callbacks.factorize import Factorize
 from distill.callbacks.prune_structure import PruneNeurons
 from distill.compress import masks, scores, structure
 from distill.compress.observe import Observer
-from distill.errors import UserError
 from distill.models import blocks
 from distill.module import Distillation
-from distill.runtime.modeling import LowRank, widths
+from distill.runtime.modeling import LINEAR, LowRank, widths
 
 SCORES = ("magnitude", "movement", "wanda")
 
@@ -71,19 +70,16 @@ class PruneWeights(Compression):
             raise self.wrong(f"sparsity is {sparsity} and pattern is {pattern}, but {rule}")
         if sparsity is not None and not (isinstance(sparsity, int | float) and 0 <= sparsity < 1):
             raise self.wrong(f"sparsity is {sparsity}, but it must lie in [0, 1): 0.5 removes half of the weights")
-        try:
+        with self.refusing():
             return None if pattern is None else masks.parsed(pattern)
-        except UserError as error:
-            raise self.wrong(str(error)) from error
 
     def prepare(self, module: Distillation) -> None:
         """Refuse, before the first step, what cannot be: layers that are not there, widths that do not fit, nothing to judge by."""
-        for name, layer in self._layers(module.student).items():
-            if self.group is not None:
-                try:
+        layers = self._layers(module.student)
+        if self.group is not None:
+            with self.refusing():
+                for name, layer in layers.items():
                     masks.check_width(name, widths(layer)[0], *self.group)
-                except UserError as error:
-                    raise self.wrong(str(error)) from error
         self._check_others(module)
         total, settled = module.trainer.max_steps, self._settled(module.trainer)
         if self.score != "magnitude" and self.schedule.at(settled, total) > 0:
@@ -95,8 +91,8 @@ class PruneWeights(Compression):
     def _check_others(self, module: Distillation) -> None:
         """A weight has one mask, and the pattern must divide the widths that other techniques will leave."""
         student = module.student
-        for other in compressions(module.trainer.callbacks):  # type: ignore[attr-defined]
-            if isinstance(other, PruneWeights) and other is not self:
+        for other in self.others(module.trainer):
+            if isinstance(other, PruneWeights):
                 twice = sorted(other._layers(student).keys() & self._layers(student))
                 if twice:
                     rule = "but another PruneWeights has it too, and a weight has one mask"
@@ -109,21 +105,12 @@ class PruneWeights(Compression):
     def _settled(self, trainer: L.Trainer) -> int:
         """The step from which on no technique of an earlier stage changes the layers."""
         earlier = STAGES[: STAGES.index(self.stage)]
-        others = [other.schedule for other in trainer.callbacks if isinstance(other, Compression) and other.stage in earlier]  # type: ignore[attr-defined]
-        return max([0, *(schedule.last(trainer.max_steps) for schedule in others)])
+        return max([0, *(other.schedule.last(trainer.max_steps) for other in self.others(trainer) if other.stage in earlier)])
 
     def _layers(self, student: PreTrainedModel) -> dict[str, nn.Module]:
         """The linear layers to act on, as the student is now: a factorized layer stands for its two factors."""
-        try:
-            found = chosen(student, self.layers, (nn.Linear, Conv1D, LowRank))
-        except UserError as error:
-            raise self.wrong(str(error)) from error
-        layers: dict[str, Any] = {
-            name: part
-            for outer, layer in found.items()
-            for name, part in layer.named_modules(prefix=outer)
-            if isinstance(part, nn.Linear | Conv1D)
-        }
+        with self.refusing():
+            layers = parts(chosen(student, self.layers, (*LINEAR, LowRank)))
         embedding = student.get_input_embeddings().weight
         for name, layer in layers.items():
             if layer.weight is embedding:

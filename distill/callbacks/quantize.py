@@ -5,17 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from distill.callbacks.base import Compression, chosen, record, summed
+from distill.callbacks.base import Compression, chosen, parts, record, summed
 from distill.compress import quantized
 from distill.compress.observe import Observer
-from distill.compress.quantize import NEIGHBOURS, TABLE, Spec, divisor, neighbours
-from distill.errors import UserError
+from distill.compress.quantize import NEIGHBOURS, TABLE, Spec, divisor, suited
 from distill.module import Distillation
-from distill.runtime.modeling import LowRank, widths
+from distill.runtime.modeling import LINEAR, LowRank, widths
 
-LINEAR = (nn.Linear, Conv1D, LowRank)
+WHOLE = (*LINEAR, LowRank)
 ACTIVATIONS = (None, "dynamic", "static")
 MOMENTUM = 0.05  # of a new batch in the moving range of a layer's inputs
 
@@ -62,20 +60,17 @@ class Quantize(Compression):
         self.ranges: dict[str, Tensor] = {}  # name of the layer -> (2,), lowest and highest input
         self._observer: Observer | None = None
         self._observed: dict[str, nn.Module] = {}
-        try:
+        with self.refusing():
             self.spec(NEIGHBOURS)
-        except UserError as error:
-            raise self.wrong(str(error)) from error
 
     def spec(self, width: int) -> Spec:
         """How a tensor with that many inputs is quantized."""
         if self.group is not None:
             group = divisor(width, self.group) if self.group > 0 else self.group  # another technique may have changed the width
-        elif self.method == "codebook":
-            group = -1
+        elif self.method == "linear":
+            group = suited(self.bits, width)
         else:
-            group = 0 if self.bits == 8 and self.method == "linear" else neighbours(width)
-            group = divisor(width, NEIGHBOURS) if self.method == "nf4" else group
+            group = -1 if self.method == "codebook" else divisor(width, NEIGHBOURS)
         return Spec(self.method, self.bits, self.symmetric, group)
 
     def prepare(self, module: Distillation) -> None:
@@ -86,13 +81,11 @@ class Quantize(Compression):
                 f"activations is {self.activations}, but layers has embeddings only, whose inputs are numbers of tokens: leave it out"
             )
         if self._seen == 0 and self.group is not None:  # a resumed student may have other widths
-            try:
+            with self.refusing():
                 for name, layer in tensors.items():
                     Spec(self.method, self.bits, self.symmetric, self.group).check(name, inputs(layer))
-            except UserError as error:
-                raise self.wrong(str(error)) from error
-        for other in module.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, Quantize) and other is not self and (twice := sorted(other.tensors(student).keys() & tensors)):
+        for other in self.others(module.trainer):
+            if isinstance(other, Quantize) and (twice := sorted(other.tensors(student).keys() & tensors)):
                 way_out = "name layers for each, or set embeddings to false in one"
                 raise self.wrong(f"layers has {twice[0]}, but another Quantize has it too, and a weight has one grid: {way_out}")
         self._observe(student)
@@ -137,20 +130,17 @@ class Quantize(Compression):
         """The layers whose inputs are rounded: linear ones, but for an output layer that shares its weight with the embeddings."""
         table = student.get_input_embeddings().weight
         found = self._layers(student) if self.activations is not None else {}
-        return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear | Conv1D) and layer.weight is not table}
+        return {name: layer for name, layer in found.items() if isinstance(layer, LINEAR) and layer.weight is not table}
 
     def _layers(self, student: PreTrainedModel) -> dict[str, Any]:
         """The layers to act on, as the student is now: a factorized one stands for its two factors."""
-        try:
-            found = self._default(student) if self.layers is None else chosen(student, self.layers, (*LINEAR, nn.Embedding))
-        except UserError as error:
-            raise self.wrong(str(error)) from error
-        kinds = nn.Linear | Conv1D | nn.Embedding
-        return {name: part for outer, layer in found.items() for name, part in layer.named_modules(prefix=outer) if isinstance(part, kinds)}
+        with self.refusing():
+            found = self._default(student) if self.layers is None else chosen(student, self.layers, (*WHOLE, nn.Embedding))
+        return parts(found, (*LINEAR, nn.Embedding))
 
     def _default(self, student: PreTrainedModel) -> dict[str, nn.Module]:
         table = student.get_input_embeddings().weight
-        found = chosen(student, None, LINEAR)
+        found = chosen(student, None, WHOLE)
         for name, layer in student.named_modules():
             tied = layer._parameters.get("weight") is table  # then the table itself stands for both
             if isinstance(layer, nn.Embedding) and self.embeddings and layer.num_embeddings >= TABLE:

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from distill.callbacks.base import Compression, record
 from distill.compress import vocabulary
-from distill.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.module import Distillation
 
@@ -50,10 +49,8 @@ class TrimVocabulary(Compression):
             raise self.wrong("the student predicts tokens, but without some it could not follow its teacher: leave this callback out")
 
     def read(self, tokenizer: Any, texts: Iterable[str]) -> None:
-        try:
+        with self.refusing():
             vocabulary.check(tokenizer)
-        except UserError as error:
-            raise self.wrong(str(error)) from error
         self._ids = used(tokenizer, texts)
 
     def change(self, module: Distillation, amount: float) -> None:

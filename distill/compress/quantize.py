@@ -69,10 +69,10 @@ def divisor(width: int, most: int) -> int:
     return next(size for size in range(min(width, most), 0, -1) if width % size == 0)
 
 
-def neighbours(width: int) -> int:
-    """The group of a grid of few bits: NEIGHBOURS inputs, or as many as divide the row; the row where only a handful do."""
+def suited(bits: int, width: int) -> int:
+    """The group of a linear grid: with 8 bits the row; with fewer NEIGHBOURS inputs, or as many as divide it, if that is not a handful."""
     group = divisor(width, NEIGHBOURS)
-    return group if 4 * group >= min(width, NEIGHBOURS) else 0
+    return group if bits < 8 and 4 * group >= min(width, NEIGHBOURS) else 0
 
 
 def codes(weight_OI: Tensor, spec: Spec, sparse: bool = False) -> tuple[Tensor, dict[str, Tensor]]:

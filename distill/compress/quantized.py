@@ -146,10 +146,9 @@ def layers(student: nn.Module) -> Iterator[tuple[str, Quantized]]:
 
 def mark_sparse(student: nn.Module, sparse: Iterable[str]) -> None:
     """The zeros of these tensors are not to be represented by a codebook."""
-    for name in sparse:
-        for module in holders(student, name):
-            if isinstance(module, Quantized):
-                module.keeps_zeros = True
+    pruned = {id(student.get_parameter(name)) for name in sparse}
+    for _, layer in layers(student):
+        layer.keeps_zeros |= id(layer._parameters["weight"]) in pruned
 
 
 @torch.no_grad()

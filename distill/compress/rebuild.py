@@ -18,7 +18,7 @@ def loosened(model: PreTrainedModel, what: str) -> None:
 
     Widths and factors stay. Its weights begin where they were stored, on a grid or at zero, and leave it.
     """
-    described = model.config.to_dict().get("compression") or {}
+    described = modeling.recorded(model.config)
     passing = [part for part in ("weights", "activations", "sparse") if described.get(part)]
     for name in described.get("activations", {}):
         layer = model.get_submodule(name)
@@ -36,7 +36,7 @@ def rebuild(student: PreTrainedModel, described: dict[str, Any]) -> None:
     """
     structure.reshape(student, described)
     compression = described.get("compression") or {}
-    if compression and compression != student.config.to_dict().get("compression"):
+    if compression and compression != modeling.recorded(student.config):
         trained = {"weights", "activations"}  # quantized at every forward, as they were
         modeling.apply(student, {key: value for key, value in compression.items() if key not in trained})
         if trained & compression.keys():

@@ -159,7 +159,7 @@ def _throughput(seconds: list[float], batches: Sequence[dict[str, Any]]) -> Cost
 
 
 def _load_all(question: dict[str, Any]) -> dict[str, Any]:
-    return {name: _load(question, name).eval().to(question["device"]) for name, folder in question["models"].items()}
+    return {name: _load(question, name).eval().to(question["device"]) for name in question["models"]}
 
 
 def _load(question: dict[str, Any], name: str) -> Any:

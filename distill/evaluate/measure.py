@@ -59,7 +59,7 @@ def measure(
     with TemporaryDirectory() as temporary:
         if as_exported:
             names = names | {"student": str(_exported(run, task, read["student"].tokenizer, Path(names["student"]), Path(temporary)))}
-        loaded = {what: _loaded(what, name, task, read[what].tokenizer) for what, name in names.items()}
+        loaded = {what: models.complete(name, task, what, read[what].tokenizer) for what, name in names.items()}
         folders = {what: _folder(names[what], model, Path(temporary, what)) for what, model in loaded.items()}
         log.info("measuring %s on %d examples: quality", _listed(names), len(examples))
         with status(run, "measuring quality"):
@@ -132,12 +132,6 @@ def _batches(task: Task, read: Reading, plan: data.BatchPlan) -> Iterator[Batch]
     """The examples of a plan, as another tokenizer encodes them."""
     encoded = data.Examples(read.examples, task, read.tokenizer.pad_token_id)
     return (encoded[micro] for micro in plan)
-
-
-def _loaded(what: str, name: str, task: Task, tokenizer: Any) -> Any:
-    model = models.load(name, None, task, what, tokenizer, strict=True)
-    models.check_labels(model, task, what)
-    return model
 
 
 def _folder(name: str, model: Any, target: Path) -> Path:

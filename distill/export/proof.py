@@ -36,8 +36,7 @@ def load(question: dict[str, Any]) -> tuple[Any, Any]:
         raise SystemExit("it holds no tokenizer")
     auto = getattr(transformers, question["auto_class"])
     options = {"attn_implementation": question["attention"]} if question["attention"] else {}
-    if question["coded"]:
-        options["trust_remote_code"] = True  # the code beside the weights, without which they do not load
+    options["trust_remote_code"] = question["coded"]  # the code beside the weights, without which they do not load
     model, found = auto.from_pretrained(question["folder"], output_loading_info=True, **options)
     amiss = {what: sorted(map(str, names)) for what, names in found.items() if names}
     if amiss:

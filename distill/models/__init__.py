@@ -12,7 +12,7 @@
 
 from distill.models.architectures import attention_projections, blocks, embeddings
 from distill.models.forward import device_of, logits, on
-from distill.models.loading import files, load, save
+from distill.models.loading import complete, files, load, save
 from distill.models.preflight import (
     adopt_labels,
     check_floats,
@@ -35,6 +35,7 @@ __all__ = [
     "check_labels",
     "check_length",
     "check_tokens",
+    "complete",
     "cut",
     "device_of",
     "embeddings",

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from distill.errors import UserError
 from distill.models.architectures import ARCHITECTURES, blocks
-from distill.models.preflight import compare_labels
+from distill.models.preflight import check_labels, compare_labels
 from distill.runtime import container, modeling
 from distill.tasks.base import Task
 
@@ -49,6 +49,13 @@ def load(
     if tokenizer is not None:
         _fit_tokenizer(loaded, tokenizer, what)
     return loaded.eval()
+
+
+def complete(model: str, task: Task, what: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A trained model of which every tensor is in its file, and whose labels are the task's."""
+    loaded = load(model, None, task, what, tokenizer, strict=True)
+    check_labels(loaded, task, what)
+    return loaded
 
 
 def random(config: dict[str, Any], task: Task, what: str, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from distill.errors import UserError
 from distill.models.architectures import SHARED_KEYS, TRANSLATIONS, Translation, architecture
 from distill.models.loading import from_config, quiet
+from distill.runtime.modeling import recorded
 from distill.tasks.base import Task
 
 INHERITED = {"compression", "auto_map"}  # what a compressed teacher's config says of its own weights
@@ -51,7 +52,7 @@ def cut(teacher: PreTrainedModel, layers: list[int], architecture: str | None, t
 
 
 def _check_ordinary(teacher: PreTrainedModel) -> None:
-    special = {"shapes", "low_rank"} & (teacher.config.to_dict().get("compression") or {}).keys()
+    special = {"shapes", "low_rank"} & recorded(teacher.config).keys()
     if special:
         raise UserError(
             f"the teacher is a compressed model ({', '.join(sorted(special))} in its config), but layers can be cut only from an ordinary "

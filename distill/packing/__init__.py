@@ -20,12 +20,13 @@ from distill import config, models
 from distill.errors import UserError
 from distill.packing import packed, torchao
 from distill.packing.after import calibration, chosen, quantize_now
+from distill.runtime.modeling import recorded
 from distill.tasks.base import Task
 
 
 def check(run: config.Run, student: PreTrainedModel, tensors: Iterable[str]) -> None:
     """UserError, before training, where the recipe's format cannot hold this student with these tensors quantized."""
-    if run.export.format == "torchao":
+    if run.export.format == "torchao":  # the other formats hold everything
         later = chosen(student) if run.export.quantize is not None else ()
         torchao.check_layers(student, [*tensors, *(f"{name}.weight" for name in later)])
 
@@ -40,8 +41,8 @@ def final(run: config.Run, task: Task, tokenizer: Any, student: Path, temporary:
     """The folder of the student as it will answer: quantized now, into the other folder, where the recipe wants that after training."""
     if run.export.quantize is None:
         return student
-    model = _loaded(task, tokenizer, student)
-    if (model.config.to_dict().get("compression") or {}).get("weights"):
+    model = models.complete(str(student), task, "student", tokenizer)
+    if recorded(model.config).get("weights"):
         raise UserError(
             f"export.quantize is {run.export.quantize}, but the student's weights are quantized already: leave export.quantize out"
         )
@@ -53,7 +54,7 @@ def final(run: config.Run, task: Task, tokenizer: Any, student: Path, temporary:
 
 def write(run: config.Run, task: Task, tokenizer: Any, student: Path, target: Path) -> None:
     """Weights, config and tokenizer. The tokenizer cuts texts where training did."""
-    model, tokenizer = _loaded(task, tokenizer, student), copy.deepcopy(tokenizer)
+    model, tokenizer = models.complete(str(student), task, "student", tokenizer), copy.deepcopy(tokenizer)
     tokenizer.model_max_length = task.max_length
     dtype = getattr(torch, run.export.dtype)
     if run.export.format == "packed":
@@ -64,15 +65,9 @@ def write(run: config.Run, task: Task, tokenizer: Any, student: Path, target: Pa
         _dense(model, tokenizer, target, dtype)
 
 
-def _loaded(task: Task, tokenizer: Any, student: Path) -> PreTrainedModel:
-    model = models.load(str(student), None, task, "student", tokenizer, strict=True)
-    models.check_labels(model, task, "student")
-    return model
-
-
 def _dense(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtype) -> None:
     """Every weight in one type of float. In half of it weights leave the grid of their codes, which the record then no longer names."""
-    compression = model.config.to_dict().get("compression")
+    compression = recorded(model.config)
     if compression and dtype != torch.float32:
         model.config.compression = {part: said for part, said in compression.items() if part != "weights"}
     models.save(model.to(dtype), tokenizer, target)  # type: ignore[arg-type]

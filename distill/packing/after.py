@@ -10,12 +10,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill import config, data, models
-from distill.compress.quantize import TABLE, Spec, neighbours, quantized
-from distill.runtime.modeling import round_input, widths
+from distill.compress.quantize import TABLE, Spec, quantized, suited
+from distill.runtime.modeling import LINEAR, recorded, round_input, widths
 from distill.tasks.base import Task
 
 CALIBRATION = 128  # training examples that decide the ranges of inputs
-LINEAR = (nn.Linear, Conv1D)
 
 
 def quantize_now(student: PreTrainedModel, how: str, bits: int, examples: Iterable[dict[str, Tensor]]) -> None:
@@ -25,7 +24,7 @@ def quantize_now(student: PreTrainedModel, how: str, bits: int, examples: Iterab
     each group of neighbours.
     """
     layers = chosen(student)
-    record = dict(student.config.to_dict().get("compression") or {})
+    record = dict(recorded(student.config))
     sparse = record.get("sparse", [])
     record["weights"] = {f"{name}.weight": _on_grid(layer, bits, f"{name}.weight" in sparse) for name, layer in layers.items()}
     if how != "weights":
@@ -58,7 +57,7 @@ def _on_grid(layer: nn.Module, bits: int, sparse: bool) -> dict[str, Any]:
     """Move the layer's weight; returns how."""
     weight = layer.get_parameter("weight")
     weight_OI = weight.T if isinstance(layer, Conv1D) else weight
-    spec = Spec(bits=bits) if bits == 8 else Spec(bits=bits, symmetric=False, group=neighbours(weight_OI.shape[1]))
+    spec = Spec(bits=bits, symmetric=bits == 8, group=suited(bits, weight_OI.shape[1]))
     weight_OI.copy_(quantized(weight_OI, spec, sparse))
     return spec.as_dict()
 

@@ -15,13 +15,14 @@ from distill.compress.quantize import Spec, codes
 from distill.errors import RunFailed, UserError
 from distill.models.loading import describe, explained, quiet
 from distill.runtime import container
+from distill.runtime.modeling import recorded
 
 Parts = dict[str, Tensor]
 
 
 def save(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtype) -> None:
     """The container, config, tokenizer and code. The model answers in float32, whatever the type of what is stored dense."""
-    tensors, metadata = pack(model.state_dict(), model.config.to_dict().get("compression") or {}, transposed(model), dtype)
+    tensors, metadata = pack(model.state_dict(), recorded(model.config), transposed(model), dtype)
     model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
     with quiet():
         model.config.save_pretrained(target)

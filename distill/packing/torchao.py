@@ -17,6 +17,7 @@ from distill import models
 from distill.compress.quantize import Spec, codes
 from distill.errors import UserError
 from distill.packing.packed import once
+from distill.runtime.modeling import recorded
 
 SYMMETRIC, AFFINE = 127, 128  # our codes begin at 0, torchao's at -127 and -128
 PER_TOKEN = "int8_asym_per_token"  # the value of torchao's enumeration, in the form that it can store
@@ -30,7 +31,7 @@ def save(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtyp
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    compression = model.config.to_dict().get("compression") or {}
+    compression = recorded(model.config)
     activations = compression.get("activations", {})
     check(model, compression)
     made = {

@@ -41,7 +41,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
-from .modeling import apply, values
+from .modeling import apply, recorded, values
 
 FILE = "packed.safetensors"
 VERSION = "1"
@@ -163,8 +163,7 @@ class CompressedModel:
 
 def needs_code(config: Any) -> bool:
     """Whether the model's form is more than its config's own keys say."""
-    compression = getattr(config, "compression", None) or {}
-    return any(compression.get(part) for part in ("shapes", "low_rank", "activations"))
+    return any(recorded(config).get(part) for part in ("shapes", "low_rank", "activations"))
 
 
 @lru_cache
@@ -173,7 +172,7 @@ def shaped(architecture: type) -> Any:
 
     def build(self: Any, config: Any, *args: Any, **options: Any) -> None:
         architecture.__init__(self, config, *args, **options)  # type: ignore[misc]
-        apply(self, getattr(config, "compression", None) or {})
+        apply(self, recorded(config))
 
     def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
         architecture.save_pretrained(self, folder, *args, **options)  # type: ignore[attr-defined]

@@ -42,6 +42,14 @@ NF4 = (
 )
 
 
+LINEAR = (nn.Linear, Conv1D)
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """`config.compression`; nothing where the config has none."""
+    return getattr(config, "compression", None) or {}
+
+
 class LowRank(nn.Module):
     """y = second(first(x)): a linear layer as the product of two, through `rank` features."""
 
