@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -23,14 +22,13 @@ from transformers.utils import logging as transformers_logging
 from distill.errors import UserError
 from distill.models.architectures import ARCHITECTURES, blocks
 from distill.models.preflight import check_labels, compare_labels
-from distill.runtime import container, modeling
+from distill.runtime import container
 from distill.tasks.base import Task
 
 log = logging.getLogger("distill")
 
 AUTO_CLASSES = ("AutoModelForSequenceClassification", "AutoModelForCausalLM")  # of the tasks
-CODE_FILES = [Path(str(module.__file__)) for module in (container, modeling)]
-CODE = f"{CODE_FILES[0].stem}.{container.CompressedModel.__name__}"  # what auto_map says of compressed students
+CODE = f"{container.CODE_FILES[0].stem}.{container.CompressedModel.__name__}"  # what auto_map says of compressed students
 
 
 def load(
@@ -271,10 +269,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def ours(folder: Path) -> bool:
     """Whether the code beside a model is, byte for byte, what this library writes: other code is never run."""
     named = json.loads((folder / "config.json").read_text()).get("auto_map") or {}
-    beside = [folder / source.name for source in CODE_FILES]
-    return set(named.values()) == {CODE} and all(
-        file.is_file() and file.read_bytes() == source.read_bytes() for file, source in zip(beside, CODE_FILES, strict=True)
-    )
+    pairs = ((folder / source.name, source) for source in container.CODE_FILES)
+    return set(named.values()) == {CODE} and all(file.is_file() and file.read_bytes() == source.read_bytes() for file, source in pairs)
 
 
 def describe(model: PreTrainedModel, folder: Path, code: bool) -> None:
@@ -285,6 +281,5 @@ def describe(model: PreTrainedModel, folder: Path, code: bool) -> None:
     if code:
         auto_class = next(name for name in AUTO_CLASSES if _architecture(name, model.config) == type(model).__name__)
         settings["auto_map"] = {auto_class: CODE}
-        for source in CODE_FILES:
-            shutil.copyfile(source, folder / source.name)
+        container.put_code(folder)
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -44,6 +44,7 @@ from transformers.utils import cached_file
 from .modeling import apply, recorded, values
 
 FILE = "packed.safetensors"
+CODE_FILES = (Path(__file__), Path(__file__).with_name("modeling.py"))
 VERSION = "1"
 CODES = 8  # codes whose bits fill whole bytes, at any number of bits
 FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -166,6 +167,12 @@ def needs_code(config: Any) -> bool:
     return any(recorded(config).get(part) for part in ("shapes", "low_rank", "activations"))
 
 
+def put_code(folder: Path) -> None:
+    """The files that travel with a model, beside its weights."""
+    for file in CODE_FILES:
+        shutil.copyfile(file, folder / file.name)
+
+
 @lru_cache
 def shaped(architecture: type) -> Any:
     """The architecture's class, of the same name, whose instances are built in the form that `config.compression` says."""
@@ -176,9 +183,8 @@ def shaped(architecture: type) -> Any:
 
     def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
         architecture.save_pretrained(self, folder, *args, **options)  # type: ignore[attr-defined]
-        if getattr(self.config, "auto_map", None):
-            for file in (Path(__file__), Path(__file__).with_name("modeling.py")):
-                shutil.copyfile(file, Path(folder, file.name))
+        if needs_code(self.config):
+            put_code(Path(folder))
 
     members = {"__init__": build, "save_pretrained": save_pretrained, "__module__": architecture.__module__}
     return type(architecture.__name__, (architecture,), members)

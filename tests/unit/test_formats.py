@@ -141,6 +141,7 @@ def test_a_quantized_student_is_proven_in_each_format(ready, in_process, format)
     assert f"format {format}" in card
     assert ("trust_remote_code=True" in card) == proof["code"] == (format != "torchao")
     assert ("torchao is installed" in card) == (format == "torchao")
+    assert {file.name for file in final.glob("*.py")} == ({"container.py", "modeling.py"} if proof["code"] else set())
 
 
 def test_a_packed_language_model_is_proven(tmp_path, in_process):
