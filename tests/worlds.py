@@ -82,6 +82,20 @@ def world(**changes: Any) -> World:
     return World(run, task, raw, tokenizer, data.encode(raw, task, tokenizer, run.data))
 
 
+STILL = {  # no dropout: a resumed run draws other random numbers
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+
+
+def few(**changes: Any) -> World:
+    """A world with four optimizer steps an epoch."""
+    made = world(**changes)
+    made.examples["train"] = made.examples["train"].select(range(64))
+    return made
+
+
 def trainer(steps: int, *callbacks: Any, **options: Any) -> L.Trainer:
     """Lightning's Trainer with these callbacks alone, silent; it stores checkpoints where one of them is a ModelCheckpoint."""
     settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "use_distributed_sampler": False}

@@ -17,15 +17,21 @@ from distill.tracking import Tracker
 from tests import worlds
 from tests.techniques import TECHNIQUES
 from tests.unit.tiny_runs import ask_here
-from tests.worlds import world
+from tests.worlds import STILL, world
 
 STEPS, PER_EPOCH = 12, 4
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ROWS = pytest.mark.parametrize("row", TECHNIQUES)
 
 
 def small():
-    teacher = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32, **STILL}
+    teacher = {
+        "model_type": "bert",
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        **STILL["bert"],
+    }
     return world(teacher={"config": teacher, "outputs": "online"}, trainer={"max_steps": STEPS}, data={"batch_size": 120})
 
 

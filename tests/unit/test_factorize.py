@@ -18,19 +18,9 @@ from distill.errors import UserError
 from distill.models import logits
 from distill.module import Distillation
 from distill.runtime.modeling import LowRank
-from tests.worlds import LANGUAGE, trainer, world
+from tests.worlds import LANGUAGE, STILL, few, trainer
 
-STILL = {  # no dropout: a resumed run draws other random numbers
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
 EPOCH = 4  # steps
-
-
-def few(**changes):
-    made = world(**changes)
-    made.examples["train"] = made.examples["train"].select(range(16 * EPOCH))
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,10 @@ from distill.compress import masks
 from distill.errors import UserError
 from distill.module import Distillation
 from distill.runtime.modeling import LowRank
-from tests.worlds import LANGUAGE, trainer, world
+from tests.worlds import LANGUAGE, STILL, few, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Be aware that when using `ckpt_path`")
 RAMP = {"start": 2, "end": 6, "every": 1}
-STILL = {  # no dropout: a resumed run draws other random numbers
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
-
-
-def few(**changes):
-    """A world with four optimizer steps an epoch."""
-    made = world(**changes)
-    made.examples["train"] = made.examples["train"].select(range(64))
-    return made
 
 
 @pytest.fixture(scope="module")

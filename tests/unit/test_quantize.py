@@ -21,16 +21,11 @@ from distill.errors import RunFailed, UserError
 from distill.models import logits
 from distill.module import Distillation
 from distill.runtime import modeling
-from tests.worlds import LANGUAGE, trainer, world
+from tests.worlds import LANGUAGE, STILL, few, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 DISTILBERT = {"teacher": {"config": {"model_type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2}}}
 WORLDS = {"bert": {}, "distilbert": DISTILBERT, "gpt2": LANGUAGE}
-STILL = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
 SETTINGS = {
     "8 bits": {},
     "8 bits, dynamic": {"activations": "dynamic"},
@@ -43,12 +38,6 @@ SETTINGS = {
     "nf4": {"bits": 4, "method": "nf4"},
 }
 EPOCH = 4  # steps
-
-
-def few(**changes):
-    made = world(**changes)
-    made.examples["train"] = made.examples["train"].select(range(16 * EPOCH))
-    return made
 
 
 @pytest.fixture(scope="module")
