@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from distill import ranks
 from distill.compress.schedule import Schedule
 from distill.errors import RunFailed, UserError
 from distill.models import blocks
@@ -192,8 +193,8 @@ def _same_on_all_ranks(trainer: L.Trainer, name: str, decided: dict[str, Tensor]
 
 
 def summed(module: Distillation, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each rank gathered from its own examples, as one."""
-    return {name: module.trainer.strategy.reduce(value.clone(), reduce_op="sum") for name, value in values.items()}
+    """What each rank gathered from its own examples, as one; a rank that had none adds nothing. All ranks must come here."""
+    return ranks.totals(values, module.device)
 
 
 def chosen(

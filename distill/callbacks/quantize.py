@@ -173,10 +173,10 @@ class Quantize(Compression):
         self._observer.values = self.ranges = {name: value.to(student.device) for name, value in self.ranges.items()}
 
     def _share_ranges(self, module: Distillation) -> None:
-        """Their mean on every rank, after each step: a checkpoint holds those of one."""
-        if module.trainer.world_size > 1 and self.ranges:
-            mean_L2 = summed(module, {"": torch.stack(list(self.ranges.values()))})[""] / module.trainer.world_size
-            self.ranges.update(zip(self.ranges, mean_L2, strict=True))
+        """Their mean over the ranks that have seen an example, after each step: a checkpoint holds those of one rank."""
+        if module.trainer.world_size > 1:
+            seen = summed(module, {name: torch.cat([value, torch.ones_like(value[:1])]) for name, value in self.ranges.items()})
+            self.ranges.update({name: total_3[:2] / total_3[2] for name, total_3 in seen.items()})
 
     def _mark_sparse(self, student: PreTrainedModel) -> None:
         quantized.mark_sparse(student, record(student).get("sparse", ()))
