@@ -1,4 +1,7 @@
-"""Command lines: what went wrong is one sentence and an exit code, 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+"""Command lines: what went wrong is one sentence and an exit code, 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
+
+75 says that the run was asked to end by a signal, and that the command to continue it was named.
+"""
 
 import functools
 import logging
@@ -12,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distill.errors import UserError
+from distill.errors import Stopped, UserError
 from distill.recipe import sentence
 
 T = TypeVar("T")
@@ -49,6 +52,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             print(f"distill: {_of_the_disk(error)}", file=sys.stderr)
             sys.exit(1)
+        except Stopped as asked:
+            print(f"distill: {asked}", file=sys.stderr)
+            sys.exit(asked.exit_code)
         except KeyboardInterrupt:
             print("distill: interrupted: what was finished is kept, and the same command uses it again", file=sys.stderr)
             sys.exit(130)

@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("dense", "torchao", "packed")
 QUANTIZE = ("weights", "dynamic", "static")
 SCHEDULES = ("constant", "linear", "cosine")
+STRATEGIES = ("auto", "ddp")
 PARTS = ("loss", "supervised", "divergence")  # what the log calls the parts of the loss, beside the extra terms
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
@@ -184,6 +185,20 @@ class Optimizer:
 
 
 @dataclass
+class Checkpoint:
+    """When the state of a training is saved: at these intervals, after every look at the validation split, and at the end."""
+
+    steps: int | None = None  # optimizer steps; null: not by steps
+    minutes: float | None = 10.0  # null: not by time
+    keep: int = 2  # the newest ones; the one that did best is kept as well
+
+    def __post_init__(self) -> None:
+        _above_zero("trainer.checkpoint.steps", self.steps, "null does not save by steps")
+        _above_zero("trainer.checkpoint.minutes", self.minutes, "null does not save by time")
+        _above_zero("trainer.checkpoint.keep", self.keep, "2 leaves one should the newest be damaged")
+
+
+@dataclass
 class Trainer:
     """How long, in which precision, and when to look at the validation split."""
 
@@ -192,8 +207,12 @@ class Trainer:
     accumulate: int = 1  # micro-batches per optimizer step
     precision: str = "auto"  # auto: bf16-mixed where the device has bf16 units, else 32-true
     accelerator: str = "auto"  # auto, cpu, gpu
+    devices: int = 1  # processes of this machine, one a device; torchrun and srun, which start them, know better
+    nodes: int = 1  # machines; more than one needs torchrun or srun
+    strategy: str = "auto"  # of several processes: auto and ddp are copies of the student with one gradient
     validations: int = 4  # looks at the validation split per run, evenly spaced; the last step is one of them
     patience: int | None = None  # stop after this many looks without improvement
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     progress: bool = True  # progress bar
 
     def __post_init__(self) -> None:
@@ -204,6 +223,9 @@ class Trainer:
         _above_zero("trainer.patience", self.patience, "null never stops early")
         _one_of("trainer.precision", self.precision, PRECISIONS)
         _one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        _above_zero("trainer.devices", self.devices, "1 trains in one process")
+        _above_zero("trainer.nodes", self.nodes, "1 is this machine")
+        _one_of("trainer.strategy", self.strategy, STRATEGIES)
 
 
 @dataclass

@@ -11,17 +11,21 @@ from typing import Any
 import lightning as L
 import torch
 from datasets import Dataset
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 
-from distill import config, data
+from distill import checkpoints, config, data, ranks, signals, store
 from distill.callbacks.base import compressions
+from distill.checkpoints import DurableIO, Saver, StepSeed
 from distill.data import Loader
 from distill.errors import RunFailed, UserError
 from distill.module import Distillation
 from distill.stages import watched
 from distill.tasks.base import Task
+from distill.tracking import Csv
 
 log = logging.getLogger(__name__)
+
+NEVER = 1 << 62  # batches
 
 
 def steps(trainer: config.Trainer, per_epoch: int, epochs: float | None = None) -> int:
@@ -46,10 +50,11 @@ def precision(trainer: config.Trainer) -> str:
 
 def loaders(run: config.Run, train: Dataset, validation: Dataset, task: Task, pad_id: int) -> tuple[Loader, Loader]:
     """Training batches in an order fixed by (seed, epoch), and validation batches, as the recipe asks for them."""
-    settings = run.data
+    settings, rank, world = run.data, ranks.rank(), ranks.world()
+    grouped, workers = settings.group_by_length, settings.workers
     return (
-        data.loader(train, task, pad_id, settings.batch_size, run.trainer.accumulate, run.seed, settings.group_by_length, settings.workers),
-        data.loader(validation, task, pad_id, run.evaluate.batch_size),
+        data.loader(train, task, pad_id, settings.batch_size, run.trainer.accumulate, run.seed, grouped, workers, rank, world),
+        data.loader(validation, task, pad_id, run.evaluate.batch_size, rank=rank, world=world),
     )
 
 
@@ -65,74 +70,118 @@ def fit(
 ) -> dict[str, float]:
     """Train, and leave the module with the weights that did best on the validation split. Returns that checkpoint's metrics.
 
-    `rate` is the recipe's key of the learning rate, to be named should the training diverge.
+    What `folder` holds of checkpoints is gone on from. `rate` is the recipe's key of the learning rate, to be named should the
+    training diverge.
     """
-    metric, mode = f"val/{module.task.primary}", "max" if module.task.maximise else "min"
-    best = Best(folder, filename="best", monitor=metric, mode=mode, save_top_k=1, enable_version_counter=False)
-    last = ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
-    ours = [LookAtTheEnd(module.steps), Narrator(metric), best, last]
-    if settings.patience is not None:
-        ours.append(Patience(metric, mode=mode, patience=settings.patience))
-    if watched(settings.progress):
-        ours.append(Bar(leave=False))
-    with quiet():
-        # the user's callbacks come first: a checkpoint holds what they did
-        trainer = _trainer(settings, module.steps, train, logger=loggers, callbacks=[*callbacks, *ours])
+    metric = f"val/{module.task.primary}"
+    best = Best(metric, module.task.maximise)
+    start = Path(found) if (found := ranks.share(str(checkpoints.newest(folder) or "") if ranks.is_first() else "")) else None
+    if start is not None:
+        log.info("going on from %s", start)
+    for logger in (logger for logger in loggers if isinstance(logger, Csv)):
+        logger.forget_from(checkpoints.step_of(start) if start is not None else 0)
+    with quiet(), signals.noted() as requests:
+        first = [StepSeed(train.plan.seed or 0), Saver(folder, settings.checkpoint, module.steps, best, requests)]
+        # the user's callbacks come before ours that look: those see what they did
+        ours = [*first, *callbacks, *_lookers(module, settings, best)]
+        trainer = _trainer(settings, module.steps, train, logger=loggers, callbacks=ours)
         with as_interrupt(trainer):
-            trainer.fit(module, train, validation)
-    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True) if best.best_model_path else None
-    if checkpoint is None or not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
+            trainer.fit(module, train, validation, ckpt_path=start, weights_only=True)
+    return {metric: best.score, "step": _load_best(module, folder, best, rate)}
+
+
+def _lookers(module: Distillation, settings: config.Trainer, best: "Best") -> list[Callback]:
+    """The callbacks that look at the validation split, and what comes of it."""
+    lookers = [Looks(module.steps, settings.validations), Narrator(best.metric), best]
+    if settings.patience is not None:
+        lookers.append(Patience(best.metric, mode="max" if best.maximise else "min", patience=settings.patience))
+    return [*lookers, Bar(leave=False)] if watched(settings.progress) else lookers
+
+
+def _load_best(module: Distillation, folder: Path, best: "Best", rate: str) -> int:
+    """Give the module the weights that did best, and return their step; RunFailed where there are none that are finite."""
+    checkpoint = None if best.step is None else torch.load(checkpoints.at(folder, best.step), map_location="cpu", weights_only=True)
+    if best.step is None or checkpoint is None or not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
         raise RunFailed(f"{rate} is {module.settings.lr:g}, but with it the training diverged and left no finite weights: lower {rate}")
     module.load_state_dict(checkpoint["state_dict"])
     module.eval()
-    return {metric: float(best.best_model_score), "step": checkpoint["global_step"]}  # type: ignore[arg-type]
+    if ranks.is_first():
+        store.alias(checkpoints.at(folder, best.step), folder / "best.ckpt")
+        store.alias(checkpoints.last(folder), folder / "last.ckpt")
+    return best.step
 
 
 def _trainer(settings: config.Trainer, steps: int, train: Loader, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator=settings.accelerator,
-        devices=1,
+    trainer = L.Trainer(
+        **ranks.strategy(settings),
         precision=precision(settings),  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=math.ceil(steps / train.plan.steps),
         accumulate_grad_batches=settings.accumulate,
-        val_check_interval=math.ceil(steps / settings.validations) * settings.accumulate,
+        val_check_interval=1,  # until Looks says more: a resumed training takes up where a look at the validation split was over
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         deterministic="warn",
         log_every_n_steps=max(1, min(10, steps // 20)),
         enable_progress_bar=any(isinstance(callback, Bar) for callback in options["callbacks"]),
+        enable_checkpointing=False,
         enable_model_summary=False,
+        plugins=[DurableIO()],
         **options,
     )
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # they are handled here
+    return trainer
 
 
-class InFinalForm(Callback):
-    """Counts only the looks at the validation split after which no technique will change the student any more."""
+def _in_final_form(trainer: L.Trainer) -> bool:
+    """Whether no technique will change the student any more: only then a look at the validation split counts."""
+    return all(technique.reached == 1 for technique in compressions(trainer.callbacks))  # type: ignore[attr-defined]
+
+
+class Best(Callback):
+    """Remembers the step after which the student did best on the validation split."""
+
+    def __init__(self, metric: str, maximise: bool) -> None:
+        self.metric, self.maximise = metric, maximise
+        self.score = math.nan
+        self.step: int | None = None
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if all(technique.reached == 1 for technique in compressions(trainer.callbacks)):  # type: ignore[attr-defined]
+        score = float(trainer.callback_metrics[self.metric])
+        better = score > self.score if self.maximise else score < self.score
+        if _in_final_form(trainer) and (better or math.isnan(self.score)):
+            self.score, self.step = score, trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.score, self.step = state["score"], state["step"]
+
+
+class Patience(EarlyStopping):
+    """Stops where the validation split shows no improvement."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if _in_final_form(trainer):
             super().on_validation_end(trainer, module)
 
 
-class Best(InFinalForm, ModelCheckpoint):
-    """The checkpoint that did best on the validation split."""
+class Looks(Callback):
+    """Looks at the validation split after optimizer steps that are evenly spaced, and after the last."""
 
+    def __init__(self, steps: int, validations: int) -> None:
+        self.steps, self.every, self._seen = steps, math.ceil(steps / validations), 0
 
-class Patience(InFinalForm, EarlyStopping):
-    """Stops where the validation split shows no improvement."""
-
-
-class LookAtTheEnd(Callback):
-    """Makes the last step a look at the validation split, whatever the interval."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step >= self.steps:
-            trainer.should_stop = True
+        step, before = trainer.global_step, self._seen
+        trainer.val_check_batch = 1 if step > before and step % self.every == 0 else NEVER
+        trainer.should_stop = trainer.should_stop or step >= self.steps  # which is a reason to look
+        self._seen = step
 
 
 class Narrator(Callback):

@@ -6,8 +6,10 @@ module tree, so it is in no checkpoint, optimizer or DDP bucket, and `.train()` 
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import zip_longest
 from typing import Any, cast
 
 import lightning as L
@@ -16,8 +18,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from distill import config, losses, targets
+from distill import config, losses, ranks, targets
 from distill.compress.rebuild import rebuild
+from distill.data import idle
 from distill.models import logits
 from distill.tasks.base import Batch, Task
 from distill.terms import Term
@@ -64,10 +67,12 @@ class Distillation(L.LightningModule):
             teacher.to("cpu")  # type: ignore[arg-type]  # where the Trainer leaves the student
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        parts = self.parts(batch)
+        """Lightning divides the loss by the micro-batches of a step and DDP the gradients by the ranks: `batch.rows` has done both."""
+        with unobserved(self.student) if idle(batch) else nullcontext():
+            parts = self.parts(batch)
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value.detach()
-        return parts["loss"] * self.trainer.accumulate_grad_batches  # Lightning divides by it; `batch.rows` has done so already
+        return parts["loss"] * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def parts(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of one micro-batch by name; summed over the micro-batches of a step they are that step's."""
@@ -91,10 +96,12 @@ class Distillation(L.LightningModule):
         if batch.teacher is not None:
             return batch.teacher[:, : self.classes]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.task.rows(logits(self._teacher[0], batch.inputs), batch)[:, : self.classes].float()
+            teacher_NC = self.task.rows(logits(self._teacher[0], batch.inputs), batch)[:, : self.classes]
+            return teacher_NC.to(torch.promote_types(teacher_NC.dtype, torch.float32))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        values = self._parts | {"lr": torch.tensor(optimizer.param_groups[0]["lr"])}
+        summed = ranks.total(torch.stack([value.float() for value in self._parts.values()]))
+        values = dict(zip(self._parts, summed, strict=True)) | {"lr": torch.tensor(optimizer.param_groups[0]["lr"])}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
         self._parts = {}
 
@@ -105,10 +112,14 @@ class Distillation(L.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:
         rows_NC = self.task.rows(logits(self.student, batch.inputs), batch)[:, : self.classes]
-        self._outcomes.append(self.task.outcomes(rows_NC.float(), batch))
+        if not idle(batch):
+            self._outcomes.append({name: column.cpu() for name, column in self.task.outcomes(rows_NC.float(), batch).items()})
 
     def on_validation_epoch_end(self) -> None:
-        columns = {name: torch.cat([outcome[name] for outcome in self._outcomes]).cpu() for name in self._outcomes[0]}
+        """The metrics of the whole split on every rank, from its examples in the order in which one process would have seen them."""
+        turns = zip_longest(*ranks.gather(self._outcomes))  # a rank had every world-th batch
+        outcomes = [outcome for turn in turns for outcome in turn if outcome is not None]
+        columns = {name: torch.cat([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
         self._outcomes = []
         self.log_dict({f"val/{name}": value for name, value in self.task.quality(columns).items()}, batch_size=1)
 
@@ -148,6 +159,16 @@ class Distillation(L.LightningModule):
         """Give the student the form that it had, for the weights to fit."""
         rebuild(self.student, json.loads(checkpoint["student_config"]))
         self._attach()
+
+
+@contextmanager
+def unobserved(student: nn.Module) -> Iterator[None]:
+    """Evaluation mode for an example that does not count: nobody gathers statistics of it."""
+    training = [module for module in student.modules() if module.training]
+    student.eval()
+    yield
+    for module in training:
+        module.training = True
 
 
 def divergence(task: Task, loss: config.Loss) -> Any:

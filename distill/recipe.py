@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill import formats, targets
+from distill import formats, store, targets
 from distill.config import Run
 from distill.errors import UserError
 
@@ -27,6 +27,7 @@ HELP = """Distils a Transformers model into a smaller one, measures both and exp
 
   python -m distill.train recipe=NAME [key=value ...]     one run; recipe=FILE.yaml works too
   python -m distill.train -m recipe=A,B key=1,2           every combination
+  python -m distill.train resume=FOLDER [key=value ...]   go on with a run that was cut short; resume=last finds the newest
 
 Recipes: {recipes}
 
@@ -154,8 +155,8 @@ def checked(composed: DictConfig) -> Run:
     return run
 
 
-def save(run: Run, file: Path) -> None:
-    """The run as a recipe of its own, which gives the same weights again; local paths are made absolute."""
+def portable(run: Run) -> Run:
+    """The run with its local paths made absolute."""
     saved = copy.deepcopy(run)
     for section, key in ((saved.data, "source"), (saved.tokenizer, "model"), (saved.teacher, "model"), (saved.student, "model")):
         value = getattr(section, key, None)
@@ -163,8 +164,19 @@ def save(run: Run, file: Path) -> None:
             setattr(section, key, str(Path(value).absolute()))
     if saved.data.unlabelled is not None and Path(saved.data.unlabelled).is_file():  # a bare name may be a split's
         saved.data.unlabelled = str(Path(saved.data.unlabelled).absolute())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"# python -m distill.train recipe={file.absolute()}\n{OmegaConf.to_yaml(OmegaConf.structured(saved))}")
+    return saved
+
+
+def save(run: Run, file: Path) -> None:
+    """The run as a recipe of its own, which gives the same weights again."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(portable(run)))
+    store.put(file, f"# python -m distill.train recipe={file.absolute()}\n{text}".encode())
+
+
+def quoted(text: str) -> str:
+    """A string as Hydra's command line wants it, where a backslash is special before a quote alone."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def _check_together(run: Run) -> None:

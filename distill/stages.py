@@ -1,12 +1,19 @@
-"""The named stages of a run, in the terminal and in its log: which one is under way, and how long each took."""
+"""The named stages of a run, in the terminal and in its log: which one is under way, how long each took, which are done."""
 
+import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distill import store
 
 log = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
 
 
 def watched(progress: bool) -> bool:
@@ -15,10 +22,18 @@ def watched(progress: bool) -> bool:
 
 
 class Stages:
-    """Wall times in seconds by stage, filled as the stages end."""
+    """Which stages of a run folder are done, with their wall times in seconds and what they found; kept in `progress.json`.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    What a killed run had done is done. Without a folder nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None = None, writes: bool = True) -> None:
+        self.file = None if folder is None else folder / PROGRESS
+        self.writes = writes
+        told = _read(self.file)
+        self.seconds: dict[str, float] = told.get("seconds", {})
+        self.found: dict[str, Any] = told.get("found", {})
+        self.finished: bool = told.get("finished", False)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -27,3 +42,32 @@ class Stages:
         yield
         self.seconds[name] = round(time.perf_counter() - start, 2)
         log.info("%s took %.1f s", name, self.seconds[name])
+        self._write()
+
+    def done(self, name: str) -> bool:
+        return name in self.seconds
+
+    def again(self, names: Iterable[str]) -> None:
+        """These stages are not done any more."""
+        self.seconds = {name: seconds for name, seconds in self.seconds.items() if name not in names}
+        self.finished = False
+        self._write()
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+        self.finished = True
+        self._write()
+
+    def _write(self) -> None:
+        if self.file is not None and self.writes:
+            told = {"seconds": self.seconds, "found": self.found, "finished": self.finished}
+            store.put(self.file, (json.dumps(told, indent=1) + "\n").encode())
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+        return told if isinstance(told, dict) else {}
+    except ValueError as error:
+        log.warning("%s is damaged (%s): the stages after the teacher are done again", file, error)
+        return {}

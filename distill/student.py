@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel
 
-from distill import config, data, fit, models, packing, store, targets
+from distill import config, data, fit, models, packing, ranks, store, targets
 from distill.callbacks import Quantize
 from distill.callbacks.base import Before, Compression, arranged, compressions, named
 from distill.compress.rebuild import loosened
@@ -50,10 +50,13 @@ def distil(
 ) -> dict[str, Any]:
     """Train the recipe's student and write it to `student/` in the run folder. Returns what metrics.json says of its training.
 
+    A training that was cut short goes on from its newest checkpoint.
+
     Where callbacks compress it, `dense/` holds the student as it was before the first of them changed it.
     """
     L.seed_everything(run.seed, verbose=False)  # whether the teacher was trained now or earlier must not matter
     student, classes = build(run, task, tokenizer, teacher)
+    student.config.architectures = [type(student).__name__]  # as saving it does: checkpoints before and after that are alike
     learned = useful(examples["train"], task, run)
     train, validation = fit.loaders(run, learned, examples["validation"], task, tokenizer.pad_token_id)
     packing.check(run, student, _quantized(student, callbacks))
@@ -72,6 +75,7 @@ def distil(
     for technique in techniques:
         tokenizer = technique.finish(student, tokenizer)
     _save(student, tokenizer, folder / "student")
+    ranks.barrier()
     return {"examples": len(learned), "steps": steps, "best": best}
 
 
@@ -85,8 +89,9 @@ def _quantized(student: PreTrainedModel, callbacks: list[Callback]) -> list[str]
 
 
 def _save(student: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    with store.writing(folder) as inside:
-        models.save(student, tokenizer, inside)
+    if ranks.is_first():
+        with store.writing(folder) as inside:
+            models.save(student, tokenizer, inside)
 
 
 def _callback(name: str, spec: dict[str, Any]) -> Callback:
@@ -111,7 +116,8 @@ def build(run: config.Run, task: Task, tokenizer: Any, teacher: PreTrainedModel 
         log.info(headline)
         log.debug(tensors)
     else:
-        student = models.load(spec.model, spec.config, task, "student", tokenizer)
+        with ranks.first_then_others():  # it may have to be downloaded
+            student = models.load(spec.model, spec.config, task, "student", tokenizer)
         models.check_length(student, task.max_length, "student")
         models.check_labels(student, task, "student")
         models.check_floats(student, "student")

@@ -3,8 +3,9 @@
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from distill import config, data, fit, models, store
+from distill import config, data, fit, models, ranks, store
 from distill.compress.rebuild import loosened
 from distill.errors import UserError
 from distill.module import Distillation
@@ -28,8 +29,10 @@ from distill.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what is stored here: raise it when training or losses change, and no older teacher or output is used
+VERSION = 2  # of what is stored here: raise it when training or losses change, and no older teacher or output is used
 CHUNK = 1 << 26  # bytes of outputs that are in memory at a time
+TOGETHER = 2048  # examples that are sorted by length and computed together, at the most: ranks take turns at so many
+OUTPUTS = "outputs.arrow"
 FLOAT = 4  # bytes of one of them
 
 
@@ -39,7 +42,8 @@ def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, f
         return None
     L.seed_everything(run.seed, verbose=False)
     as_it_is = run.teacher.finetune is None and run.teacher.model is not None
-    teacher = models.load(run.teacher.model, run.teacher.config, task, "teacher", tokenizer, strict=as_it_is)
+    with ranks.first_then_others():  # it may have to be downloaded
+        teacher = models.load(run.teacher.model, run.teacher.config, task, "teacher", tokenizer, strict=as_it_is)
     models.check_length(teacher, task.max_length, "teacher")
     models.check_floats(teacher, "teacher")
     if run.teacher.finetune is not None:
@@ -48,7 +52,7 @@ def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, f
         teacher = finetuned(run, task, tokenizer, examples, teacher, folder, tracker)
     else:
         models.check_labels(teacher, task, "teacher")
-        if run.teacher.model is None:
+        if run.teacher.model is None and ranks.is_first():
             models.save(teacher, tokenizer, folder / "teacher")
     return teacher.to(getattr(torch, run.teacher.dtype)).eval().requires_grad_(False)
 
@@ -59,13 +63,18 @@ def finetuned(
     """The fine-tuned teacher, from the store or trained now and put there; its files are in the run folder too."""
     labelled = DatasetDict(train=data.labelled_only(examples["train"], task), validation=examples["validation"])
     entry = store.entry("teachers", _ingredients(run, task, labelled, teacher))
-    if store.intact(entry):
+    checkpoints = folder / "checkpoints" / "teacher"
+    if ranks.share(ranks.is_first() and store.intact(entry)):
         log.info("the fine-tuned teacher of an earlier run with the same ingredients is used again")
     else:
-        _finetune(run, task, tokenizer, labelled, teacher, folder / "checkpoints" / "teacher", tracker)
-        with store.writing(entry) as inside:
-            models.save(teacher, tokenizer, inside)
-    store.link(entry, folder / "teacher")
+        _finetune(run, task, tokenizer, labelled, teacher, checkpoints, tracker)
+        if ranks.is_first():
+            with store.writing(entry) as inside:
+                models.save(teacher, tokenizer, inside)
+    if ranks.is_first():
+        store.link(entry, folder / "teacher")
+        shutil.rmtree(checkpoints, ignore_errors=True)  # the store and the run folder hold the result
+    ranks.barrier()
     return models.load(str(entry), None, task, "teacher", tokenizer, strict=True)
 
 
@@ -101,7 +110,6 @@ def _finetune(
     module = Distillation(task, teacher, None, config.Loss(alpha=1.0), replace(run.optimizer, lr=settings.lr), steps)
     log.info("fine-tuning the teacher on %d examples, %d steps, %s", len(labelled["train"]), steps, fit.precision(run.trainer))
     fit.fit(module, train, validation, run.trainer, folder, tracker.loggers("teacher"), [], "teacher.finetune.lr")
-    shutil.rmtree(folder)  # the store and the run folder hold the result
 
 
 def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dataset, task: Task, tokenizer: Any) -> Dataset:
@@ -118,14 +126,39 @@ def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dat
         "device": models.device_of(run),
     }
     entry = store.entry("outputs", ingredients)
-    if store.intact(entry):
+    if ranks.share(ranks.is_first() and store.intact(entry)):
         log.info("the teacher's outputs of an earlier run with the same ingredients are used again")
     else:
         _refuse_too_large(teacher, examples)
-        with store.writing(entry) as inside:
-            _write(run, teacher, examples, task, tokenizer.pad_token_id, inside / "outputs.arrow")
-    outputs = Dataset.from_file(str(entry / "outputs.arrow"))
+        _fill(run, teacher, examples, task, tokenizer.pad_token_id, entry)
+    outputs = Dataset.from_file(str(entry / OUTPUTS))
     return concatenate_datasets([examples, outputs], axis=1)
+
+
+def _fill(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int, entry: Path) -> None:
+    """Each rank computes every world-th chunk; the first one joins them. The bytes do not depend on how many there are."""
+    if ranks.world() == 1:
+        with store.writing(entry) as inside:
+            _write(run, teacher, examples, task, pad_id, inside / OUTPUTS)
+        return
+    with store.drafting(entry.parent) if ranks.is_first() else nullcontext(Path()) as drafts:
+        parts = ranks.share(drafts)
+        _write(run, teacher, examples, task, pad_id, parts / f"{ranks.rank()}.arrow")
+        ranks.barrier()
+        if ranks.is_first():
+            with store.writing(entry) as inside:
+                _join([parts / f"{rank}.arrow" for rank in range(ranks.world())], inside / OUTPUTS)
+    ranks.barrier()
+
+
+def _join(parts: list[Path], file: Path) -> None:
+    """The chunks of all ranks in the order of the examples: the n-th is the next one of rank n % world."""
+    with ExitStack() as opened:
+        streams = [pa.ipc.open_stream(opened.enter_context(pa.memory_map(str(part)))) for part in parts]
+        joined = opened.enter_context(pa.ipc.new_stream(str(file), streams[0].schema))
+        for turn in zip_longest(*streams):
+            for chunk in (chunk for chunk in turn if chunk is not None):
+                joined.write_batch(chunk)
 
 
 def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
@@ -138,27 +171,29 @@ def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
 
 
 def _write(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int, file: Path) -> None:
-    """One forward over all examples, chunk by chunk; inside a chunk the longest go first, so that batches pad little."""
+    """One forward over this rank's chunks, one by one; inside a chunk the longest go first, so that batches pad little."""
     width = models.width(teacher)
+    chunks = _chunks(examples, width)[ranks.rank() :: ranks.world()]
     schema = pa.schema({"teacher_logits": pa.list_(pa.list_(pa.float32(), width))})
     with (
         models.on(models.device_of(run), teacher),
         Progress(console=Console(), transient=True, disable=not watched(run.trainer.progress)) as bar,
         pa.ipc.new_stream(str(file), schema) as stream,
     ):
-        shown = bar.add_task("teacher outputs", total=len(examples))
-        for places in _chunks(examples, width):
+        shown = bar.add_task("teacher outputs", total=sum(map(len, chunks)))
+        for places in chunks:
             loader = data.loader(examples.select(places), task, pad_id, run.evaluate.batch_size)
             outputs = _outputs(teacher, task, loader, lambda count: bar.advance(shown, count))
             stream.write_batch(pa.record_batch([outputs], schema=schema))
 
 
 def _chunks(examples: Dataset, width: int) -> list[range]:
-    """Neighbouring examples whose outputs take about CHUNK bytes, one example at the least."""
+    """Neighbouring examples, TOGETHER of them or those whose outputs take about CHUNK bytes, one at the least."""
     rows = np.asarray(examples.with_format("numpy")["rows"][:], dtype=np.int64)
-    chunk_of = (rows.cumsum() - rows) * width * FLOAT // CHUNK
-    edges = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
-    return [range(*pair) for pair in pairwise(edges)]
+    by_size = (rows.cumsum() - rows) * width * FLOAT // CHUNK
+    ends = np.flatnonzero(np.diff(by_size)) + 1
+    edges = [0, *ends.tolist(), len(rows)]
+    return [range(start, min(start + TOGETHER, end)) for first, end in pairwise(edges) for start in range(first, end, TOGETHER)]
 
 
 @torch.inference_mode()

@@ -104,7 +104,7 @@ class HiddenStates(Term):
 
     def compare(self, place: str, student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         if place in self.projections:
-            student_BLD = self.projections[place](student_BLD.float())
+            student_BLD = self.projections[place](student_BLD.to(torch.promote_types(student_BLD.dtype, torch.float32)))
         return self.distance(student_BLD, teacher_BLD, mask_BL)
 
 

@@ -1,14 +1,19 @@
 """Loggers: metrics.csv always; Weights & Biases beside it, which never asks a question and never stops a run."""
 
+import csv
+import io
 import logging
 import os
+import secrets
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
 
-from distill import config
+from distill import config, ranks, store
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +25,13 @@ class Tracker:
 
     def __init__(self, run: config.Run, folder: Path) -> None:
         self.folder = folder
-        self.run = start(run, folder)
+        self.run = start(run, folder) if ranks.is_first() else None
 
     def loggers(self, stage: str) -> list[Any]:
-        """`logs/<stage>/metrics.csv`, and the same figures as `<stage>/...` on the Weights & Biases run."""
-        loggers: list[Any] = [CSVLogger(self.folder, name="logs", version=stage)]
+        """`logs/<stage>/metrics.csv`, and the same figures as `<stage>/...` on the Weights & Biases run; the first rank's alone."""
+        if not ranks.is_first():
+            return []
+        loggers: list[Any] = [Csv(self.folder / "logs" / stage / "metrics.csv")]
         if self.run is not None:
             loggers.append(WandbLogger(experiment=self.run, prefix=stage, log_model=False))
         return loggers
@@ -35,6 +42,51 @@ class Tracker:
             self.run.finish()
 
 
+class Csv(Logger):
+    """A table that a killed and resumed training goes on with: no step is in it twice."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+        self._columns: list[str] = []
+
+    name = version = None
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The recipe is in the run folder."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {**metrics, "step": step}
+        if row.keys() - set(self._columns):
+            self._write([*self._rows(), row])
+        else:
+            with self.file.open("a", newline="") as stream:
+                csv.DictWriter(stream, self._columns).writerow(row)
+
+    def forget_from(self, step: int) -> None:
+        """Drop what was logged at this step and later: it is to come again."""
+        rows = [row for row in self._rows() if int(row["step"]) < step]
+        if rows:
+            self._write(rows)
+        else:
+            self.file.unlink(missing_ok=True)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """All rows but for one that was not written to its end."""
+        if not self.file.is_file():
+            return []
+        whole, _, _ = self.file.read_text().rpartition("\n")
+        return list(csv.DictReader(io.StringIO(whole)))
+
+    def _write(self, rows: Iterable[dict[str, Any]]) -> None:
+        self._columns = sorted({name for row in rows for name in row})
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, self._columns)
+        table.writeheader()
+        table.writerows(rows)
+        store.put(self.file, text.getvalue().encode())
+
+
 def start(run: config.Run, folder: Path) -> Any:
     """A Weights & Biases run in the recipe's mode, offline where the server does not answer."""
     wanted = mode(run.tracking.wandb)
@@ -42,10 +94,12 @@ def start(run: config.Run, folder: Path) -> Any:
         return None
     import wandb
 
+    identity = _identity(folder / "wandb" / "run-id")
+
     def begin(mode: Literal["online", "offline"]) -> Any:
         settings = wandb.Settings(init_timeout=UNREACHABLE_AFTER, silent=True)
-        name = f"{run.name}/{folder.name}"
-        return wandb.init(project=run.tracking.project, name=name, dir=folder, mode=mode, config=asdict(run), settings=settings)
+        named: dict[str, Any] = {"project": run.tracking.project, "name": f"{run.name}/{folder.name}", "id": identity, "resume": "allow"}
+        return wandb.init(**named, dir=folder, mode=mode, config=asdict(run), settings=settings)
 
     if wanted == "online":
         try:
@@ -55,6 +109,13 @@ def start(run: config.Run, folder: Path) -> Any:
             log.warning("wandb did not answer within %d s (%s): this run is tracked offline", UNREACHABLE_AFTER, said)
             wandb.teardown()
     return begin("offline")
+
+
+def _identity(file: Path) -> str:
+    """Made once for a run folder: a resumed run goes on under it."""
+    if not file.is_file():
+        store.put(file, secrets.token_hex(4).encode())
+    return file.read_text().strip()
 
 
 def mode(wanted: str) -> str:

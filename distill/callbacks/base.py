@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill import ranks
 from distill.compress.schedule import Schedule
 from distill.errors import RunFailed, UserError
 from distill.models import blocks, gathered
@@ -124,7 +125,7 @@ class Compression(Callback):
         if amount > self.reached and due:
             self.reached = amount
             self.change(module, amount)
-            _same_on_all_ranks(trainer, type(self).__name__, self.decided())
+            _same_on_all_ranks(type(self).__name__, self.decided())
 
 
 @contextmanager
@@ -185,33 +186,20 @@ def arranged(callbacks: list[Callback], total: int) -> list[Callback]:
     return [*(each for each in callbacks if not isinstance(each, Compression)), *techniques]
 
 
-def _same_on_all_ranks(trainer: L.Trainer, name: str, decided: dict[str, Tensor]) -> None:
-    if trainer.world_size == 1 or not decided:
+def _same_on_all_ranks(name: str, decided: dict[str, Tensor]) -> None:
+    if ranks.world() == 1:
         return
     digest = hashlib.sha256()
     for key, tensor in sorted(decided.items()):
         digest.update(key.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    found: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(found, digest.hexdigest())
-    if len(set(found)) > 1:
-        raise RunFailed(
-            f"the masks of {name} are {len(set(found))} different ones, but all ranks must have the same: report this as a defect"
-        )
-
-
-def summed(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each rank gathered from its own examples, as one; all ranks must call it, with the same names."""
-    totals = {name: value.clone() for name, value in values.items()}
-    if torch.distributed.is_initialized():
-        for _, total in sorted(totals.items()):
-            torch.distributed.all_reduce(total)
-    return totals
+    different = len(set(ranks.gather(digest.hexdigest())))
+    if different > 1:
+        raise RunFailed(f"the masks of {name} are {different} different ones, but all ranks must have the same: report this as a defect")
 
 
 def of_first_rank(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """A saved sum, for it to be counted once: what it is on the first rank, zeros on the others."""
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    return {name: value if first else torch.zeros_like(value) for name, value in values.items()}
+    return {name: value if ranks.is_first() else torch.zeros_like(value) for name, value in values.items()}
 
 
 def chosen(student: PreTrainedModel, patterns: Iterable[str] | None, kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, nn.Module]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill.callbacks.base import Compression, chosen, of_first_rank, record, summed
+from distill import ranks
+from distill.callbacks.base import Compression, chosen, of_first_rank, record
 from distill.compress import low_rank
 from distill.compress.observe import Observer
 from distill.module import Distillation
@@ -68,7 +69,7 @@ class Factorize(Compression):
     def change(self, module: Distillation, amount: float) -> None:
         self._stop_watching()
         layers = self._targets(module.student)
-        moments = {name: moment for name, moment in summed(self._moments).items() if len(moment) == widths(layers[name])[0]}
+        moments = {name: moment for name, moment in ranks.totals(self._moments).items() if len(moment) == widths(layers[name])[0]}
         self._moments = {}
         for name, layer in layers.items():
             self._factorize(module.student, name, layer, moments.get(name))
@@ -80,7 +81,7 @@ class Factorize(Compression):
         return {name: torch.tensor(rank) for name, rank in self._ranks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"moments": summed(self._moments)}  # Lightning asks all ranks, and keeps what the first says
+        return super().state_dict() | {"moments": ranks.totals(self._moments)}  # Lightning asks all ranks, and keeps what the first says
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

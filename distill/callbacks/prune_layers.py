@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.callbacks.base import summed
+from distill import ranks
 from distill.callbacks.prune_structure import Structure
 from distill.compress import importance, structure
 from distill.compress.observe import Observer
@@ -80,7 +80,7 @@ class PruneLayers(Structure):
 
     def after_step(self, module: Distillation) -> None:
         if self._observer is not None and self._influence is not None:
-            values = summed(self._observer.values)
+            values = ranks.totals(self._observer.values)
             self._influence += torch.stack([values[str(place)] for place in range(len(self._blocks))])
             self._observer.values.clear()
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.callbacks.base import Compression, record, summed
+from distill import ranks
+from distill.callbacks.base import Compression, record
 from distill.compress import importance, structure
 from distill.compress.observe import Observer
 from distill.compress.structure import Groups
@@ -128,7 +129,7 @@ class PruneGroups(Structure):
 
     def after_step(self, module: Distillation) -> None:
         if self._observer is not None:
-            values = summed(self._observer.values)  # each step, so that a checkpoint holds what all ranks saw
+            values = ranks.totals(self._observer.values)  # each step, so that a checkpoint holds what all ranks saw
             for site in self._sites:
                 site.score += values.get(site.place, 0)
             self._observer.values.clear()

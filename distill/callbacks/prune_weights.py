@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill.callbacks.base import STAGES, Compression, chosen, parts, record, summed
+from distill import ranks
+from distill.callbacks.base import STAGES, Compression, chosen, parts, record
 from distill.callbacks.factorize import Factorize
 from distill.callbacks.prune_structure import PruneNeurons
 from distill.compress import masks, scores, structure
@@ -132,7 +133,7 @@ class PruneWeights(Compression):
     def _look(self, module: Distillation) -> None:
         if self._observer is not None:
             self._observer.remove()
-            for name, sums_I in summed(self._observer.values).items():
+            for name, sums_I in ranks.totals(self._observer.values).items():
                 self.statistics[f"{name}.weight"] = self._so_far(f"{name}.weight", sums_I) + sums_I
             self._observer = None
 

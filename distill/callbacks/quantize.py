@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.callbacks.base import Compression, chosen, parts, record, summed
+from distill import ranks
+from distill.callbacks.base import Compression, chosen, parts, record
 from distill.compress import quantized
 from distill.compress.observe import Observer
 from distill.compress.quantize import NEIGHBOURS, TABLE, Spec, divisor, suited
@@ -106,7 +107,7 @@ class Quantize(Compression):
         quantized.set_ranges(student, self.ranges)
 
     def after_step(self, module: Distillation) -> None:
-        self._share_ranges(module)
+        self._share_ranges()
         if self.reached < 1:
             self._observe(module.student)
             return
@@ -163,11 +164,11 @@ class Quantize(Compression):
         self._observer, self._observed = Observer(student, watched, extremes, moving), watched
         self._observer.values = self.ranges = {name: value.to(student.device) for name, value in self.ranges.items()}
 
-    def _share_ranges(self, module: Distillation) -> None:
-        """Their mean on every rank, after each step: a checkpoint holds those of one."""
-        if module.trainer.world_size > 1 and self.ranges:
-            mean_L2 = summed({"": torch.stack(list(self.ranges.values()))})[""] / module.trainer.world_size
-            self.ranges.update(zip(self.ranges, mean_L2, strict=True))
+    def _share_ranges(self) -> None:
+        """Their mean over the ranks that have seen an example, after each step: a checkpoint holds those of one rank."""
+        if ranks.world() > 1:
+            seen = ranks.totals({name: torch.cat([value, torch.ones_like(value[:1])]) for name, value in self.ranges.items()})
+            self.ranges.update({name: total_3[:2] / total_3[2] for name, total_3 in seen.items()})
 
     def _mark_sparse(self, student: PreTrainedModel) -> None:
         quantized.mark_sparse(student, record(student).get("sparse", ()))

@@ -1,7 +1,12 @@
-"""Encoded examples -> micro-batches, in an order that is a function of (seed, epoch) and of nothing else."""
+"""Encoded examples -> micro-batches, in an order that is a function of (seed, epoch) and of nothing else.
+
+Several processes (`world`, of which each has a `rank`) share every micro-batch of training; none sees an example of another's.
+"""
 
 import logging
+import math
 from collections.abc import Iterator
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,20 +27,37 @@ class MicroBatch(NamedTuple):
     """A part of a global batch. `rows` and `tokens` are the whole global batch's: what its loss is divided by."""
 
     indices: list[int]
-    rows: int
-    tokens: int
+    rows: float
+    tokens: float
+
+
+def idle(batch: MicroBatch | Batch) -> bool:
+    """Whether it only keeps a rank in step: one example, divided by infinity, adds exactly 0 to losses and gradients."""
+    return math.isinf(batch.rows)
 
 
 class BatchPlan(torch_data.Sampler[MicroBatch]):
-    """Hands out every example once per epoch.
+    """Hands out every example once per epoch, over all ranks.
 
-    A global batch is what one optimizer step learns from, whatever the number of micro-batches that it is cut into. With
-    `group_by_length`, its examples are of similar length, longest first. The examples left over after the last full global batch
-    come last, in fewer micro-batches where they are fewer than `accumulate`. Without a seed the order is the examples' own or,
-    grouped by length, from the longest to the shortest.
+    A global batch is what one optimizer step learns from, whatever the number of micro-batches and ranks that it is cut into.
+    With `group_by_length`, its examples are of similar length, longest first. The examples left over after the last full global
+    batch come last, in fewer micro-batches where they are fewer than `accumulate`.
+
+    With a seed, a rank takes every world-th example of each micro-batch. Without one the order is the examples' own or, grouped
+    by length, from the longest to the shortest, and a rank takes every world-th batch. A rank that is left without an example
+    gets an idle micro-batch, for all to take the same number of steps.
     """
 
-    def __init__(self, split: Dataset, batch_size: int, accumulate: int = 1, seed: int | None = None, group_by_length: bool = True) -> None:
+    def __init__(
+        self,
+        split: Dataset,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int | None = None,
+        group_by_length: bool = True,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         if accumulate > batch_size:
             raise UserError(
                 f"trainer.accumulate is {accumulate}, but data.batch_size is {batch_size}: a micro-batch needs an example, so lower it"
@@ -43,7 +65,8 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
         columns = split.with_format("numpy")
         self.lengths, self.rows = np.asarray(columns["length"][:]), np.asarray(columns["rows"][:])
         self.batch_size, self.accumulate, self.seed, self.group_by_length = batch_size, accumulate, seed, group_by_length
-        self.epoch = 0
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0  # `start`: micro-batches of the epoch that are left out, for a run had them before
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -54,14 +77,32 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
         return -(-len(self.lengths) // self.batch_size)
 
     def __len__(self) -> int:
+        """Micro-batches of each rank in a whole epoch."""
+        if self.seed is None:
+            return -(-self.steps // self.world)
         full, rest = divmod(len(self.lengths), self.batch_size)
         return full * self.accumulate + min(self.accumulate, rest)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for batch in self.global_batches():
-            rows, tokens = int(self.rows[batch].sum()), int(self.lengths[batch].sum())
+        """What `epoch` and `start` say now is what the iterator gives, whatever becomes of them afterwards."""
+        return islice(self._share(self.global_batches(), self.rank), self.start, None)
+
+    def _share(self, batches: list[np.ndarray], rank: int) -> Iterator[MicroBatch]:
+        """The micro-batches of one rank."""
+        if self.seed is None:
+            yield from (self._part(batches[place], batches[place]) for place in range(rank, len(batches), self.world))
+            yield from repeat(self._idle(), int(rank >= (len(batches) % self.world or self.world)))
+            return
+        for batch in batches:
             for part in np.array_split(batch, min(self.accumulate, len(batch))):
-                yield MicroBatch(part.tolist(), rows, tokens)
+                mine = part[rank :: self.world]
+                yield self._part(mine, batch) if len(mine) else self._idle()
+
+    def _part(self, part: np.ndarray, batch: np.ndarray) -> MicroBatch:
+        return MicroBatch(part.tolist(), int(self.rows[batch].sum()), int(self.lengths[batch].sum()))
+
+    def _idle(self) -> MicroBatch:
+        return MicroBatch([int(self.lengths.argmin())], math.inf, math.inf)
 
     def global_batches(self) -> list[np.ndarray]:
         """The examples of each optimizer step of this epoch."""
@@ -77,8 +118,10 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
         return [*batches, *([self._sorted(rest)] if len(rest) else [])]
 
     def padding(self) -> float:
-        """The share of padding among the tokens of this epoch."""
-        padded = sum(int(self.lengths[micro.indices].max()) * len(micro.indices) for micro in self)
+        """The share of padding among the tokens of this epoch, over all ranks."""
+        batches = self.global_batches()
+        shares = (micro for rank in range(self.world) for micro in self._share(batches, rank) if not idle(micro))
+        padded = sum(int(self.lengths[micro.indices].max()) * len(micro.indices) for micro in shares)
         return 1 - int(self.lengths.sum()) / padded
 
     def _sorted(self, examples: np.ndarray) -> np.ndarray:
@@ -111,12 +154,49 @@ class Examples(torch_data.Dataset[Batch]):
 
 
 class Loader(torch_data.DataLoader[Batch]):
-    """Micro-batches in the order of a plan."""
+    """Micro-batches in the order of a plan, from any place in an epoch.
+
+    Its state says how much of which epoch was handed out, to all ranks alike: a run goes on from there with any number of them.
+    Batches that workers have made in advance do not count.
+    """
+
+    position = 0  # micro-batches of the epoch that were handed out
 
     @property
     def plan(self) -> BatchPlan:
         assert isinstance(self.sampler, BatchPlan)
         return self.sampler
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.position = self.plan.start
+        batches = super().__iter__()
+        self.plan.start = 0  # of the next epoch; this one's iterators have theirs
+        for batch in batches:
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.plan.epoch, "position": self.position, **self._cut()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next iterator begins where that of the state had come to; UserError where the examples were cut up differently."""
+        for name, value in self._cut().items():
+            if state[name] != value:
+                raise UserError(
+                    f"{name} is {value}, but the run to resume has {state[name]} and its place among the examples "
+                    f"could not be found: resume with {name} as it was, or start a new run"
+                )
+        ended, position = divmod(state["position"], len(self.plan))
+        self.plan.epoch, self.plan.start, self.position = state["epoch"] + ended, position, position
+
+    def _cut(self) -> dict[str, int]:
+        """What a position depends on, as the recipe calls it."""
+        plan = self.plan
+        return {
+            "the number of training examples": len(plan.lengths),
+            "data.batch_size": plan.batch_size,
+            "trainer.accumulate": plan.accumulate,
+        }
 
 
 def loader(
@@ -128,9 +208,11 @@ def loader(
     seed: int | None = None,
     group_by_length: bool = True,
     workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Loader:
     """Micro-batches of encoded examples. `zip(loader.plan, loader)` tells which examples it holds."""
-    plan = BatchPlan(split, batch_size, accumulate, seed, group_by_length)
+    plan = BatchPlan(split, batch_size, accumulate, seed, group_by_length, rank, world)
     if seed is not None:
         log.info("%.1f %% of the tokens of an epoch are padding", 100 * plan.padding())
     return Loader(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.commands import assert_one_sentence, call, run_folders, start
 
-FAST = ["trainer.epochs=1", "teacher.finetune.epochs=1", "evaluate.bootstrap=50", "evaluate.requests=3", "evaluate.batches=2"]
+FAST = ["trainer.epochs=2", "teacher.finetune.epochs=4", "evaluate.bootstrap=50", "evaluate.requests=3", "evaluate.batches=2"]
 
 
 @pytest.fixture(scope="module")

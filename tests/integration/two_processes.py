@@ -1,6 +1,6 @@
-"""Trains every technique of the table on two processes, each with examples of its own, and writes what each rank ends with.
+"""Trains every technique of the table on two processes that share each batch, and writes what each rank ends with.
 
-python tests/integration/two_processes.py FOLDER
+python -m tests.integration.two_processes FOLDER
 """
 
 import hashlib
@@ -9,20 +9,23 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 
-from distill import data, fit
-from tests.integration.test_compression import prepared, small, trainer
-from tests.techniques import TECHNIQUES
+from distill import config, data, fit, launch, ranks  # noqa: E402
+from tests.integration.test_compression import prepared, small, trainer  # noqa: E402
+from tests.techniques import TECHNIQUES  # noqa: E402
 
 
-def ended(made, row, folder, rank):
+def ended(made, row, folder):
     """A checksum of the weights, of the masks and of the optimizer's moments."""
     module, callbacks = prepared(made, row)
-    mine = made.examples["train"].select(range(rank, len(made.examples["train"]), 2))
-    driver = trainer(made, callbacks, folder, devices=2, strategy="ddp")
+    strategy = ranks.strategy(config.Trainer(accelerator="cpu"))
+    driver = trainer(made, callbacks, folder, **{name: value for name, value in strategy.items() if name != "accelerator"})
+    mine = made.examples["train"].select(range(361))  # of the last batch of each epoch, the second rank has nothing
+    batches = data.loader(mine, made.task, made.pad_id, 120, seed=0, rank=ranks.rank(), world=ranks.world())
     with fit.quiet():
-        driver.fit(module, data.loader(mine, made.task, made.pad_id, 120, seed=0))
+        driver.fit(module, batches)
     moments = {f"{index}": value for index, state in enumerate(module.optimizers().state.values()) for value in state.values()}
     masks = {
         f"{index} {name}": mask for index, each in enumerate(driver.callbacks) if each in callbacks for name, mask in each.decided().items()
@@ -38,10 +41,18 @@ def checksum(tensors):
 
 
 def main():
-    folder, rank = Path(sys.argv[1]), int(os.environ.get("LOCAL_RANK", 0))
-    made = small()
-    ends = {row: ended(made, row, folder / row, rank) for row in TECHNIQUES}
-    (folder / f"rank{rank}.json").write_text(json.dumps(ends))
+    folder = Path(sys.argv[1])
+    launch.follow()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    settings = config.Trainer(accelerator="cpu", devices=2)
+    if count := launch.devices(settings):
+        sys.exit(launch.launch("tests.integration.two_processes", folder, count))
+    ranks.start(settings)
+    with ranks.first_then_others():
+        made = small()
+    ends = {row: ended(made, row, folder / row) for row in TECHNIQUES}
+    (folder / f"rank{ranks.rank()}.json").write_text(json.dumps(ends))
+    ranks.end()
 
 
 if __name__ == "__main__":

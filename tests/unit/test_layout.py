@@ -13,11 +13,11 @@ ROOT = Path(distill.__file__).parent
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file.parent != ROOT or file.name != "__init__.py"]
 # config <- tasks <- data, models <- teacher; losses, compress <- module <- callbacks <- train. A name imports lower ranks and its own.
 RANKS = [
-    {"errors"},
-    {"config", "targets", "losses", "formats", "runtime", "store", "stages", "fresh"},
-    {"recipe", "tasks", "corpora"},
-    {"cli", "data", "models", "tracking"},
-    {"terms", "compress"},
+    {"errors", "signals"},
+    {"config", "targets", "losses", "formats", "runtime", "store", "fresh"},
+    {"recipe", "tasks", "corpora", "stages", "ranks"},
+    {"cli", "data", "models", "tracking", "checkpoints", "resume"},
+    {"terms", "compress", "launch"},
     {"module", "packing"},
     {"evaluate"},
     {"callbacks", "export"},

@@ -1,3 +1,7 @@
+import errno
+import os
+import signal
+
 import pytest
 
 from distill import store
@@ -58,3 +62,95 @@ def test_links_show_the_same_files(folder, tmp_path):
     store.link(folder, tmp_path / "run")  # a second time is no error
     assert store.intact(folder)
     assert (tmp_path / "run" / "config").read_text() == "x"
+
+
+# ---- killed and concurrent writers
+
+
+def in_another_process(work):
+    """What `work` returns in a process forked from this one: the one that it kills itself by, or an exit code."""
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(process, 0)[1]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    def killed():
+        with store.writing(tmp_path / "kind" / "entry") as inside:
+            (inside / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_another_process(killed) == signal.SIGKILL
+    assert [file.name[:9] for file in (tmp_path / "kind").iterdir()] == [".writing-"]
+    with store.writing(tmp_path / "kind" / "other"):
+        pass
+    assert [file.name for file in (tmp_path / "kind").iterdir()] == ["other"]
+
+
+def test_what_a_living_writer_has_written_so_far_is_left_to_it(tmp_path):
+    with store.writing(tmp_path / "one") as inside:
+        in_another_process(lambda: store.sweep(tmp_path))
+        with store.writing(tmp_path / "two") as other:
+            (other / "file").write_text("2")
+        (inside / "file").write_text("1")
+    assert store.intact(tmp_path / "one") and store.intact(tmp_path / "two")
+
+
+def test_two_writers_of_one_entry_do_not_disturb_each_other(tmp_path):
+    with store.writing(tmp_path / "entry") as first:
+        (first / "file").write_text("same")
+        with store.writing(tmp_path / "entry") as second:
+            (second / "file").write_text("same")
+        read = (tmp_path / "entry" / "file").stat().st_ino
+    assert (tmp_path / "entry" / "file").stat().st_ino == read  # somebody may have it open
+    assert [file.name for file in tmp_path.iterdir()] == ["entry"]
+
+
+def test_a_damaged_entry_of_the_same_content_is_replaced(folder):
+    (folder / "config").write_text("y")
+    with store.writing(folder) as inside:
+        (inside / "deep").mkdir()
+        (inside / "deep" / "weights").write_bytes(bytes(range(256)))
+        (inside / "config").write_text("x")
+    assert store.intact(folder)
+
+
+def test_many_writers_at_once_leave_one_whole_entry(tmp_path):
+    def write():
+        for round in range(5):
+            with store.writing(tmp_path / "entry") as inside:
+                (inside / "file").write_text(f"{os.getpid() % 2} {round}")
+
+    children = []
+    for _ in range(6):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                write()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+    assert store.intact(tmp_path / "entry")
+    assert [file.name for file in tmp_path.iterdir()] == ["entry"]
+
+
+def test_a_second_name_can_be_given_twice(tmp_path):
+    (tmp_path / "file").write_text("x")
+    store.alias(tmp_path / "file", tmp_path / "name")
+    store.alias(tmp_path / "file", tmp_path / "name")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "name"]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    store.put(tmp_path / "file", b"first")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
+    with pytest.raises(OSError, match="no room"):
+        store.put(tmp_path / "file", b"second")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"first")]

@@ -1,0 +1,188 @@
+"""One run as several processes (ranks): who this one is, and what all of them must agree on.
+
+In a single process everything here is a no-op. Python values travel as pickles between the processes of one run, which trust
+each other; nothing of it is ever read from a file.
+"""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from distill.config import Trainer
+from distill.errors import UserError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)  # ranks wait for the first while it downloads, measures and exports; one that ends is noticed at once
+
+
+def rank() -> int:
+    """The number of this process, 0 for the first."""
+    return distributed.get_rank() if _several() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return distributed.get_world_size() if _several() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints, logs and writes."""
+    return rank() == 0
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def gather(value: T) -> list[T]:
+    """Each rank's value, in the order of the ranks, on all of them."""
+    found: list[Any] = [value] * world()
+    if world() > 1:
+        distributed.all_gather_object(found, value)
+    return found
+
+
+def share(value: T) -> T:
+    """The first rank's value, on all of them."""
+    held: list[Any] = [value]
+    if world() > 1:
+        distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def barrier() -> None:
+    """Returns when all ranks have come here."""
+    gather(None)
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over all ranks, on all of them."""
+    if world() == 1:
+        return value
+    value = value.clone()
+    distributed.all_reduce(value)
+    return value
+
+
+def totals(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over all ranks by name, where these compute; a rank that lacks a name adds nothing to it."""
+    if world() == 1:
+        return dict(values)
+    device = "cuda" if "nccl" in distributed.get_backend_config() else "cpu"
+    known = gather({name: (value.shape, value.dtype) for name, value in values.items()})
+    forms = sorted({name: form for each in known for name, form in each.items()}.items())
+    summed: dict[str, Tensor] = {}
+    for dtype in dict.fromkeys(dtype for _, (_, dtype) in forms):  # what has one type travels together
+        shapes = {name: shape for name, (shape, its) in forms if its == dtype}
+        own = [values[name].flatten() if name in values else torch.zeros(shape.numel(), dtype=dtype) for name, shape in shapes.items()]
+        parts = total(torch.cat([part.to(device) for part in own])).split([shape.numel() for shape in shapes.values()])
+        summed |= {name: part.view(shape).clone() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return summed
+
+
+@contextmanager
+def first_then_others() -> Iterator[None]:
+    """The first rank does it while the others wait, who then do it themselves: what it fetched or stored is there for them.
+
+    Where it fails for the first, the others end without a word: the first has the sentence.
+    """
+    if not is_first() and not share(False):
+        sys.exit(1)
+    try:
+        yield
+    except BaseException:
+        _tell(False)
+        raise
+    _tell(True)
+
+
+def _tell(done: bool) -> None:
+    if is_first():
+        share(done)
+
+
+# ---- start and end
+
+
+def start(settings: Trainer) -> None:
+    """Join the other ranks, where `distill.launch`, torchrun or srun has started several; those after the first fall silent."""
+    _read_slurm()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    here = int(os.environ["LOCAL_RANK"])
+    on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        if here >= torch.cuda.device_count():
+            raise UserError(
+                f"trainer.devices is {os.environ['LOCAL_WORLD_SIZE']}, but this machine has {torch.cuda.device_count()} GPUs: "
+                "start one process per GPU, or set trainer.accelerator=cpu"
+            )
+        torch.cuda.set_device(here)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    if not is_first():
+        _fall_silent()
+
+
+def end() -> None:
+    """Leave the other ranks."""
+    if _several():
+        distributed.destroy_process_group()
+
+
+def _read_slurm() -> None:
+    """What srun tells its processes, in the words of torchrun; a batch script outside srun is a process like any other."""
+    given = os.environ
+    if "RANK" in given or int(given.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    world, nodes = int(given["SLURM_STEP_NUM_TASKS"]), int(given.get("SLURM_STEP_NUM_NODES", 1))
+    first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", given["SLURM_STEP_NODELIST"]).split(",")[0]  # node[07-09,12] -> node07
+    port = 20000 + int(given["SLURM_JOB_ID"]) % 20000  # another for each job of a machine
+    os.environ |= {"RANK": given["SLURM_PROCID"], "WORLD_SIZE": str(world), "LOCAL_RANK": given["SLURM_LOCALID"]}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world // nodes), "GROUP_RANK": given.get("SLURM_NODEID", "0")}
+    os.environ |= {"MASTER_ADDR": first, "MASTER_PORT": str(port)}
+
+
+def _fall_silent() -> None:
+    """Nothing on stdout, no log file, and of the log on stderr errors alone."""
+    for handler in list(logging.getLogger().handlers):
+        if isinstance(handler, logging.FileHandler):
+            logging.getLogger().removeHandler(handler)
+        handler.setLevel(logging.ERROR)
+    sys.stdout.flush()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+# ---- Lightning
+
+
+def strategy(settings: Trainer) -> dict[str, Any]:
+    """What a Lightning Trainer must be told of the processes that there are: accelerator, devices, num_nodes and strategy."""
+    if world() == 1:
+        return {"accelerator": settings.accelerator, "devices": 1}
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is a sum over the ranks, or the same on all of them
+    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    newer = "forward_sync_buffers" in signature(nn.parallel.DistributedDataParallel).parameters  # torch 2.13 has renamed it
+    buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # they are constants
+    replicas = DDPStrategy(
+        cluster_environment=TorchElasticEnvironment(),  # reads RANK and its like, and starts nothing
+        **buffers,
+        find_unused_parameters=True,  # a model may have parts that its task does not use, a pooler say
+    )
+    return {"accelerator": settings.accelerator, "devices": here, "num_nodes": world() // here, "strategy": replicas}

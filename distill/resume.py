@@ -1,0 +1,133 @@
+"""A run folder that has been worked in before: may this recipe go on in it, and what is done again?
+
+The folder's `recipe.yaml` is what counts. What changes no result may differ, and is then written there.
+"""
+
+import logging
+import shlex
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distill import recipe, store
+from distill.config import Run
+from distill.errors import UserError
+from distill.stages import Stages
+
+log = logging.getLogger("distill")
+
+RECIPE = "recipe.yaml"
+RUNS = "runs"
+ALL = ("student", "evaluate", "export")
+# beginnings of keys -> the stages that are done again where such a key differs; where any other differs, the run is another one
+HARMLESS: dict[str, tuple[str, ...]] = {
+    "name": (),
+    "data.workers": (),
+    "trainer.progress": (),
+    "trainer.checkpoint.": (),
+    "trainer.devices": (),
+    "trainer.nodes": (),
+    "trainer.strategy": (),
+    "tracking.": (),
+    "evaluate.": ("evaluate", "export"),
+    "export.": ("evaluate", "export"),
+}
+LENGTHS = ("trainer.epochs", "trainer.max_steps")  # may grow
+
+
+def arguments(given: list[str]) -> list[str]:
+    """A command line in which `resume=FOLDER` is replaced by the folder and the recipe in it."""
+    named = [argument.removeprefix("resume=") for argument in given if argument.startswith("resume=")]
+    if not named:
+        return given
+    others = [argument for argument in given if not argument.startswith("resume=")]
+    for argument in others:
+        if argument.startswith(("recipe=", "hydra.run.dir=")) or argument in ("-m", "--multirun"):
+            raise UserError(f"resume is {named[0]} and {argument} is given too, but the folder has its own recipe: leave {argument} out")
+    folder = _last() if named[-1] == "last" else Path(named[-1]).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"resume is {named[-1]}, but there is no such folder: give the folder of a run, such as runs/NAME/TIME, or last")
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"resume is {folder}, but it holds no {RECIPE}: give the folder of a run, or start one with recipe=")
+    return [f"recipe={folder / RECIPE}", *others, f"hydra.run.dir={recipe.quoted(str(folder))}"]
+
+
+def _last() -> Path:
+    found = sorted(Path(RUNS).rglob(RECIPE), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError(f"resume is last, but there is no run under {Path(RUNS).absolute()}: give the folder of a run")
+    return found[-1].parent
+
+
+def command(folder: Path) -> str:
+    """What a user types to go on."""
+    return f"python -m distill.train resume={shlex.quote(str(folder))}"
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed process has left half-written; an earlier export that it had put aside comes back."""
+    for left in sorted(folder.rglob(f"{store.WRITING}*"), reverse=True):
+        store.sweep(left.parent, owned=True)
+    for draft in folder.glob(".export-*"):
+        if draft.name.endswith("-old") and not (folder / "export").exists():
+            draft.replace(folder / "export")
+        else:
+            shutil.rmtree(draft)
+
+
+def take_up(run: Run, folder: Path, writes: bool = True) -> Stages:
+    """What is done in this folder: nothing where it is new. UserError where it holds another run.
+
+    Only one process of a run writes.
+    """
+    file = folder / RECIPE
+    changed = differences(recipe.load_recipe(str(file)), recipe.portable(run)) if file.is_file() else {}
+    again = _judged(folder, changed)
+    stage = Stages(folder, writes)
+    if writes:
+        tidy(folder)
+        if again:
+            stage.again(again)
+        if changed or not file.is_file():
+            recipe.save(run, file)
+    return stage
+
+
+def differences(earlier: Run, now: Run) -> dict[str, tuple[Any, Any]]:
+    """Key -> value then and now, of those keys that differ."""
+    before, after = (_flat("", asdict(run)) for run in (earlier, now))
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {key: inner for name, part in value.items() for key, inner in _flat(f"{prefix}.{name}" if prefix else str(name), part).items()}
+
+
+def _judged(folder: Path, changed: dict[str, tuple[Any, Any]]) -> list[str]:
+    """The stages to be done again; says what is taken, and refuses what would make it another run."""
+    stages = {key: _stages(key, *values) for key, values in changed.items()}
+    harmful = [_said(key, changed[key]) for key, again in stages.items() if again is None]
+    if harmful:
+        raise UserError(
+            f"resume is {folder}, but its run began with another recipe, and these decide its result: {', '.join(harmful)}: "
+            "leave them as they were, or start a new run"
+        )
+    if changed:
+        log.info("the recipe has changed: %s", ", ".join(_said(key, values) for key, values in changed.items()))
+    return [name for name in ALL if any(name in (again or ()) for again in stages.values())]
+
+
+def _stages(key: str, before: Any, now: Any) -> tuple[str, ...] | None:
+    """What is done again where this key differs; null where that is another run."""
+    if key in LENGTHS:
+        return ALL if before is not None and now is not None and now > before else None
+    return next((again for beginning, again in HARMLESS.items() if key.startswith(beginning)), None)
+
+
+def _said(key: str, values: tuple[Any, Any]) -> str:
+    before, now = ("null" if value is None else value for value in values)
+    return f"{key} was {before} and is {now}"

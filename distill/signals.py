@@ -1,0 +1,83 @@
+"""Requests to end: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, and Ctrl-C.
+
+Most of a run ends at once. Training notes the request, and ends between two steps, when its state is saved.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Asked(BaseException):
+    """The run was asked to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Requests:
+    """What was asked for while requests are only noted; 0 is nothing."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def note(self, number: int) -> None:
+        if number == signal.SIGINT and self.number == signal.SIGINT:
+            raise KeyboardInterrupt  # who asks twice does not want to wait
+        log.warning("%s: the step under way is finished and saved first", signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 raise Asked where the run is; Ctrl-C is Python's own."""
+    with _handled(REQUESTS, _raise):
+        yield
+
+
+@contextmanager
+def noted() -> Iterator[Requests]:
+    """Inside, requests are noted for somebody to look at; one that is still open at the end is raised then."""
+    requests = Requests()
+    with _handled((*REQUESTS, signal.SIGINT), requests.note):
+        yield requests
+    if requests.number:
+        _raise(requests.number)
+
+
+def _raise(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Asked(number)
+
+
+@contextmanager
+def _handled(numbers: tuple[signal.Signals, ...], answer: Callable[[int], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what signals do
+        return
+    process = os.getpid()
+
+    def handler(number: int, _: FrameType | None) -> None:
+        if os.getpid() == process:
+            answer(number)
+        elif number != signal.SIGINT:  # a process that loads data ends as any process does
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before: dict[int, Any] = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

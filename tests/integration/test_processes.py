@@ -1,0 +1,195 @@
+"""`trainer.devices=2` as a user starts it: one run, one log, one sentence; and the student that one process would have made."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from distill import data, ranks, teacher
+from tests.integration.commands import assert_one_sentence, call, run_folders, start
+from tests.processes import on_ranks
+from tests.worlds import world
+
+pytestmark = pytest.mark.slow
+
+SMALL = "{model_type: bert, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 4, intermediate_size: 64, "
+STILL = SMALL + "hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
+FAST = ["recipe=tiny", "evaluate.bootstrap=20", "evaluate.requests=2", "evaluate.batches=1", "teacher.finetune.epochs=1"]
+STEPS = ["trainer.max_steps=12", "trainer.validations=2", "trainer.precision=32-true", "data.batch_size=50"]
+SHORT = [*FAST, *STEPS, f"teacher.config={STILL}"]
+CPU = ["trainer.accelerator=cpu"]
+PAIR = ["trainer.devices=2", *CPU]
+LONG = [*FAST, *PAIR, "trainer.epochs=300", "export.format=null"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return ran(tmp_path_factory.mktemp("alone"), *SHORT, *CPU, "trainer.accumulate=3")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """480 examples in batches of 50: 30 are left over, in micro-batches of 17, 17, 16 and of 10, and the ranks' parts are unequal."""
+    return ran(tmp_path_factory.mktemp("pair"), *SHORT, *PAIR, "trainer.accumulate=3")
+
+
+def ran(cwd, *arguments):
+    code, out, err = call("train", *arguments, cwd=cwd, DISTILL_CACHE=str(cwd / "store"))
+    assert code == 0, err
+    (folder,) = run_folders(cwd)
+    return folder, out, err
+
+
+def rows(folder, stage="student"):
+    with (folder / "logs" / stage / "metrics.csv").open() as stream:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
+
+
+# ---- one run
+
+
+def test_two_processes_are_one_run_with_one_log(pair):
+    folder, out, err = pair
+    log = (folder / "train.log").read_text()
+    for stage in ("data", "teacher", "cache", "student", "evaluate", "export"):
+        assert err.count(f"── {stage} ") == log.count(f"── {stage} ") == 1
+    assert out.count("ratio") == 1
+    assert "Warning" not in err and "recommended" not in err and "Traceback" not in err
+    steps = [row["step"] for row in rows(folder) if "train/loss" in row]
+    assert steps == sorted(set(steps))
+    assert not list(folder.parents[2].rglob(".writing*"))
+    assert len(list(folder.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_the_models_are_those_of_one_process_within_rounding(alone, pair, model):
+    one, two = (load_file(folder / model / "model.safetensors") for folder, *_ in (alone, pair))
+    assert one.keys() == two.keys()
+    moved = max((one[name] - two[name]).abs().max().item() for name in one)
+    assert 0 < moved < 1e-4  # the steps are of 1e-3
+
+
+def test_losses_and_metrics_are_those_of_one_process(alone, pair):
+    for stage in ("teacher", "student"):
+        for one, two in zip(rows(alone[0], stage), rows(pair[0], stage), strict=True):
+            assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+    quality = [json.loads((folder / "metrics.json").read_text())["student"]["quality"] for folder, *_ in (alone, pair)]
+    assert quality[0].keys() == quality[1].keys()
+
+
+def test_torchrun_needs_no_folder_and_makes_one(tmp_path, alone):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distill.train"]
+    environment = os.environ | {"DISTILL_CACHE": str(tmp_path / "store")}
+    done = subprocess.run([*command, *SHORT, *CPU, "export.format=null"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = run_folders(tmp_path)
+    assert len(list(folder.parent.iterdir())) == 1
+    assert (folder / "train.log").read_text().count("── student ") == 1
+    assert (folder / "student" / "model.safetensors").is_file()
+
+
+def test_a_sweep_over_several_devices_is_refused(tmp_path):
+    code, _, err = call("train", "-m", *FAST, *PAIR, "loss.alpha=0.2,0.8", cwd=tmp_path)
+    assert code == 2
+    assert_one_sentence(err, "trainer.devices is 2", "sweep")
+
+
+# ---- the teacher's outputs
+
+
+def filled(folder):
+    """The cache of all ranks, in many chunks, as it is on the disk."""
+    os.environ["DISTILL_CACHE"] = str(folder / "store")
+    with ranks.first_then_others():
+        made = world(teacher={"config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                         "intermediate_size": 32}, "outputs": "cached"})  # fmt: skip
+    teacher.TOGETHER, model = 37, made.model().eval()
+    cached = teacher.with_outputs(made.run, model, made.examples["train"], made.task, made.tokenizer)
+    teacher._write = None  # the second time nothing is computed
+    again = teacher.with_outputs(made.run, model, made.examples["train"], made.task, made.tokenizer)
+    (file,) = (folder / "store").rglob("outputs.arrow")
+    return [data.fingerprint(each) for each in (cached, again)], file.read_bytes()
+
+
+def test_the_cache_is_computed_once_and_its_bytes_do_not_depend_on_the_ranks(tmp_path):
+    alone = on_ranks(filled, tmp_path / "1", 1)
+    for count in (2, 3):
+        together = on_ranks(filled, tmp_path / str(count), count)
+        assert [answer[1] for answer in together] == [alone[0][1]] * count
+        assert not list((tmp_path / str(count)).rglob(".writing*"))
+
+
+# ---- the end of all
+
+
+FAILS = """
+from lightning.pytorch.callbacks import Callback
+from distill.errors import UserError
+
+class Fails(Callback):
+    def __init__(self, rank): self.rank = rank
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == 5 and trainer.global_rank == self.rank:
+            raise UserError("callbacks.fails is here, but the run must fail: take it out")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_failing_ends_the_run_with_its_sentence(rank, pair, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILS)
+    spec = ["callbacks.fails._target_=failing.Fails", f"callbacks.fails.rank={rank}"]
+    code, _, err = call("train", *LONG, *spec, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert code == 2
+    assert_one_sentence(err, "callbacks.fails is here")
+    assert err.count("callbacks.fails is here") == 1
+
+
+def processes(start):
+    """A process and all that it has started, by number."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
+    parents = {int(pid): int(parent) for pid, parent, state in map(str.split, listed.splitlines()) if not state.startswith("Z")}
+    found = {start} & parents.keys()
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def running(numbers):
+    states = {number: Path(f"/proc/{number}/status") for number in numbers}
+    return {number for number, file in states.items() if file.exists() and "\nState:\tZ" not in file.read_text()}
+
+
+@pytest.mark.parametrize("killed", ["rank 0", "rank 1", "launcher"])
+def test_killing_any_process_leaves_none(killed, tmp_path):
+    process = start("train", *LONG, "data.workers=1", cwd=tmp_path)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "training the student" in line:
+            break
+    time.sleep(3)
+    family = processes(process.pid)
+    by_rank = {rank_of(number): number for number in sorted(family - {process.pid}, reverse=True)}  # a rank is older than its workers
+    assert len(family) >= 5 and by_rank.keys() == {"rank 0", "rank 1"}, (family, said)
+    os.kill(process.pid if killed == "launcher" else by_rank[killed], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    for _ in range(100):
+        if not running(family):
+            break
+        time.sleep(0.2)
+    assert running(family) == set()
+    if killed != "launcher":
+        assert process.returncode == 137
+        assert_one_sentence(err, f"{killed} was ended by SIGKILL")
+
+
+def rank_of(number):
+    environment = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+    return next((f"rank {value[5:].decode()}" for value in environment if value.startswith(b"RANK=")), None)

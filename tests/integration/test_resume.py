@@ -1,0 +1,320 @@
+"""A run that is killed at any moment and resumed ends with the same bytes; what it says; what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distill import checkpoints, fresh, recipe, resume, store, tracking
+from distill.errors import UserError
+from distill.stages import Stages
+from distill.train import train
+from tests.integration.commands import assert_one_sentence, call, run_folders, start
+from tests.techniques import TECHNIQUES
+from tests.unit.tiny_runs import ask_here
+from tests.worlds import tiny
+
+TEACHER = {"teacher": {"finetune": {"epochs": 0.2, "lr": 1e-3}}}
+STAGES = ("start", "data", "teacher", "cache", "student", "evaluate", "export")
+
+
+def job(kills, seed, teacher=TEACHER, **trainer):
+    changes = teacher | {key: trainer.pop(key) for key in ("data",) if key in trainer}
+    return {"changes": changes | {"trainer": trainer}, "kills": kills, "seed": seed, "twice": True}
+
+
+FEW = {"max_steps": 12, "validations": 4, "checkpoint": {"steps": 2}}
+MANY = {"max_steps": 40, "validations": 5, "checkpoint": {"steps": 3}}  # more than an epoch
+EVERYWHERE = dict.fromkeys(STAGES, 1) | {"teacher": 2, "student": 3}
+TRAINING = {"teacher": 1, "student": 3}
+ORDINARY = {"accumulation": job(EVERYWHERE, 0, **FEW, accumulate=2)}
+LONGER = {
+    "every stage": job(dict.fromkeys(STAGES, 4) | {"student": 12}, 1, **FEW),
+    "workers": job(TRAINING, 2, **MANY, data={"workers": 2}),
+    "bf16": job(TRAINING, 3, **MANY, precision="bf16-mixed", accumulate=3),
+    "patience": job(TRAINING, 4, **MANY | {"validations": 20}, patience=2),
+    "online": job({"student": 3}, 5, {"teacher": {"outputs": "online"}}, **MANY),
+}
+SHORT = {"trainer": {"max_steps": 12, "validations": 3, "checkpoint": {"steps": 2}}}
+ROWS = {row: {"row": row, "changes": SHORT, "kills": {"student": 1}, "seed": seed} for seed, row in enumerate(TECHNIQUES)}
+
+
+def killed(folder, jobs):
+    """What differs after each kill, for each job; one process for all of them."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(folder), str(folder / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_identical(results, jobs):
+    assert results.keys() == jobs.keys()
+    for name, attempts in results.items():
+        assert len(attempts) == sum(jobs[name]["kills"].values())
+        for attempt in attempts:
+            assert attempt["killed"] >= 1, (name, attempt)
+            assert attempt["different"] == [], (name, attempt)
+
+
+def test_killed_in_any_stage_a_run_ends_with_the_same_bytes(tmp_path):
+    assert_identical(killed(tmp_path, ORDINARY), ORDINARY)
+
+
+def test_killed_in_mid_epoch_every_technique_ends_with_the_same_bytes(tmp_path):
+    assert_identical(killed(tmp_path, ROWS), ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONGER)
+def test_killed_more_often_in_more_ways(name, tmp_path):
+    jobs = {name: LONGER[name]}
+    assert_identical(killed(tmp_path, jobs), jobs)
+
+
+# ---- in this process
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    monkeypatch.setattr(fresh, "ask", ask_here)
+
+
+class Plug(BaseException):
+    """Pulled."""
+
+
+def cut(monkeypatch, run, folder, step=7):
+    """A run that ends as if killed after this step of the student's training."""
+    seen = checkpoints.StepSeed.on_train_batch_start
+
+    def pulled(self, trainer, *rest):
+        if trainer.global_step == step:
+            raise Plug
+        seen(self, trainer, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Plug):
+        patch.setattr(checkpoints.StepSeed, "on_train_batch_start", pulled)
+        train(run, folder)
+
+
+def everything(folder):
+    """All files with their contents and times."""
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def small(**changes):
+    trainer = {"max_steps": 10, "validations": 2, "checkpoint": {"steps": 2}} | changes.pop("trainer", {})
+    return tiny(trainer=trainer, **changes)
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(tmp_path, capsys):
+    metrics = train(small(), tmp_path / "run")
+    before = everything(tmp_path / "run")
+    capsys.readouterr()
+    assert train(recipe.load_recipe(str(tmp_path / "run" / "recipe.yaml")), tmp_path / "run") == json.loads(json.dumps(metrics))
+    assert capsys.readouterr().out == f"{tmp_path / 'run'} is finished: nothing is left to do\n"
+    assert everything(tmp_path / "run") == before
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_end_is_the_same(tmp_path, monkeypatch, caplog):
+    train(small(), tmp_path / "whole")
+    cut(monkeypatch, small(), tmp_path / "cut")
+    newest = checkpoints.newest(tmp_path / "cut" / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    train(small(), tmp_path / "cut")
+    assert "step-00000005.ckpt in" in caplog.text and "step-00000004.ckpt is used in its place" in caplog.text
+    for name in ("student/model.safetensors", "logs/student/metrics.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_stages_that_are_done_are_not_repeated(tmp_path, monkeypatch):
+    run = small(export={"format": None})
+    train(run, tmp_path)
+    stage = Stages(tmp_path)
+    stage.again(["evaluate", "export"])
+    monkeypatch.setattr("distill.student.distil", None)
+    monkeypatch.setattr("distill.teacher.obtain", None)
+    metrics = train(run, tmp_path)
+    assert metrics["training"]["steps"] == 10
+    stage = Stages(tmp_path)
+    stage.again(["export"])
+    monkeypatch.setattr("distill.evaluate.evaluate", None)
+    assert train(run, tmp_path)["student"] == metrics["student"]
+
+
+HARMFUL = {
+    "seed": {"seed": 1},
+    "student.layers": {"student": {"layers": [0, 1]}},
+    "loss.alpha": {"loss": {"alpha": 0.4}},
+    "data.batch_size": {"data": {"batch_size": 8}},
+    "teacher.dtype": {"teacher": {"dtype": "bfloat16"}},
+    "trainer.accumulate": {"trainer": {"accumulate": 2}},
+    "trainer.max_steps": {"trainer": {"max_steps": 9}},
+    "callbacks.mine._target_": {"callbacks": {"mine": {"_target_": "lightning.pytorch.callbacks.Timer"}}},
+}
+
+
+def test_what_would_make_it_another_run_is_refused_with_the_list(tmp_path):
+    resume.take_up(small(), tmp_path)
+    before = everything(tmp_path)
+    for key, change in HARMFUL.items():
+        with pytest.raises(UserError, match=rf"resume is {tmp_path}, but .* {key} was .* and is "):
+            resume.take_up(small(**change), tmp_path)
+    with pytest.raises(UserError, match=r"loss\.alpha was 0\.5 and is 0\.1, seed was 0 and is 3: leave them"):
+        resume.take_up(small(loss={"alpha": 0.1}, seed=3, tracking={"project": "other"}), tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_what_changes_no_result_is_said_and_written_down(tmp_path, caplog):
+    resume.take_up(small(), tmp_path)
+    changed = small(tracking={"project": "other"}, data={"workers": 1}, trainer={"checkpoint": {"keep": 3}})
+    with caplog.at_level("INFO", logger="distill"):
+        resume.take_up(changed, tmp_path)
+    assert "data.workers was 0 and is 1, tracking.project was distill and is other, trainer.checkpoint.keep was 2 and is 3" in caplog.text
+    assert recipe.load_recipe(str(tmp_path / "recipe.yaml")) == recipe.portable(changed)
+
+
+def test_more_steps_go_on_from_the_last(tmp_path):
+    train(small(), tmp_path)
+    metrics = train(small(trainer={"max_steps": 14}), tmp_path)
+    steps = [int(line.split(",")[1]) for line in (tmp_path / "logs" / "student" / "metrics.csv").read_text().splitlines()[1:]]
+    assert metrics["training"]["steps"] == 14
+    assert steps == sorted(steps) and steps[-1] == 13
+
+
+def test_another_measurement_is_made_of_the_same_student(tmp_path):
+    first = train(small(), tmp_path)
+    student = (tmp_path / "student" / "model.safetensors").stat().st_ino
+    second = train(small(evaluate={"bootstrap": 30}), tmp_path)
+    assert (tmp_path / "student" / "model.safetensors").stat().st_ino == student
+    assert (first["resamples"], second["resamples"]) == (20, 30)
+
+
+def test_what_a_killed_process_left_is_gone_and_its_earlier_export_comes_back(tmp_path):
+    for name in (".writing-a/b", ".export-1a2b/model", ".export-3c4d-old/model", "checkpoints/.writing-step.ckpt/x"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("x")
+    resume.tidy(tmp_path)
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == ["checkpoints", "export", "export/model"]
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PATIENCE", 0)
+    with store.alone(tmp_path), pytest.raises(UserError, match="another process is at work in it"), store.alone(tmp_path):
+        pass
+    with store.alone(tmp_path):
+        pass
+
+
+# ---- the table and the tracker
+
+
+def test_no_step_is_twice_in_the_table(tmp_path):
+    table = tracking.Csv(tmp_path / "metrics.csv")
+    for step in range(6):
+        table.log_metrics({"train/loss": step / 2} | ({"val/accuracy": 0.5} if step % 2 else {}), step)
+    whole = table.file.read_bytes()
+    table.file.write_bytes(whole[:-3])  # as a killed process may leave it
+    again = tracking.Csv(tmp_path / "metrics.csv")
+    again.forget_from(3)
+    for step in range(3, 6):
+        again.log_metrics({"train/loss": step / 2} | ({"val/accuracy": 0.5} if step % 2 else {}), step)
+    assert table.file.read_bytes() == whole
+
+
+def test_wandb_goes_on_under_the_same_id(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("wandb.init", lambda **given: started.append((given["id"], given["resume"])))
+    for _ in range(2):
+        tracking.start(small(tracking={"wandb": "offline"}), tmp_path)
+    tracking.start(small(tracking={"wandb": "offline"}), tmp_path / "other")
+    assert started[0] == started[1] != started[2]
+    assert started[0][1] == "allow"
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["resume=nowhere"], ["resume is nowhere", "no such folder"]),
+        (["resume=last"], ["resume is last", "no run under"]),
+        (["resume=."], ["holds no recipe.yaml"]),
+        (["resume=.", "recipe=tiny"], ["recipe=tiny is given too"]),
+        (["-m", "resume=."], ["-m is given too"]),
+    ],
+)
+def test_a_folder_that_cannot_be_resumed_is_one_sentence(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        resume.arguments(arguments)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_last_is_the_newest_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, name in ((30, "runs/b/1"), (10, "runs/a/it's 2"), (20, "runs/sweeps/1/0")):
+        recipe.save(small(), tmp_path / name / "recipe.yaml")
+        os.utime(tmp_path / name / "recipe.yaml", (time.time() - age,) * 2)
+    assert resume.arguments(["resume=last", "trainer.epochs=9"]) == [
+        "recipe=runs/a/it's 2/recipe.yaml",
+        "trainer.epochs=9",
+        "hydra.run.dir='runs/a/it\\'s 2'",
+    ]
+
+
+SMALL = ["evaluate.bootstrap=50", "evaluate.requests=1", "evaluate.batches=1", "export.format=null"]
+FAST = ["trainer.epochs=1", "teacher.finetune.epochs=1", *SMALL]
+
+
+def ended(cwd, number, *arguments, at="step 15 of 1200"):
+    """A command that gets a signal as soon as it says so."""
+    process = start("train", *arguments, cwd=cwd, DISTILL_CACHE=str(cwd / "store"))
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if at in line:
+            process.send_signal(number)
+            break
+    _, rest = process.communicate(timeout=120)
+    return process.returncode, "".join(said) + rest
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 75, "ended by SIGTERM"), pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow)],
+)
+def test_a_signal_in_training_saves_says_how_to_go_on_and_a_scheduler_s_command_does(number, code, word, tmp_path):
+    command = ["recipe=tiny", *FAST, "hydra.run.dir=mine"]
+    found, err = ended(tmp_path, number, *command, "trainer.epochs=40", "trainer.validations=80", at="step 15 of 1200")
+    assert found == code, err
+    assert_one_sentence(err, word, "go on with python -m distill.train resume=mine")
+    newest = checkpoints.step_of(checkpoints.newest(tmp_path / "mine" / "checkpoints"))
+    assert newest >= 15
+    code, _, err = call("train", "resume=mine", "loss.alpha=0.1", cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store"))
+    assert code == 2
+    assert_one_sentence(err, "resume is mine", "loss.alpha was 0.5 and is 0.1")
+    found, err = ended(tmp_path, signal.SIGTERM, *command, "trainer.epochs=40", "trainer.validations=80", at="going on from")
+    assert found == 75, err
+    assert f"going on from mine/checkpoints/step-{newest:08d}.ckpt" in err
+
+
+@pytest.mark.slow
+def test_a_signal_elsewhere_ends_at_once(tmp_path):
+    code, err = ended(tmp_path, signal.SIGTERM, "recipe=tiny", *FAST, at="measuring teacher and student: cost")
+    assert code == 75, err
+    folder = run_folders(tmp_path)[0].relative_to(tmp_path)
+    assert_one_sentence(err, "ended by SIGTERM", f"resume={folder}")
+    code, out, err = call("train", "resume=last", cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store"))
+    assert code == 0, err
+    assert "── student " not in err and "── evaluate " in err
+    code, out, err = call("train", "resume=last", cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store"))
+    assert (code, out, err) == (0, f"{folder} is finished: nothing is left to do\n", "")

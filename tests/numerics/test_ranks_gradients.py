@@ -1,0 +1,140 @@
+"""A run on several processes is the run on one: the same gradients, losses and metrics, whoever has which examples."""
+
+import os
+
+import lightning as L
+import pytest
+import torch
+
+from distill import config, data, fit, ranks
+from distill.module import Distillation
+from tests.processes import on_ranks
+from tests.worlds import LANGUAGE, world
+
+TERMS = {
+    "hidden": {"_target_": "distill.terms.HiddenStates", "weight": 0.7, "layers": {0: 1, 1: 2}},
+    "relations": {"_target_": "distill.terms.AttentionRelations", "weight": 0.3, "student_layer": 0, "teacher_layer": 1, "heads": 2},
+}
+STILL = {  # models without dropout, and what makes a student of them
+    False: ({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, {"num_hidden_layers": 2}),
+    True: ({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, {"n_layer": 2}),
+}
+PROJECTED = "terms with projections"  # which compute in float32
+BATCH = 8
+CASES = {  # task, examples, micro-batches, terms, validation examples
+    "classification": ({}, 21, 1, {}, 50),
+    "classification, accumulated": ({}, 21, 3, {}, 50),
+    "fewer left over than ranks": ({}, 17, 1, {}, 1),
+    "fewer left over than ranks, accumulated": ({}, 17, 3, {}, 17),
+    "smaller micro-batches than ranks": ({}, 13, 8, {}, 33),
+    "language": (LANGUAGE, 21, 1, {}, 50),
+    "language, accumulated": (LANGUAGE, 17, 3, {}, 50),
+    "terms": ({}, 21, 1, TERMS, 50),
+    "terms, accumulated": ({}, 17, 3, TERMS, 20),
+    PROJECTED: ({}, 17, 3, TERMS, 20),
+    "language, terms": (LANGUAGE, 21, 3, {"hidden": TERMS["hidden"]}, 20),
+}
+WORLDS = (2, pytest.param(3, marks=pytest.mark.slow))
+
+
+class Seen(L.Callback):
+    """The gradient and the log of each optimizer step, and the metrics of each look at the validation split."""
+
+    def __init__(self):
+        self.gradients, self.logged, self.metrics, self.wrapped = [], [], [], []
+
+    def on_train_start(self, trainer, module):
+        self.wrapped = sorted(name for name, _ in trainer.strategy.model.named_parameters())
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.gradients.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None]))
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step > len(self.logged):
+            self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")})
+
+    def on_validation_epoch_end(self, trainer, module):
+        self.metrics.append({name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
+
+
+def trained(case):
+    changes, examples, accumulate, terms, validation = CASES[case]
+    made = world(**changes)
+    still, form = STILL["language" in case]
+    form = form | ({"hidden_size": 32} if case == PROJECTED else {})
+    teacher, student = made.model(seed=1, **still).double(), made.model("student", seed=2, **still, **form).double()
+    module = Distillation(made.task, student, teacher, config.Loss(alpha=0.4, terms=terms), config.Optimizer(), 3)
+    for term in module.terms.values():
+        for projection in getattr(term, "projections", {}).values():
+            projection.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+    module.settings.lr = 1e-30  # the weights stay: a step's difference is that of its own gradient
+    cut = {"pad_id": made.pad_id, "rank": ranks.rank(), "world": ranks.world()}
+    train = data.loader(made.examples["train"].select(range(examples)), made.task, batch_size=BATCH, accumulate=accumulate, seed=0, **cut)
+    look = data.loader(made.examples["validation"].select(range(validation)), made.task, batch_size=16, **cut)
+    seen = Seen()
+    trainer = L.Trainer(
+        **ranks.strategy(config.Trainer(accelerator="cpu")),
+        precision="64-true",
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        callbacks=[seen],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    with fit.quiet():
+        trainer.fit(module, train, look)
+    kept = {name: getattr(seen, name) for name in ("gradients", "logged", "metrics", "wrapped")}
+    return kept | {"steps": trainer.global_step, "own": sorted(name for name, _ in module.named_parameters())}
+
+
+def all_cases(folder):
+    os.environ["DISTILL_CACHE"] = str(folder / f"store {ranks.rank()}")
+    return {case: trained(case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, _module_store):
+    return {case: trained(case) for case in CASES}
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def together(request, tmp_path_factory):
+    return on_ranks(all_cases, tmp_path_factory.mktemp("ranks"), request.param)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_one_process(case, alone, together):
+    for rank in together:
+        assert rank[case]["steps"] == alone[case]["steps"] == -(-CASES[case][1] // BATCH)
+        for mine, whole in zip(rank[case]["gradients"], alone[case]["gradients"], strict=True):
+            assert mine.dtype == torch.float64
+            assert whole.abs().max() > 1e-3
+            rtol = 1e-6 if case == PROJECTED else 1e-12
+            torch.testing.assert_close(mine, whole, rtol=rtol, atol=0.1 * rtol * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_logged_is_the_whole_batch_s(case, alone, together):
+    for rank in together:
+        assert len(rank[case]["logged"]) == rank[case]["steps"]
+        for mine, whole in zip(rank[case]["logged"], alone[case]["logged"], strict=True):
+            assert {"train/loss", "train/supervised", "train/divergence", "train/grad_norm", "train/lr"} <= mine.keys() == whole.keys()
+            assert mine == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_metrics_are_the_whole_split_s_to_the_last_bit(case, alone, together):
+    assert len(alone[case]["metrics"]) == 1
+    for rank in together:
+        assert rank[case]["metrics"] == alone[case]["metrics"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_teacher_is_in_nobody_s_replica(case, together):
+    for rank in together:
+        assert rank[case]["wrapped"] == [f"module.{name}" for name in rank[case]["own"]]
+        assert all(name.startswith(("student.", "terms.")) for name in rank[case]["own"])

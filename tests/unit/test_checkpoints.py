@@ -1,0 +1,229 @@
+"""A checkpoint is whole or not there; the newest whole one is found; a full disk and a request to end lose nothing."""
+
+import errno
+import logging
+import os
+import resource
+import signal
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+
+from distill import checkpoints, config, fit, signals, store
+from distill.checkpoints import DurableIO, at, newest, prune
+from distill.errors import RunFailed
+from tests.unit.test_module import module_of
+from tests.worlds import world
+
+
+def saved(folder, *steps, best=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        DurableIO().save_checkpoint({"weights": torch.arange(100.0) + step, checkpoints.BEST: best}, at(folder, step))
+    return folder
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    saved(tmp_path, 3)
+    assert torch.equal(DurableIO().load_checkpoint(at(tmp_path, 3))["weights"], torch.arange(100.0) + 3)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000003.ckpt", "step-00000003.json"]
+
+
+def test_nothing_is_unpickled(tmp_path):
+    torch.save({"weights": print}, at(tmp_path, 1))
+    with pytest.raises(Exception, match="weights_only"):
+        DurableIO().load_checkpoint(at(tmp_path, 1), weights_only=False)
+
+
+def flipped(content):
+    return content[:500] + bytes([content[500] ^ 1]) + content[501:]
+
+
+DAMAGE = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "one bit": lambda file: file.write_bytes(flipped(file.read_bytes())),
+    "empty": lambda file: file.write_bytes(b""),
+    "no checksum": lambda file: file.with_suffix(".json").unlink(),
+    "half a checksum": lambda file: file.with_suffix(".json").write_text('{"sha'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path, caplog):
+    saved(tmp_path, 4, 8, 12)
+    damage(at(tmp_path, 12))
+    with caplog.at_level(logging.WARNING):
+        assert newest(tmp_path) == at(tmp_path, 8)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"step-00000012.ckpt in {tmp_path} is damaged: step-00000008.ckpt is used in its place"
+    ]
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_of_no_use(tmp_path):
+    saved(tmp_path, 4, 8)
+    saved(tmp_path, 12, best=8)
+    DAMAGE["one bit"](at(tmp_path, 8))
+    assert newest(tmp_path) == at(tmp_path, 4)
+
+
+def test_without_a_whole_one_training_begins_anew(tmp_path, caplog):
+    assert newest(tmp_path / "none") is None
+    assert not caplog.records
+    DAMAGE["empty"](at(saved(tmp_path, 4), 4))
+    assert newest(tmp_path) is None
+    assert "begins anew" in caplog.text
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    saved(tmp_path, 2, 4, 6)
+    saved(tmp_path, 8, best=4)
+    saved(tmp_path, 10, best=8)
+    prune(tmp_path, 2)
+    assert sorted(file.stem for file in tmp_path.glob("*.ckpt")) == ["step-00000004", "step-00000008", "step-00000010"]
+    prune(tmp_path, 1)
+    assert sorted(file.stem for file in tmp_path.glob("*.ckpt")) == ["step-00000008", "step-00000010"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def no_room():
+    """Files may have 4,000 bytes: the system itself refuses the rest."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_older_ones(tmp_path, no_room):
+    saved(tmp_path, 4)
+    before = sorted(tmp_path.iterdir())
+    no_room()
+    with pytest.raises(RunFailed, match=r"step-00000008\.ckpt cannot be written \(.*\), but .*: make room .*step-00000004\.ckpt is intact"):
+        DurableIO().save_checkpoint({"weights": torch.zeros(10_000)}, at(tmp_path, 8))
+    assert newest(tmp_path) == at(tmp_path, 4)
+    assert sorted(tmp_path.iterdir()) == [*before, at(tmp_path, 8).with_suffix(".json")]
+
+
+def full(file, content):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# ---- under the Trainer
+
+
+@pytest.fixture(scope="module")
+def small(_module_store):
+    return world()
+
+
+class Ticks(L.Callback):
+    """Does something when a step ends, and remembers what each batch was and what came out of the generators in it."""
+
+    def __init__(self, step=-1, act=None):
+        self.step, self.act, self.seen = step, act, []
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        self.seen.append((batch.inputs["input_ids"].sum().item(), torch.rand(1).item()))
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.act()
+
+
+def fitted(made, folder, callback, steps=10, **settings):
+    asked = {"max_steps": steps, "validations": 3, "precision": "32-true", "accelerator": "cpu", "progress": False, "accumulate": 2}
+    module = module_of(made)
+    module.steps = steps
+    return fit.fit(
+        module,
+        made.loader(seed=0, accumulate=2),
+        made.loader("validation"),
+        config.Trainer(**(asked | settings)),
+        folder,
+        [],
+        [callback],
+    )
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 4), (signal.SIGINT, 9)])
+def test_a_request_to_end_is_answered_when_the_step_is_saved(small, tmp_path, number, step):
+    whole = Ticks()
+    outcome = fitted(small, tmp_path / "whole", whole)
+    first, second = Ticks(step, lambda: os.kill(os.getpid(), number)), Ticks()
+    handler = signal.getsignal(number)
+    with pytest.raises(signals.Asked) as asked:
+        fitted(small, tmp_path / "cut", first)
+    assert asked.value.number == number
+    assert signal.getsignal(number) is handler
+    assert newest(tmp_path / "cut") == at(tmp_path / "cut", step)
+    assert fitted(small, tmp_path / "cut", second) == outcome
+    assert first.seen[: 2 * step] + second.seen == whole.seen  # the batch at which it ended comes again
+
+
+def test_an_ended_training_is_not_trained_again(small, tmp_path):
+    outcome = fitted(small, tmp_path, Ticks())
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("step-*")}
+    again = Ticks()
+    assert fitted(small, tmp_path, again) == outcome
+    assert again.seen == []
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("step-*")} == before
+
+
+def test_a_training_that_lost_patience_is_not_gone_on_with(small, tmp_path):
+    settings = {"steps": 30, "validations": 30, "patience": 1}
+    whole, again = Ticks(), Ticks()
+    outcome = fitted(small, tmp_path, whole, **settings)
+    assert len(whole.seen) < 60
+    assert fitted(small, tmp_path, again, **settings) == outcome
+    assert again.seen == []
+
+
+@pytest.mark.parametrize("first", [6, 30])  # in the middle of an epoch of 30 steps, and at its end
+def test_a_longer_training_goes_on_where_the_shorter_ended(small, tmp_path, first):
+    whole, begun, longer = Ticks(), Ticks(), Ticks()
+    fitted(small, tmp_path / "whole", whole, steps=36)
+    fitted(small, tmp_path / "cut", begun, steps=first)
+    fitted(small, tmp_path / "cut", longer, steps=36)
+    assert begun.seen + longer.seen == whole.seen
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """At which steps checkpoints are taken."""
+    found, save = [], DurableIO.save_checkpoint
+
+    def noted(self, made, path, storage_options=None):
+        found.append(made["global_step"])
+        save(self, made, path)
+
+    monkeypatch.setattr(DurableIO, "save_checkpoint", noted)
+    return found
+
+
+def test_checkpoints_come_by_steps_and_after_each_look(small, tmp_path, steps):
+    fitted(small, tmp_path, Ticks(), checkpoint=config.Checkpoint(steps=3, minutes=None))
+    assert steps == [3, 4, 7, 8, 10]  # looks: 4, 8, 10
+
+
+def test_checkpoints_come_by_time(small, tmp_path, steps, monkeypatch):
+    clock = iter(range(0, 100_000, 45))  # seconds between any two looks at it
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    fitted(small, tmp_path, Ticks(), validations=1, checkpoint=config.Checkpoint(minutes=2))
+    assert steps == [2, 5, 8, 10]
+
+
+def test_a_full_disk_in_training_is_one_sentence(small, tmp_path, monkeypatch):
+    def fill():
+        monkeypatch.setattr(store, "put", full)
+
+    with pytest.raises(RunFailed, match=r"cannot be written \(No space left on device\).*step-00000004\.ckpt is intact"):
+        fitted(small, tmp_path, Ticks(7, fill))
+    monkeypatch.undo()
+    whole = fitted(small, tmp_path / "whole", Ticks())
+    assert fitted(small, tmp_path, Ticks()) == whole
