@@ -29,6 +29,7 @@ The map, in the order in which the data passes:
     resume.py       a folder worked in before: is it the same run, and what is done again?
     signals.py      requests to end: SIGTERM, SIGUSR1, Ctrl-C
     ranks.py        several processes as one run: who this one is, what all must agree on
+    sharding.py     models split over the processes: trainer.strategy=fsdp
     launch.py       a process per device, started and ended together
     store.py        what is computed once and used again
     fresh.py        a question answered in a process that has nothing of this one

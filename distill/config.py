@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("dense", "torchao", "packed")
 QUANTIZE = ("weights", "dynamic", "static")
 SCHEDULES = ("constant", "linear", "cosine")
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp")
 PARTS = ("loss", "supervised", "divergence")  # what the log calls the parts of the loss, beside the extra terms
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
@@ -209,7 +209,7 @@ class Trainer:
     accelerator: str = "auto"  # auto, cpu, gpu
     devices: int = 1  # processes of this machine, one a device; torchrun and srun, which start them, know better
     nodes: int = 1  # machines; more than one needs torchrun or srun
-    strategy: str = "auto"  # of several processes: auto and ddp are copies of the student with one gradient
+    strategy: str = "auto"  # of several processes: auto, ddp: each has the whole models; fsdp: each has its share of them
     validations: int = 4  # looks at the validation split per run, evenly spaced; the last step is one of them
     patience: int | None = None  # stop after this many looks without improvement
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

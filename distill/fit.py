@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 
-from distill import checkpoints, config, data, ranks, signals, store
+from distill import checkpoints, config, data, ranks, sharding, signals, store
 from distill.callbacks.base import compressions
 from distill.checkpoints import DurableIO, Saver, StepSeed
 from distill.data import Loader
@@ -103,7 +103,8 @@ def _load_best(module: Distillation, folder: Path, best: "Best", rate: str) -> i
     checkpoint = None if best.step is None else torch.load(checkpoints.at(folder, best.step), map_location="cpu", weights_only=True)
     if best.step is None or checkpoint is None or not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
         raise RunFailed(f"{rate} is {module.settings.lr:g}, but with it the training diverged and left no finite weights: lower {rate}")
-    module.load_state_dict(checkpoint["state_dict"])
+    weights = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("student.")}
+    module.student.load_state_dict(weights)
     module.eval()
     if ranks.is_first():
         store.alias(checkpoints.at(folder, best.step), folder / "best.ckpt")
@@ -113,7 +114,7 @@ def _load_best(module: Distillation, folder: Path, best: "Best", rate: str) -> i
 
 def _trainer(settings: config.Trainer, steps: int, train: Loader, **options: Any) -> L.Trainer:
     trainer = L.Trainer(
-        **ranks.strategy(settings),
+        **sharding.strategy(settings),
         precision=precision(settings),  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=math.ceil(steps / train.plan.steps),

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from distill import config, losses, ranks, targets
+from distill import config, losses, ranks, sharding, targets
 from distill.compress.rebuild import rebuild
 from distill.data import idle
 from distill.models import logits
@@ -44,6 +44,7 @@ class Distillation(L.LightningModule):
         self.terms = nn.ModuleDict({name: targets.build(spec) for name, spec in loss.terms.items()})
         self.task, self.loss, self.settings, self.steps = task, loss, optimizer, steps
         self.classes = classes  # columns of the logits that both models share; null: all
+        self._whole: tuple[PreTrainedModel, ...] = ()  # student and teacher as they were given, while both are split over the ranks
         self._teacher: tuple[PreTrainedModel, ...] = () if teacher is None else (teacher.eval().requires_grad_(False),)
         self._divergence = divergence(task, loss)
         self._parts: dict[str, Tensor] = {}  # of the optimizer step under way
@@ -58,11 +59,31 @@ class Distillation(L.LightningModule):
     def named_terms(self) -> Iterable[tuple[str, Term]]:
         return cast(Iterable[tuple[str, Term]], self.terms.items())
 
+    def configure_model(self) -> None:
+        """Where the strategy asks for it, train a student and ask a teacher that are split over the ranks."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, sharding.Sharded) or self._whole:
+            return
+        mesh = strategy.device_mesh["data_parallel"]
+        for _, term in self.named_terms():
+            term.detach()
+        self._whole = (self.student, *self._teacher)
+        self._replace(*(sharding.split(model, mesh) for model in self._whole))
+        for _, term in self.named_terms():
+            sharding.fully_shard(term, mesh=mesh)
+        self._attach()
+
+    def _replace(self, student: PreTrainedModel, *teacher: PreTrainedModel) -> None:
+        self.student, self._teacher = student, teacher
+
     def on_fit_start(self) -> None:
         for teacher in self._teacher:
             teacher.to(self.device)  # type: ignore[arg-type]
 
     def on_fit_end(self) -> None:
+        if self._whole:
+            self._replace(*self._whole)
+            self._whole = ()
         for teacher in self._teacher:
             teacher.to("cpu")  # type: ignore[arg-type]  # where the Trainer leaves the student
 
@@ -108,7 +129,7 @@ class Distillation(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip here: the Trainer's own clipping refuses a fused optimizer under mixed precision."""
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.settings.clip or float("inf"))
-        self.log("train/grad_norm", norm, batch_size=1)
+        self.log("train/grad_norm", sharding.whole(norm), batch_size=1)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         rows_NC = self.task.rows(logits(self.student, batch.inputs), batch)[:, : self.classes]

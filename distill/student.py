@@ -22,8 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def callbacks(run: config.Run) -> list[Callback]:
-    """The recipe's callbacks."""
-    return [_callback(name, spec) for name, spec in run.callbacks.items()]
+    """The recipe's callbacks; UserError where they would change a student of which each process has but a share."""
+    built = [_callback(name, spec) for name, spec in run.callbacks.items()]
+    if run.trainer.strategy == "fsdp" and compressions(built):
+        raise UserError(
+            f"trainer.strategy is fsdp, but callbacks.{compressions(built)[0].name} changes tensors that no process has whole: "
+            "set trainer.strategy=ddp, or leave it out and compress with export.quantize"
+        )
+    return built
 
 
 def informed(run: config.Run, task: Task, tokenizer: Any, callbacks: list[Callback], raw: Dataset, examples: Dataset) -> list[Callback]:

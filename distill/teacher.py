@@ -2,8 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from distill import config, data, fit, models, ranks, store
+from distill import config, data, fit, models, ranks, sharding, store
 from distill.compress.rebuild import loosened
 from distill.errors import UserError
 from distill.module import Distillation
@@ -175,8 +175,9 @@ def _write(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: T
     width = models.width(teacher)
     chunks = _chunks(examples, width)[ranks.rank() :: ranks.world()]
     schema = pa.schema({"teacher_logits": pa.list_(pa.list_(pa.float32(), width))})
+    forwards = ranks.gather(sum(-(-len(places) // run.evaluate.batch_size) for places in chunks))
     with (
-        models.on(models.device_of(run), teacher),
+        _answering(run, teacher) as teacher,
         Progress(console=Console(), transient=True, disable=not watched(run.trainer.progress)) as bar,
         pa.ipc.new_stream(str(file), schema) as stream,
     ):
@@ -185,6 +186,20 @@ def _write(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: T
             loader = data.loader(examples.select(places), task, pad_id, run.evaluate.batch_size)
             outputs = _outputs(teacher, task, loader, lambda count: bar.advance(shown, count))
             stream.write_batch(pa.record_batch([outputs], schema=schema))
+        if sharding.wanted(run.trainer):  # a split teacher answers only while all ranks ask
+            for _ in range(max(forwards) - forwards[ranks.rank()]):
+                _outputs(teacher, task, data.loader(examples.select([0]), task, pad_id, 1), lambda _: None)
+
+
+@contextmanager
+def _answering(run: config.Run, teacher: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The teacher where it computes: whole on each rank's device, or split over all of them."""
+    device = models.device_of(run)
+    if sharding.wanted(run.trainer):
+        yield sharding.split(teacher, sharding.mesh(device))
+        return
+    with models.on(device, teacher):
+        yield teacher
 
 
 def _chunks(examples: Dataset, width: int) -> list[range]:

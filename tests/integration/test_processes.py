@@ -23,9 +23,11 @@ SMALL = "{model_type: bert, hidden_size: 32, num_hidden_layers: 3, num_attention
 STILL = SMALL + "hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
 FAST = ["recipe=tiny", "evaluate.bootstrap=20", "evaluate.requests=2", "evaluate.batches=1", "teacher.finetune.epochs=1"]
 STEPS = ["trainer.max_steps=12", "trainer.validations=2", "trainer.precision=32-true", "data.batch_size=50"]
+ROUNDING = 1e-4  # of weights after steps of 1e-3
 SHORT = [*FAST, *STEPS, f"teacher.config={STILL}"]
 CPU = ["trainer.accelerator=cpu"]
 PAIR = ["trainer.devices=2", *CPU]
+SPLIT = [*PAIR, "trainer.strategy=fsdp"]
 LONG = [*FAST, *PAIR, "trainer.epochs=300", "export.format=null"]
 
 
@@ -40,8 +42,21 @@ def pair(tmp_path_factory):
     return ran(tmp_path_factory.mktemp("pair"), *SHORT, *PAIR, "trainer.accumulate=3")
 
 
-def ran(cwd, *arguments):
-    code, out, err = call("train", *arguments, cwd=cwd, DISTILL_CACHE=str(cwd / "store"))
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return ran(tmp_path_factory.mktemp("split"), *SHORT, *SPLIT, "trainer.accumulate=3")
+
+
+@pytest.fixture(scope="module")
+def several(request):
+    return request.getfixturevalue(request.param)
+
+
+EITHER = pytest.mark.parametrize("several", ["pair", "split"], indirect=True)
+
+
+def ran(cwd, *arguments, **environment):
+    code, out, err = call("train", *arguments, cwd=cwd, DISTILL_CACHE=str(cwd / "store"), **environment)
     assert code == 0, err
     (folder,) = run_folders(cwd)
     return folder, out, err
@@ -55,8 +70,9 @@ def rows(folder, stage="student"):
 # ---- one run
 
 
-def test_two_processes_are_one_run_with_one_log(pair):
-    folder, out, err = pair
+@EITHER
+def test_two_processes_are_one_run_with_one_log(several):
+    folder, out, err = several
     log = (folder / "train.log").read_text()
     for stage in ("data", "teacher", "cache", "student", "evaluate", "export"):
         assert err.count(f"── {stage} ") == log.count(f"── {stage} ") == 1
@@ -68,20 +84,73 @@ def test_two_processes_are_one_run_with_one_log(pair):
     assert len(list(folder.parent.iterdir())) == 1
 
 
+@EITHER
 @pytest.mark.parametrize("model", ["teacher", "student"])
-def test_the_models_are_those_of_one_process_within_rounding(alone, pair, model):
-    one, two = (load_file(folder / model / "model.safetensors") for folder, *_ in (alone, pair))
-    assert one.keys() == two.keys()
-    moved = max((one[name] - two[name]).abs().max().item() for name in one)
-    assert 0 < moved < 1e-4  # the steps are of 1e-3
+def test_the_models_are_those_of_one_process_within_rounding(alone, several, model):
+    assert 0 < apart(alone[0], several[0], model) < ROUNDING
 
 
-def test_losses_and_metrics_are_those_of_one_process(alone, pair):
-    for stage in ("teacher", "student"):
-        for one, two in zip(rows(alone[0], stage), rows(pair[0], stage), strict=True):
-            assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
-    quality = [json.loads((folder / "metrics.json").read_text())["student"]["quality"] for folder, *_ in (alone, pair)]
+def apart(one, other, model="student"):
+    """The largest difference of any weight."""
+    one, other = (load_file(folder / model / "model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@EITHER
+def test_losses_and_metrics_are_those_of_one_process(alone, several):
+    assert_same_losses(alone[0], several[0])
+    quality = [json.loads((folder / "metrics.json").read_text())["student"]["quality"] for folder, *_ in (alone, several)]
     assert quality[0].keys() == quality[1].keys()
+
+
+def assert_same_losses(folder, other):
+    for stage in ("teacher", "student"):
+        for one, two in zip(rows(folder, stage), rows(other, stage), strict=True):
+            assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+
+
+def test_what_no_process_has_whole_is_not_compressed(tmp_path):
+    code, _, err = call(
+        "train", *FAST, *SPLIT, "callbacks.prune._target_=distill.callbacks.PruneHeads", "callbacks.prune.share=0.5", cwd=tmp_path
+    )
+    assert code == 2
+    assert_one_sentence(err, "trainer.strategy is fsdp", "callbacks.prune")
+
+
+# ---- resumed
+
+
+PULLED = """
+import os, signal
+from lightning.pytorch.callbacks import Callback
+
+class Pulled(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 7 and "PULL" in os.environ and trainer.max_steps == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+RESUMED = {"ddp": (PAIR, PAIR), "fsdp": (SPLIT, SPLIT), "fsdp, then ddp": (SPLIT, PAIR), "two, then one": (PAIR, ["trainer.devices=1"])}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_killed_run_goes_on_with_as_many_processes_or_with_others(case, alone, pair, split, tmp_path):
+    first, second = RESUMED[case]
+    (tmp_path / "pulled.py").write_text(PULLED)
+    kept = ["trainer.accumulate=3", "trainer.checkpoint.steps=2", "callbacks.pulled._target_=pulled.Pulled", "hydra.run.dir=mine"]
+    own = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "DISTILL_CACHE": str(tmp_path / "store")}
+    code, _, _ = call("train", *SHORT, *first, *kept, cwd=tmp_path, **own, PULL="1")
+    assert code == 137
+    other = [] if second is first else [argument for argument in second if argument.startswith(("trainer.devices", "trainer.strategy"))]
+    other += ["trainer.strategy=ddp"] if case == "fsdp, then ddp" else []
+    code, _, err = call("train", "resume=mine", *other, cwd=tmp_path, **own)
+    assert code == 0, err
+    assert "going on from mine/checkpoints/step-00000006.ckpt" in err and "── teacher" in err
+    if second is first:
+        assert apart({"ddp": pair, "fsdp": split}[case][0], tmp_path / "mine") == 0
+    else:
+        assert 0 < apart(alone[0], tmp_path / "mine") < ROUNDING
+        assert_same_losses(alone[0], tmp_path / "mine")
 
 
 def test_torchrun_needs_no_folder_and_makes_one(tmp_path, alone):

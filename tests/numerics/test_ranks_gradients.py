@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-from distill import config, data, fit, ranks
+from distill import config, data, fit, ranks, sharding
 from distill.module import Distillation
 from tests.processes import on_ranks
 from tests.worlds import LANGUAGE, world
@@ -34,7 +34,7 @@ CASES = {  # task, examples, micro-batches, terms, validation examples
     PROJECTED: ({}, 17, 3, TERMS, 20),
     "language, terms": (LANGUAGE, 21, 3, {"hidden": TERMS["hidden"]}, 20),
 }
-WORLDS = (2, pytest.param(3, marks=pytest.mark.slow))
+WORLDS = (("auto", 2), pytest.param(("auto", 3), marks=pytest.mark.slow), pytest.param(("fsdp", 2), marks=pytest.mark.slow))
 
 
 class Seen(L.Callback):
@@ -47,7 +47,8 @@ class Seen(L.Callback):
         self.wrapped = sorted(name for name, _ in trainer.strategy.model.named_parameters())
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.gradients.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None]))
+        found = [sharding.whole(parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+        self.gradients.append(torch.cat([gradient.flatten() for gradient in found]))
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step > len(self.logged):
@@ -57,13 +58,13 @@ class Seen(L.Callback):
         self.metrics.append({name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
 
 
-def trained(case):
+def trained(case, strategy="auto"):
     changes, examples, accumulate, terms, validation = CASES[case]
     made = world(**changes)
     still, form = STILL["language" in case]
     form = form | ({"hidden_size": 32} if case == PROJECTED else {})
     teacher, student = made.model(seed=1, **still).double(), made.model("student", seed=2, **still, **form).double()
-    module = Distillation(made.task, student, teacher, config.Loss(alpha=0.4, terms=terms), config.Optimizer(), 3)
+    module = Distillation(made.task, student, teacher, config.Loss(alpha=0.4, terms=terms), config.Optimizer(), 3).double()
     for term in module.terms.values():
         for projection in getattr(term, "projections", {}).values():
             projection.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
@@ -73,8 +74,8 @@ def trained(case):
     look = data.loader(made.examples["validation"].select(range(validation)), made.task, batch_size=16, **cut)
     seen = Seen()
     trainer = L.Trainer(
-        **ranks.strategy(config.Trainer(accelerator="cpu")),
-        precision="64-true",
+        **sharding.strategy(config.Trainer(accelerator="cpu", strategy=strategy)),
+        precision="64-true" if strategy == "auto" else "32-true",  # which leaves the models in float64, as they are
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         callbacks=[seen],
@@ -96,14 +97,20 @@ def all_cases(folder):
     return {case: trained(case) for case in CASES}
 
 
+def all_cases_split(folder):
+    os.environ["DISTILL_CACHE"] = str(folder / f"store {ranks.rank()}")
+    return {case: trained(case, "fsdp") for case in CASES}
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, _module_store):
     return {case: trained(case) for case in CASES}
 
 
-@pytest.fixture(scope="module", params=WORLDS)
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world[0]} {world[1]}")
 def together(request, tmp_path_factory):
-    return on_ranks(all_cases, tmp_path_factory.mktemp("ranks"), request.param)
+    strategy, count = request.param
+    return on_ranks(all_cases_split if strategy == "fsdp" else all_cases, tmp_path_factory.mktemp("ranks"), count)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -136,5 +143,5 @@ def test_metrics_are_the_whole_split_s_to_the_last_bit(case, alone, together):
 @pytest.mark.parametrize("case", CASES)
 def test_the_teacher_is_in_nobody_s_replica(case, together):
     for rank in together:
-        assert rank[case]["wrapped"] == [f"module.{name}" for name in rank[case]["own"]]
+        assert [name.removeprefix("module.") for name in rank[case]["wrapped"]] == rank[case]["own"]
         assert all(name.startswith(("student.", "terms.")) for name in rank[case]["own"])

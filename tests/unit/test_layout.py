@@ -17,7 +17,7 @@ RANKS = [
     {"config", "targets", "losses", "formats", "runtime", "store", "fresh"},
     {"recipe", "tasks", "corpora", "stages", "ranks"},
     {"cli", "data", "models", "tracking", "checkpoints", "resume"},
-    {"terms", "compress", "launch"},
+    {"terms", "compress", "launch", "sharding"},
     {"module", "packing"},
     {"evaluate"},
     {"callbacks", "export"},
