@@ -111,9 +111,8 @@ def assert_same_losses(folder, other):
 
 
 def test_what_no_process_has_whole_is_not_compressed(tmp_path):
-    code, _, err = call(
-        "train", *FAST, *SPLIT, "callbacks.prune._target_=distill.callbacks.PruneHeads", "callbacks.prune.share=0.5", cwd=tmp_path
-    )
+    prune = ["callbacks.prune._target_=distill.callbacks.PruneHeads", "callbacks.prune.amount=0.5"]
+    code, _, err = call("train", *FAST, *SPLIT, *prune, cwd=tmp_path)
     assert code == 2
     assert_one_sentence(err, "trainer.strategy is fsdp", "callbacks.prune")
 
