@@ -31,15 +31,30 @@ class Tracker:
         """`logs/<stage>/metrics.csv`, and the same figures as `<stage>/...` on the Weights & Biases run; the first rank's alone."""
         if not ranks.is_first():
             return []
-        loggers: list[Any] = [Csv(self.folder / "logs" / stage / "metrics.csv")]
-        if self.run is not None:
-            loggers.append(WandbLogger(experiment=self.run, prefix=stage, log_model=False))
-        return loggers
+        table = Csv(self.folder / "logs" / stage / "metrics.csv")
+        return [table] if self.run is None else [table, Wandb(table.held(), experiment=self.run, prefix=stage, log_model=False)]
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self.run is not None:
             self.run.summary.update(summary)
             self.run.finish()
+
+
+Row = tuple[int | None, frozenset[str]]  # a step, and the names of what was logged at it
+
+
+class Wandb(WandbLogger):
+    """Weights & Biases, which forgets nothing: what a killed training has logged is not sent again when it comes again."""
+
+    LOGGER_JOIN_CHAR = "/"  # panels are grouped by what stands before it
+
+    def __init__(self, known: set[Row], **options: Any) -> None:
+        super().__init__(**options)
+        self.known = known
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if (step, frozenset(metrics)) not in self.known:
+            super().log_metrics(metrics, step)
 
 
 class Csv(Logger):
@@ -70,6 +85,10 @@ class Csv(Logger):
             self._write(rows)
         else:
             self.file.unlink(missing_ok=True)
+
+    def held(self) -> set[Row]:
+        """What was logged so far."""
+        return {(int(row.pop("step")), frozenset(name for name, value in row.items() if value)) for row in self._rows()}
 
     def _rows(self) -> list[dict[str, Any]]:
         """All rows but for one that was not written to its end."""

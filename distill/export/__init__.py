@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from distill import cli, config, evaluate, formats, fresh, recipe
+from distill import cli, config, evaluate, formats, fresh, recipe, store
 from distill.errors import RunFailed, UserError
 from distill.evaluate.cost import disk_bytes, weight_bytes
 from distill.export.card import card
@@ -221,7 +221,7 @@ def describe(run: config.Run, task: "Task", draft: Path, proof: dict[str, Any], 
 def put(draft: Path, final: Path) -> None:
     """Give the draft its final name, when all of it is on the disk. An earlier export steps aside, and comes back if that fails."""
     for path in [*draft.rglob("*"), draft]:
-        _sync(path)
+        store.sync(path)
     aside = draft.with_name(f"{draft.name}-old")
     if final.exists():
         os.replace(final, aside)
@@ -231,16 +231,8 @@ def put(draft: Path, final: Path) -> None:
         if aside.exists():
             os.replace(aside, final)
         raise
-    _sync(final.parent)
+    store.sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @cli.command

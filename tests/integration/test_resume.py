@@ -228,6 +228,28 @@ def test_no_step_is_twice_in_the_table(tmp_path):
     assert table.file.read_bytes() == whole
 
 
+def test_what_a_killed_run_has_sent_to_wandb_is_not_sent_again(tmp_path):
+    class Experiment:
+        def __init__(self):
+            self.sent = []
+
+        def log(self, row):
+            self.sent.append(row)
+
+    run, experiment = small(tracking={"wandb": "disabled"}), Experiment()
+    for first, last in ((0, 6), (3, 9)):
+        tracker = tracking.Tracker(run, tmp_path)
+        tracker.run = experiment
+        loggers = tracker.loggers("student")
+        loggers[0].forget_from(first)
+        for step in range(first, last):
+            for row in ({"train/loss": step / 2, "epoch": 0}, {"val/accuracy": 0.5, "epoch": 0}):
+                for logger in loggers:
+                    logger.log_metrics(row, step)
+    steps = [(row["trainer/global_step"], "student/train/loss" in row) for row in experiment.sent]
+    assert steps == [(step, first) for step in range(9) for first in (True, False)]
+
+
 def test_wandb_goes_on_under_the_same_id(tmp_path, monkeypatch):
     started = []
     monkeypatch.setenv("WANDB_MODE", "offline")
