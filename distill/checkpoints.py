@@ -90,6 +90,7 @@ class DurableIO(TorchCheckpointIO):
             store.put(file.with_suffix(".json"), json.dumps(told).encode())
             store.put(file, content.getbuffer())
         except OSError as error:
+            file.with_suffix(".json").unlink(missing_ok=True)
             raise RunFailed(_unwritten(file, error)) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None) -> Any:
@@ -162,8 +163,8 @@ class Saver(Callback):
 
     def _agreed(self, due: bool) -> tuple[bool, int]:
         """What any rank wants, all do: their clocks and signals differ."""
-        told = ranks.gather((due, self.requests.number)) if ranks.world() > 1 else [(due, self.requests.number)]
-        return any(due for due, _ in told), max(number for _, number in told)
+        wanted, number = ranks.highest([due, self.requests.number])
+        return bool(wanted), number
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._looked, self._loops = True, deepcopy(trainer.fit_loop.state_dict())

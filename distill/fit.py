@@ -94,7 +94,8 @@ def _lookers(module: Distillation, settings: config.Trainer, best: "Best") -> li
     """The callbacks that look at the validation split, and what comes of it."""
     lookers = [Looks(module.steps, settings.validations), Narrator(best.metric), best]
     if settings.patience is not None:
-        lookers.append(Patience(best.metric, mode="max" if best.maximise else "min", patience=settings.patience))
+        direction = "max" if best.maximise else "min"
+        lookers.append(Patience(module.steps, monitor=best.metric, mode=direction, patience=settings.patience))
     return [*lookers, Bar(leave=False)] if watched(settings.progress) else lookers
 
 
@@ -162,7 +163,19 @@ class Best(Callback):
 
 
 class Patience(EarlyStopping):
-    """Stops where the validation split shows no improvement."""
+    """Stops where the validation split shows no improvement; a training that goes on for longer has all its patience again."""
+
+    def __init__(self, steps: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.steps = steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if state["steps"] != self.steps:
+            self.wait_count = 0
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if _in_final_form(trainer):

@@ -53,15 +53,17 @@ def launch(module: str, folder: Path, count: int) -> int:
     environment = QUIET | os.environ | shared | {"HYDRA_FULL_ERROR": "1" if cli.SHOW_TRACEBACK else "0"}
     command = [sys.executable, "-m", module, *ARGUMENTS, f"hydra.run.dir={recipe.quoted(str(folder))}"]
     ranks: list[Rank] = []
-    with _passing_on(ranks):
+    with _passing_on(ranks) as asked:
         try:
             for number in range(count):
+                if asked:  # before all were there, and none has done anything
+                    return _as_asked(asked[0])
                 ranks.append(Rank(number, command, environment))
             _wait(ranks)
         finally:
             for rank in ranks:
                 rank.end()
-    return _verdict(ranks, folder)
+    return _verdict(ranks, folder, asked)
 
 
 def follow() -> None:
@@ -84,6 +86,7 @@ class Rank:
         self.number, self.ended, self.stopped_here = number, 0.0, False
         self.said: deque[str] = deque(maxlen=KEPT)
         self.held: list[str] = []  # of what should be shown, what may turn out to be another rank's fault
+        self.since = 0.0  # when the last of it came
         self.process: subprocess.Popen[str] = subprocess.Popen(
             command,
             env=own,
@@ -106,8 +109,9 @@ class Rank:
                 continue
             if self.held or FAILURE.match(line):
                 self.held.append(line)
+                self.since = time.monotonic()
             else:
-                print(line, end="", file=sys.stderr, flush=True)
+                show(line)
 
     def _note_the_end(self) -> None:
         os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # its group is still its own
@@ -125,6 +129,12 @@ class Rank:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
 
+    def release(self) -> None:
+        """Show what was held: who goes on has not failed."""
+        if self.held and self.code is None and time.monotonic() - self.since > GRACE:
+            show("".join(self.held))
+            self.held.clear()
+
     def end(self) -> None:
         """At once, with all that it started."""
         if not self.ended:
@@ -141,10 +151,17 @@ class Rank:
         return lines[-1].strip() if lines else None
 
 
+def show(text: str) -> None:
+    """On stderr, as long as somebody reads it."""
+    with suppress(BrokenPipeError):
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 def _wait(ranks: list[Rank]) -> None:
     """Until all have ended, or until those that were to end after a failure had their time."""
     while any(rank.code is None for rank in ranks):
         time.sleep(0.05)
+        ranks[0].release()
         failed = [rank for rank in ranks if rank.code]
         if failed:
             orderly = all(rank.code in ORDERLY for rank in failed)
@@ -152,22 +169,32 @@ def _wait(ranks: list[Rank]) -> None:
                 return
 
 
-def _verdict(ranks: list[Rank], folder: Path) -> int:
+def _verdict(ranks: list[Rank], folder: Path, asked: list[int]) -> int:
     """Show the sentence of the rank that failed first: one that has a sentence, before one that was killed, before a traceback.
 
     The others' ends are its consequence: their connection broke, or they were stopped here.
     """
     failed = [rank for rank in ranks if rank.code and not rank.stopped_here]
     if not failed:
-        print("".join(ranks[0].held), end="", file=sys.stderr)
+        show("".join(ranks[0].held))
         return 0
     first = min(failed, key=lambda rank: (rank.answer is None, (rank.code or 0) > 0, rank.ended))
     assert first.code is not None
+    if asked and first.answer is None:
+        return _as_asked(asked[0])
     if cli.SHOW_TRACEBACK:
-        print("".join(first.said if first.number else first.held), end="", file=sys.stderr)
+        show("".join(first.said if first.number else first.held))
     _note(first, folder)
-    print(first.answer or _account(first), file=sys.stderr)
+    show(f"{first.answer or _account(first)}\n")
     return first.code if first.code > 0 else 128 - first.code
+
+
+def _as_asked(number: int) -> int:
+    """The end of ranks that a signal met before they could answer it."""
+    interrupted = number == signal.SIGINT
+    said = "interrupted" if interrupted else f"ended by {signal.Signals(number).name}"
+    show(f"distill: {said}: the same command begins the run, or goes on with it\n")
+    return 130 if interrupted else 75
 
 
 def _account(rank: Rank) -> str:
@@ -189,19 +216,18 @@ def _note(rank: Rank, folder: Path) -> None:
 
 
 @contextmanager
-def _passing_on(ranks: list[Rank]) -> Iterator[None]:
-    """Signals to this process are for the ranks; a third one ends them at once, should they hang."""
-    asked = 0
+def _passing_on(ranks: list[Rank]) -> Iterator[list[int]]:
+    """Signals to this process, which it gives, are for the ranks; a third one ends them at once, should they hang."""
+    asked: list[int] = []
 
     def handler(number: int, _: Any) -> None:
-        nonlocal asked
-        asked += 1
+        asked.append(number)
         for rank in ranks:
-            rank.send(signal.SIGKILL if asked > 2 else number)
+            rank.send(signal.SIGKILL if len(asked) > 2 else number)
 
     before = {number: signal.signal(number, handler) for number in PASSED_ON}
     try:
-        yield
+        yield asked
     finally:
         for number, former in before.items():
             signal.signal(number, former)

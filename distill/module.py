@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
 from distill import config, losses, ranks, sharding, targets
@@ -75,6 +76,12 @@ class Distillation(L.LightningModule):
 
     def _replace(self, student: PreTrainedModel, *teacher: PreTrainedModel) -> None:
         self.student, self._teacher = student, teacher
+
+    def on_train_start(self) -> None:
+        """The rate of the schedule as it is now: a training that goes on for longer than it was to has another."""
+        schedule = cast(LambdaLR, self.lr_schedulers())
+        for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * rate(schedule.last_epoch)
 
     def on_fit_start(self) -> None:
         for teacher in self._teacher:

@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 from distill.config import Trainer
-from distill.errors import UserError
+from distill.errors import RunFailed, UserError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)  # ranks wait for the first while it downloads, measures and exports; one that ends is noticed at once
+ARRIVAL = timedelta(minutes=10)  # in which all ranks must have started
+PATIENCE = timedelta(days=7)  # ranks wait for the first while it downloads, measures and exports
 
 
 def rank() -> int:
@@ -91,6 +93,25 @@ def totals(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return summed
 
 
+def part(saved: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What this rank adds to sums that each rank had saved: its own or, where there are more or fewer ranks now, all or nothing."""
+    if len(saved) == world():
+        return saved[rank()]
+    together: dict[str, Tensor] = {}
+    for values in saved if is_first() else []:
+        together |= {name: together[name] + value if name in together else value for name, value in values.items()}
+    return together
+
+
+def highest(values: list[int]) -> list[int]:
+    """The highest of each value over all ranks, on all of them."""
+    if world() == 1:
+        return values
+    found = torch.tensor(values)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found.tolist()
+
+
 @contextmanager
 def first_then_others() -> Iterator[None]:
     """The first rank does it while the others wait, who then do it themselves: what it fetched or stored is there for them.
@@ -122,18 +143,32 @@ def start(settings: Trainer) -> None:
         return
     here = int(os.environ["LOCAL_RANK"])
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
+    _join("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if not is_first():
+        _fall_silent()
     if on_gpu:
-        if here >= torch.cuda.device_count():
+        short = [count for index, count in gather((here, torch.cuda.device_count())) if index >= count]
+        if short:  # all ranks say so, and none waits for another
             raise UserError(
-                f"trainer.devices is {os.environ['LOCAL_WORLD_SIZE']}, but this machine has {torch.cuda.device_count()} GPUs: "
+                f"trainer.devices is {os.environ['LOCAL_WORLD_SIZE']}, but a machine has {short[0]} GPUs: "
                 "start one process per GPU, or set trainer.accelerator=cpu"
             )
         torch.cuda.set_device(here)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    if not is_first():
-        _fall_silent()
+
+
+def _join(backend: str) -> None:
+    """Meet the other ranks; RunFailed where some do not come."""
+    try:
+        store, number, count = next(rendezvous("env://", timeout=ARRIVAL))
+        distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    except RuntimeError as error:
+        minutes = ARRIVAL.total_seconds() / 60
+        raise RunFailed(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not as many processes met within {minutes:g} minutes "
+            f"({str(error).splitlines()[0]}): start all of them, with one MASTER_ADDR and MASTER_PORT"
+        ) from error
 
 
 def end() -> None:
@@ -148,6 +183,8 @@ def _read_slurm() -> None:
     if "RANK" in given or int(given.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return
     world, nodes = int(given["SLURM_STEP_NUM_TASKS"]), int(given.get("SLURM_STEP_NUM_NODES", 1))
+    if world % nodes:
+        raise UserError(f"srun has {world} tasks on {nodes} nodes, but every node needs as many: use --ntasks-per-node")
     first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", given["SLURM_STEP_NODELIST"]).split(",")[0]  # node[07-09,12] -> node07
     port = 20000 + int(given["SLURM_JOB_ID"]) % 20000  # another for each job of a machine
     os.environ |= {"RANK": given["SLURM_PROCID"], "WORLD_SIZE": str(world), "LOCAL_RANK": given["SLURM_LOCALID"]}

@@ -73,7 +73,9 @@ def _understood(argument: str, named: dict[str, Path]) -> str:
         raise UserError(f"the argument is {argument}, but it must be key=value: say which key")
     if not argument.startswith("recipe="):
         return f"++{argument}" if OPEN.match(argument) else argument
-    return f"recipe={','.join(_stored(value, named) for value in argument.removeprefix('recipe=').split(','))}"
+    given = argument.removeprefix("recipe=")
+    values = [given] if Path(given).is_file() else given.split(",")
+    return f"recipe={','.join(_stored(value, named) for value in values)}"
 
 
 def _stored(value: str, named: dict[str, Path]) -> str:

@@ -6,6 +6,7 @@ The folder's `recipe.yaml` is what counts. What changes no result may differ, an
 import logging
 import shlex
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 from distill import recipe, store
 from distill.config import Run
 from distill.errors import UserError
-from distill.stages import Stages
+from distill.stages import PROGRESS, Stages
 
 log = logging.getLogger("distill")
 
 RECIPE = "recipe.yaml"
+LOG = "train.log"
+OWN = (RECIPE, PROGRESS, LOG)  # of a run that has made nothing yet
 RUNS = "runs"
 ALL = ("student", "evaluate", "export")
 # beginnings of keys -> the stages that are done again where such a key differs; where any other differs, the run is another one
@@ -30,7 +33,10 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "trainer.nodes": (),
     "trainer.strategy": (),
     "tracking.": (),
-    "evaluate.": ("evaluate", "export"),
+    "evaluate.bootstrap": ("evaluate", "export"),
+    "evaluate.requests": ("evaluate", "export"),
+    "evaluate.batches": ("evaluate", "export"),
+    "evaluate.threads": ("evaluate", "export"),
     "export.": ("evaluate", "export"),
 }
 LENGTHS = ("trainer.epochs", "trainer.max_steps")  # may grow
@@ -54,10 +60,11 @@ def arguments(given: list[str]) -> list[str]:
 
 
 def _last() -> Path:
-    found = sorted(Path(RUNS).rglob(RECIPE), key=lambda file: file.stat().st_mtime)
+    """The run that was worked in last."""
+    found = [file.parent for file in Path(RUNS).rglob(RECIPE)]
     if not found:
         raise UserError(f"resume is last, but there is no run under {Path(RUNS).absolute()}: give the folder of a run")
-    return found[-1].parent
+    return max(found, key=lambda folder: max((folder / name).stat().st_mtime for name in OWN if (folder / name).is_file()))
 
 
 def command(folder: Path) -> str:
@@ -76,22 +83,48 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(draft)
 
 
+def is_new(folder: Path) -> bool:
+    """Whether nothing is there but the log that Hydra has just opened."""
+    return [(file.name, file.stat().st_size) for file in folder.iterdir()] == [(LOG, 0)]
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run has left that ended before it made anything; a folder in which anything else is, or anybody at work, stays."""
+    with suppress(UserError, OSError), store.alone(folder, patience=0):
+        if not Stages(folder).done("data") and {file.name for file in folder.iterdir()} <= {*OWN}:
+            for name in OWN:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+
+
 def take_up(run: Run, folder: Path, writes: bool = True) -> Stages:
-    """What is done in this folder: nothing where it is new. UserError where it holds another run.
+    """What is done in this folder: nothing where it is new. UserError where it holds another run, or no run but other files.
 
     Only one process of a run writes.
     """
     file = folder / RECIPE
+    if not file.is_file() and (others := sorted({other.name for other in folder.glob("*")} - {*OWN})):
+        listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise UserError(f"hydra.run.dir is {folder}, but it holds {listed} and no {RECIPE}: name an empty folder, or that of a run")
     changed = differences(recipe.load_recipe(str(file)), recipe.portable(run)) if file.is_file() else {}
     again = _judged(folder, changed)
     stage = Stages(folder, writes)
+    if again:
+        stage.again(again)
     if writes:
         tidy(folder)
-        if again:
-            stage.again(again)
-        if changed or not file.is_file():
+        if not file.is_file():
             recipe.save(run, file)
     return stage
+
+
+def same_examples(run: Run, stage: Stages, fingerprint: str) -> None:
+    """UserError where a run goes on with other examples than it began with."""
+    if stage.found.setdefault("examples", fingerprint) != fingerprint:
+        raise UserError(
+            f"data.source is {run.data.source}, but its examples are not those with which the run began: "
+            "bring them back, or start a new run"
+        )
 
 
 def differences(earlier: Run, now: Run) -> dict[str, tuple[Any, Any]]:

@@ -34,8 +34,8 @@ class Requests:
     def note(self, number: int) -> None:
         if number == signal.SIGINT and self.number == signal.SIGINT:
             raise KeyboardInterrupt  # who asks twice does not want to wait
+        self.number = number  # before anything that may go wrong in the middle of another line
         log.warning("%s: the step under way is finished and saved first", signal.Signals(number).name)
-        self.number = number
 
 
 @contextmanager

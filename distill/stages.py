@@ -48,10 +48,9 @@ class Stages:
         return name in self.seconds
 
     def again(self, names: Iterable[str]) -> None:
-        """These stages are not done any more."""
+        """These stages are not done any more; written down when the next one is."""
         self.seconds = {name: seconds for name, seconds in self.seconds.items() if name not in names}
         self.finished = False
-        self._write()
 
     def finish(self) -> None:
         """Nothing is left to do."""

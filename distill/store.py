@@ -65,8 +65,11 @@ def writing(folder: Path) -> Iterator[Path]:
         yield inside
         manifest = {str(file.relative_to(inside)): sha256(file) for file in sorted(inside.rglob("*")) if file.is_file()}
         (inside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [*inside.rglob("*"), inside]:
+            sync(path)
         while not _published(inside, folder, temporary / "earlier"):
             pass
+        sync(folder.parent)
 
 
 @contextmanager
@@ -158,11 +161,11 @@ def _lock(handle: int) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Inside, no other process is at work in this folder; UserError where one is."""
+def alone(folder: Path, patience: float | None = None) -> Iterator[None]:
+    """Inside, no other process is at work in this folder; UserError where one still is after so many seconds."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        waiting = time.monotonic() + PATIENCE
+        waiting = time.monotonic() + (PATIENCE if patience is None else patience)
         while not _lock(handle):
             if time.monotonic() > waiting:
                 way_out = "wait for its end, or name another with hydra.run.dir"

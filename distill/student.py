@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 from datasets import Dataset, DatasetDict
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from transformers import PreTrainedModel
 
 from distill import config, data, fit, models, packing, ranks, store, targets
@@ -105,6 +105,8 @@ def _callback(name: str, spec: dict[str, Any]) -> Callback:
         built = targets.build(spec)
     if isinstance(built, Compression):
         built.name = name
+    if isinstance(built, ModelCheckpoint):
+        raise UserError(f"callbacks.{name} is a ModelCheckpoint, but a run saves its own state: say when with trainer.checkpoint")
     if not isinstance(built, Callback):
         raise UserError(
             f"callbacks.{name} is {spec['_target_']}, but that gives a {type(built).__name__}, and Lightning calls only its own: "

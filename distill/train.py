@@ -1,9 +1,10 @@
 """`python -m distill.train recipe=bert_to_distil`: the whole way, from a recipe to a proven student."""
 
 import os
-import shutil
+import signal
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from distill import launch, recipe, resume, signals, store
 from distill.cli import command
 from distill.config import Run
 from distill.errors import Stopped, UserError
-from distill.stages import PROGRESS, Stages
+from distill.stages import Stages
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     from distill.tracking import Tracker
 
     fit.check_device(run.trainer)
+    run = replace(run, trainer=replace(run.trainer, precision=fit.precision(run.trainer)))  # it may go on where auto means another one
     callbacks = student.callbacks(run)
     with ranks.first_then_others():
         stage = resume.take_up(run, folder, ranks.is_first())
@@ -40,6 +42,9 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         tokenizer = models.tokenizer_for(run, task, raw["train"])
         examples = data.encode(raw, task, tokenizer, run.data)
         callbacks = student.informed(run, task, tokenizer, callbacks, raw["train"], examples["train"])
+        resume.same_examples(run, stage, data.fingerprint(examples["train"]))
+    if ranks.is_first():
+        recipe.save(run, folder / resume.RECIPE)  # where keys have changed, they hold from here on
     tracker = Tracker(run, folder)
     if not stage.done("student"):
         with stage("teacher"):
@@ -93,24 +98,28 @@ def _one_run(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())  # as the user would type it
-    fresh = not (folder / resume.RECIPE).exists()
+    fresh = resume.is_new(folder)
     try:
         _as_ranks(recipe.checked(composed), folder)
-    except KeyboardInterrupt:
-        raise Stopped(f"interrupted: go on with {resume.command(folder)}", 130) from None
-    except signals.Asked as asked:
-        code = 130 if asked.number == signals.signal.SIGINT else 75
-        said = "interrupted" if code == 130 else f"ended by {asked}"
-        raise Stopped(f"{said}: go on with {resume.command(folder)}", code) from None
+    except (KeyboardInterrupt, signals.Asked) as asked:
+        raise _stopped(folder, fresh, getattr(asked, "number", signal.SIGINT)) from None
     except Exception:
-        if fresh and os.environ.get("RANK", "0") == "0" and not _begun(folder):
-            shutil.rmtree(folder)  # a refused recipe leaves nothing behind, and takes nothing away
+        if fresh and os.environ.get("RANK", "0") == "0":
+            resume.clear(folder)  # a refused recipe leaves nothing behind, and takes nothing away
         raise
 
 
-def _begun(folder: Path) -> bool:
-    """Whether anything was made that somebody may want."""
-    return bool({file.name for file in folder.iterdir()} - {"train.log", resume.RECIPE, PROGRESS}) or Stages(folder).done("data")
+def _stopped(folder: Path, fresh: bool, number: int) -> Stopped:
+    """What is said to somebody who asked for the end."""
+    if (folder / resume.RECIPE).exists():
+        way_on = f"go on with {resume.command(folder)}"
+    else:
+        way_on = "that was before the run had begun, and the same command begins it"
+        if fresh:
+            resume.clear(folder)
+    interrupted = number == signal.SIGINT
+    said = "interrupted" if interrupted else f"ended by {signal.Signals(number).name}"
+    return Stopped(f"{said}: {way_on}", 130 if interrupted else 75)
 
 
 def _as_ranks(run: Run, folder: Path) -> None:
@@ -125,8 +134,9 @@ def _as_ranks(run: Run, folder: Path) -> None:
 
     ranks.start(run.trainer)
     shared = Path(ranks.share(str(folder)))
-    if shared != folder and not any(folder.iterdir()):
-        folder.rmdir()  # Hydra names one for each process
+    if shared != folder:
+        with suppress(OSError):
+            folder.rmdir()  # Hydra names one for each process
     try:
         with store.alone(shared) if ranks.is_first() else nullcontext():
             train(run, shared)

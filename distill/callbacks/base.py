@@ -197,11 +197,6 @@ def _same_on_all_ranks(name: str, decided: dict[str, Tensor]) -> None:
         raise RunFailed(f"the masks of {name} are {different} different ones, but all ranks must have the same: report this as a defect")
 
 
-def of_first_rank(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A saved sum, for it to be counted once: what it is on the first rank, zeros on the others."""
-    return {name: value if ranks.is_first() else torch.zeros_like(value) for name, value in values.items()}
-
-
 def chosen(student: PreTrainedModel, patterns: Iterable[str] | None, kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, nn.Module]:
     """The modules of these kinds whose names fit a pattern (`*.ffn.lin1`); null: all that are inside the transformer blocks."""
     if isinstance(patterns, str):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill import ranks
-from distill.callbacks.base import Compression, chosen, of_first_rank, record
+from distill.callbacks.base import Compression, chosen, record
 from distill.compress import low_rank
 from distill.compress.observe import Observer
 from distill.module import Distillation
@@ -81,11 +81,11 @@ class Factorize(Compression):
         return {name: torch.tensor(rank) for name, rank in self._ranks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"moments": ranks.totals(self._moments)}  # Lightning asks all ranks, and keeps what the first says
+        return super().state_dict() | {"moments": ranks.gather(self._moments)}  # Lightning asks all ranks, and keeps what the first says
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._moments = of_first_rank(state["moments"])
+        self._moments = ranks.part(state["moments"])
 
     def _targets(self, student: PreTrainedModel) -> dict[str, nn.Module]:
         """The layers that the recipe chose, but for halves of layers that were factorized before."""

@@ -1,6 +1,7 @@
 """A name or a config -> a model in fp32 and eval mode, or one sentence that says why not."""
 
 import copy
+import errno
 import json
 import logging
 import re
@@ -259,7 +260,10 @@ def quiet(bars: bool = True) -> Iterator[None]:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A folder that plain transformers loads: config, safetensors, tokenizer, and code where the config alone does not say enough."""
     with quiet():
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(errno.EIO, str(error), str(folder)) from error
         tokenizer.save_pretrained(folder)
     describe(model, folder, container.needs_code(model.config))
     for weights in folder.glob("*.safetensors"):

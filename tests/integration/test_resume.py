@@ -1,5 +1,6 @@
 """A run that is killed at any moment and resumed ends with the same bytes; what it says; what it refuses."""
 
+import csv
 import json
 import os
 import signal
@@ -177,7 +178,48 @@ def test_what_changes_no_result_is_said_and_written_down(tmp_path, caplog):
     with caplog.at_level("INFO", logger="distill"):
         resume.take_up(changed, tmp_path)
     assert "data.workers was 0 and is 1, tracking.project was distill and is other, trainer.checkpoint.keep was 2 and is 3" in caplog.text
-    assert recipe.load_recipe(str(tmp_path / "recipe.yaml")) == recipe.portable(changed)
+
+
+def test_a_change_holds_only_once_nothing_refuses_it(tmp_path):
+    train(small(), tmp_path)
+    before = everything(tmp_path)
+    late = {"late": {"_target_": "distill.callbacks.Quantize", "start": 12}}
+    resume.take_up(small(trainer={"max_steps": 14}), tmp_path)
+    assert everything(tmp_path) == before
+    with pytest.raises(UserError):
+        train(small(trainer={"max_steps": 14}, callbacks=late), tmp_path)
+    assert everything(tmp_path) == before
+    train(small(trainer={"max_steps": 14}), tmp_path)
+    assert recipe.load_recipe(str(tmp_path / "recipe.yaml")).trainer.max_steps == 14
+
+
+def test_other_examples_under_the_same_name_are_noticed(tmp_path, monkeypatch):
+    cut(monkeypatch, small(), tmp_path)
+    monkeypatch.setattr("distill.data.fingerprint", lambda split: "another")
+    with pytest.raises(UserError, match="its examples are not those with which the run began"):
+        train(small(), tmp_path)
+
+
+def test_what_is_no_run_s_is_neither_used_nor_removed(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "mine.txt").write_text("mine")
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match=f"hydra.run.dir is {tmp_path}, but it holds student and no recipe.yaml"):
+        train(small(), tmp_path)
+    resume.clear(tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_what_a_refused_run_left_is_removed_unless_somebody_is_at_work(tmp_path):
+    def left(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.log").write_text("refused")
+        return tmp_path / name
+
+    with store.alone(left("busy")):
+        resume.clear(tmp_path / "busy")
+    resume.clear(left("idle"))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["busy"]
 
 
 def test_more_steps_go_on_from_the_last(tmp_path):
@@ -186,6 +228,14 @@ def test_more_steps_go_on_from_the_last(tmp_path):
     steps = [int(line.split(",")[1]) for line in (tmp_path / "logs" / "student" / "metrics.csv").read_text().splitlines()[1:]]
     assert metrics["training"]["steps"] == 14
     assert steps == sorted(steps) and steps[-1] == 13
+    rates = [float(row["train/lr"]) for row in logged(tmp_path) if row["train/lr"] and int(row["step"]) >= 10]
+    assert rates == sorted(rates, reverse=True)  # of the schedule as it is now: it does not begin at the end of the former
+    assert len(rates) == 4 and rates[-1] > 0
+
+
+def logged(folder):
+    with (folder / "logs" / "student" / "metrics.csv").open() as stream:
+        return list(csv.DictReader(stream))
 
 
 def test_another_measurement_is_made_of_the_same_student(tmp_path):

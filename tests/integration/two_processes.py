@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from distill import config, data, fit, launch, ranks  # noqa: E402
-from tests.integration.test_compression import prepared, small, trainer  # noqa: E402
+from tests.integration.test_compression import PER_EPOCH, prepared, small, trainer  # noqa: E402
 from tests.techniques import TECHNIQUES  # noqa: E402
 
 
-def ended(made, row, folder):
+def ended(made, row, folder, resume=None):
     """A checksum of the weights, of the masks and of the optimizer's moments."""
     module, callbacks = prepared(made, row)
     strategy = ranks.strategy(config.Trainer(accelerator="cpu"))
@@ -25,7 +25,7 @@ def ended(made, row, folder):
     mine = made.examples["train"].select(range(361))  # of the last batch of each epoch, the second rank has nothing
     batches = data.loader(mine, made.task, made.pad_id, 120, seed=0, rank=ranks.rank(), world=ranks.world())
     with fit.quiet():
-        driver.fit(module, batches)
+        driver.fit(module, batches, ckpt_path=resume)
     moments = {f"{index}": value for index, state in enumerate(module.optimizers().state.values()) for value in state.values()}
     masks = {
         f"{index} {name}": mask for index, each in enumerate(driver.callbacks) if each in callbacks for name, mask in each.decided().items()
@@ -51,6 +51,7 @@ def main():
     with ranks.first_then_others():
         made = small()
     ends = {row: ended(made, row, folder / row) for row in TECHNIQUES}
+    ends |= {f"{row}, resumed": ended(made, row, folder / "resumed" / row, folder / row / f"step={PER_EPOCH}.ckpt") for row in TECHNIQUES}
     (folder / f"rank{ranks.rank()}.json").write_text(json.dumps(ends))
     ranks.end()
 

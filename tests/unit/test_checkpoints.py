@@ -107,7 +107,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_older_ones(tmp_path, no_room)
     with pytest.raises(RunFailed, match=r"step-00000008\.ckpt cannot be written \(.*\), but .*: make room .*step-00000004\.ckpt is intact"):
         DurableIO().save_checkpoint({"weights": torch.zeros(10_000)}, at(tmp_path, 8))
     assert newest(tmp_path) == at(tmp_path, 4)
-    assert sorted(tmp_path.iterdir()) == [*before, at(tmp_path, 8).with_suffix(".json")]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def full(file, content):
