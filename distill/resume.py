@@ -84,8 +84,8 @@ def tidy(folder: Path) -> None:
 
 
 def is_new(folder: Path) -> bool:
-    """Whether nothing is there but the log that Hydra has just opened."""
-    return [(file.name, file.stat().st_size) for file in folder.iterdir()] == [(LOG, 0)]
+    """Whether nothing is there, but for the log if Hydra has opened it."""
+    return all((file.name, file.stat().st_size) == (LOG, 0) for file in folder.iterdir())
 
 
 def clear(folder: Path) -> None:

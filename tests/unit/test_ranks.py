@@ -7,13 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from distill import config, launch, ranks, recipe
-from distill.errors import UserError
+from distill.errors import RunFailed, UserError
 from tests.processes import ROOT, on_ranks
 
 TWO = 2
@@ -51,6 +52,8 @@ def agreed(folder):
         "gathered": ranks.gather({"rank": mine}),
         "shared": ranks.share(f"of {mine}"),
         "totals": ranks.totals(names),
+        "highest": ranks.highest([mine, 5 - mine]),
+        "parts": [ranks.part([{"a": torch.tensor(10.0**place)} for place in range(count)]) for count in (2, 3)],
         "kept": bool((names["both"] == before).all()),
         "order": order(folder),
         "strategy": {name: value for name, value in ranks.strategy(config.Trainer(accelerator="cpu")).items() if name != "strategy"},
@@ -93,6 +96,24 @@ def test_sums_are_over_all_ranks_and_a_rank_may_have_nothing_to_add(both):
         assert each["kept"]
         assert each["totals"]["both"].tolist() == [2, 1]
         assert torch.equal(each["totals"]["first"], torch.ones(2, 2).double())
+
+
+def test_what_any_rank_wants_is_what_all_see(both):
+    assert all(each["highest"] == [1, 5] for each in both)
+
+
+def test_saved_sums_are_each_rank_s_own_or_all_the_first_s(both):
+    assert [each["parts"][0] for each in both] == [{"a": 1.0}, {"a": 10.0}]
+    assert [each["parts"][1] for each in both] == [{"a": 111.0}, {}]
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch):
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch._free_port())}
+    for name, value in ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "ARRIVAL", timedelta(seconds=1))
+    with pytest.raises(RunFailed, match=r"WORLD_SIZE is 2, but not as many processes met .*: start all of them"):
+        ranks.start(config.Trainer(accelerator="cpu"))
 
 
 def test_the_others_find_what_the_first_has_made(both):
@@ -172,7 +193,7 @@ def started(folder, body):
     """The launcher of two processes that do what `body` says."""
     (folder / "fake.py").write_text(FAKE.format(root=str(ROOT), body=textwrap.dedent(body)))
     command = [sys.executable, "-c", START.format(root=str(ROOT))]
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "HYDRA_FULL_ERROR": "0"}
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

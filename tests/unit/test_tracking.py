@@ -31,7 +31,7 @@ def test_the_environment_wins(logged_out, monkeypatch):
 def test_an_offline_run_is_written_into_the_run_folder(logged_out, tmp_path):
     run = tiny(tracking={"wandb": "offline"})
     tracker = tracking.Tracker(run, tmp_path)
-    assert [type(logger).__name__ for logger in tracker.loggers("student")] == ["Csv", "WandbLogger"]
+    assert [type(logger).__name__ for logger in tracker.loggers("student")] == ["Csv", "Wandb"]
     tracker.finish({"student": {"quality": {"accuracy": 0.5}}})
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
