@@ -81,11 +81,12 @@ class Factorize(Compression):
         return {name: torch.tensor(rank) for name, rank in self._ranks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"moments": ranks.gather(self._moments)}  # Lightning asks all ranks, and keeps what the first says
+        moments = ranks.gather(self._moments)  # Lightning asks all ranks, and keeps what the first says
+        return super().state_dict() | {"moments": moments, "ranks": dict(self._ranks)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._moments = ranks.part(state["moments"])
+        self._moments, self._ranks = ranks.part(state["moments"]), dict(state["ranks"])
 
     def _targets(self, student: PreTrainedModel) -> dict[str, nn.Module]:
         """The layers that the recipe chose, but for halves of layers that were factorized before."""
