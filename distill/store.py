@@ -130,6 +130,9 @@ def sweep(parent: Path, owned: bool = False) -> None:
             _remove_abandoned(left)
         elif owned or _old(left):
             left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+        elif left.is_dir():
+            with suppress(OSError):
+                left.rmdir()  # empty: its process was killed before it had a lock, or makes another folder
 
 
 def _remove_abandoned(left: Path) -> None:

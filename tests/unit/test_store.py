@@ -91,6 +91,14 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     assert [file.name for file in (tmp_path / "kind").iterdir()] == ["other"]
 
 
+def test_a_writer_killed_before_it_had_a_lock_leaves_nothing_either(tmp_path):
+    (tmp_path / f"{store.WRITING}unlocked").mkdir()
+    (tmp_path / f"{store.WRITING}file").write_text("of a writer that may live")
+    with store.writing(tmp_path / "entry"):
+        pass
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{store.WRITING}file", "entry"]
+
+
 def test_what_a_living_writer_has_written_so_far_is_left_to_it(tmp_path):
     with store.writing(tmp_path / "one") as inside:
         in_another_process(lambda: store.sweep(tmp_path))
