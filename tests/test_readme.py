@@ -73,7 +73,7 @@ def test_python_is_python(block):
 def test_the_keys_of_every_command_exist(module, arguments):
     schema = {"train": config.Run, "evaluate": evaluate.Options, "export": export.Options}[module]
     for argument in arguments.split():
-        if "=" in argument and not argument.startswith(("recipe=", "-")):
+        if "=" in argument and not argument.startswith(("recipe=", "resume=", "hydra.", "-")):
             key, value = argument.split("=", 1)
             OmegaConf.update(OmegaConf.structured(schema), key, yaml.safe_load(value.split(",")[0]))
         elif argument.startswith("recipe=") and argument not in ("recipe=mine", "recipe=NAME"):
