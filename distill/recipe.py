@@ -198,6 +198,8 @@ def _check_together(run: Run) -> None:
         )
     if run.teacher is None and run.loss.terms:
         raise UserError(f"loss.terms is {', '.join(run.loss.terms)}, but there is no teacher to compare with: set teacher.model")
+    if run.trainer.strategy == "fsdp" and run.trainer.precision == "16-mixed":
+        raise UserError("trainer.precision is 16-mixed, but trainer.strategy=fsdp scales no losses: set trainer.precision=bf16-mixed")
 
 
 def sentence(error: OmegaConfBaseException) -> str:

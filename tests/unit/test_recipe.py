@@ -36,6 +36,7 @@ def checked(**changes):
         ({"trainer": {"epochs": float("inf")}}, ["trainer.epochs is inf"]),
         ({"loss": {"beta": 1.0}}, ["loss.beta is 1"]),
         ({"loss": {"terms": {"loss": {"_target_": "distill.terms.HiddenStates"}}}}, ["loss.terms has 'loss'"]),
+        ({"trainer": {"strategy": "fsdp", "precision": "16-mixed"}}, ["trainer.precision is 16-mixed", "trainer.strategy=fsdp"]),
         ({"callbacks": {"c": {"_target_": "distill.terms.HiddenStates"}}}, ["callbacks.c.weight is not given"]),
         ({"data": {"batch_size": 0}}, ["data.batch_size is 0"]),
         ({"tokenizer": {"model": "x"}}, ["tokenizer.model is x", "only one"]),
