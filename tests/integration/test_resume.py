@@ -366,10 +366,8 @@ def ended(cwd, number, *arguments, at="step 15 of 1200"):
     return process.returncode, "".join(said) + rest
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"),
-    [(signal.SIGTERM, 75, "ended by SIGTERM"), pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 75, "ended by SIGTERM"), (signal.SIGINT, 130, "interrupted")])
 def test_a_signal_in_training_saves_says_how_to_go_on_and_a_scheduler_s_command_does(number, code, word, tmp_path):
     command = ["recipe=tiny", *FAST, "hydra.run.dir=mine"]
     found, err = ended(tmp_path, number, *command, "trainer.epochs=40", "trainer.validations=80", at="step 15 of 1200")

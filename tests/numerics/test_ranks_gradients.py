@@ -11,6 +11,8 @@ from distill.module import Distillation
 from tests.processes import on_ranks
 from tests.worlds import LANGUAGE, world
 
+pytestmark = pytest.mark.slow
+
 TERMS = {
     "hidden": {"_target_": "distill.terms.HiddenStates", "weight": 0.7, "layers": {0: 1, 1: 2}},
     "relations": {"_target_": "distill.terms.AttentionRelations", "weight": 0.3, "student_layer": 0, "teacher_layer": 1, "heads": 2},
@@ -34,7 +36,7 @@ CASES = {  # task, examples, micro-batches, terms, validation examples
     PROJECTED: ({}, 17, 3, TERMS, 20),
     "language, terms": (LANGUAGE, 21, 3, {"hidden": TERMS["hidden"]}, 20),
 }
-WORLDS = (("auto", 2), pytest.param(("auto", 3), marks=pytest.mark.slow), pytest.param(("fsdp", 2), marks=pytest.mark.slow))
+WORLDS = (("auto", 2), ("auto", 3), ("fsdp", 2))
 
 
 class Seen(L.Callback):
