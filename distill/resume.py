@@ -103,7 +103,8 @@ def take_up(run: Run, folder: Path, writes: bool = True) -> Stages:
     Only one process of a run writes.
     """
     file = folder / RECIPE
-    if not file.is_file() and (others := sorted({other.name for other in folder.glob("*")} - {*OWN})):
+    others = sorted(name for other in folder.glob("*") if (name := other.name) not in OWN and not name.startswith(store.WRITING))
+    if others and not file.is_file():
         listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise UserError(f"hydra.run.dir is {folder}, but it holds {listed} and no {RECIPE}: name an empty folder, or that of a run")
     changed = differences(recipe.load_recipe(str(file)), recipe.portable(run)) if file.is_file() else {}

@@ -216,6 +216,12 @@ def test_what_is_no_run_s_is_neither_used_nor_removed(tmp_path):
     assert everything(tmp_path) == before
 
 
+def test_a_run_killed_while_it_wrote_its_recipe_begins_again(tmp_path):
+    (tmp_path / f"{store.WRITING}{resume.RECIPE}").write_text("seed: ")
+    resume.take_up(small(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [resume.RECIPE]
+
+
 def test_what_a_refused_run_left_is_removed_unless_somebody_is_at_work(tmp_path):
     def left(name):
         (tmp_path / name).mkdir()
