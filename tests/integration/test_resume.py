@@ -35,7 +35,7 @@ EVERYWHERE = dict.fromkeys(STAGES, 1) | {"teacher": 2, "student": 3}
 TRAINING = {"teacher": 1, "student": 3}
 ORDINARY = {"accumulation": job(EVERYWHERE, 0, **FEW, accumulate=2)}
 LONGER = {
-    "every stage": job(dict.fromkeys(STAGES, 4) | {"student": 12}, 1, **FEW),
+    "every stage": job(dict.fromkeys(STAGES, 4) | {"start": 3, "student": 12}, 1, **FEW),
     "workers": job(TRAINING, 2, **MANY, data={"workers": 2}),
     "bf16": job(TRAINING, 3, **MANY, precision="bf16-mixed", accumulate=3),
     "patience": job(TRAINING, 4, **MANY | {"validations": 20}, patience=2),
