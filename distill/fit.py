@@ -75,7 +75,7 @@ def fit(
     """
     metric = f"val/{module.task.primary}"
     best = Best(metric, module.task.maximise)
-    start = Path(found) if (found := ranks.share(str(checkpoints.newest(folder) or "") if ranks.is_first() else "")) else None
+    start = ranks.of_first(lambda: checkpoints.newest(folder))
     if start is not None:
         log.info("going on from %s", start)
     for logger in (logger for logger in loggers if isinstance(logger, Csv)):

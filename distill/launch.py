@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from distill import cli, recipe
+from distill import cli, recipe, signals
 from distill.config import Trainer
 from distill.errors import UserError
 
@@ -191,10 +191,9 @@ def _verdict(ranks: list[Rank], folder: Path, asked: list[int]) -> int:
 
 def _as_asked(number: int) -> int:
     """The end of ranks that a signal met before they could answer it."""
-    interrupted = number == signal.SIGINT
-    said = "interrupted" if interrupted else f"ended by {signal.Signals(number).name}"
+    said, code = signals.ending(number)
     show(f"distill: {said}: the same command begins the run, or goes on with it\n")
-    return 130 if interrupted else 75
+    return code
 
 
 def _account(rank: Rank) -> str:

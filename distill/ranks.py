@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
@@ -61,6 +61,11 @@ def share(value: T) -> T:
     if world() > 1:
         distributed.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def of_first(function: Callable[[], T]) -> T:
+    """What it returns on the first rank, which alone calls it, on all of them."""
+    return share(function() if is_first() else None)  # type: ignore[return-value]
 
 
 def barrier() -> None:

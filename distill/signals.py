@@ -25,6 +25,11 @@ class Asked(BaseException):
         self.number = number
 
 
+def ending(number: int) -> tuple[str, int]:
+    """What is said of a run that ended as it was asked to, and its exit code."""
+    return ("interrupted", 130) if number == signal.SIGINT else (f"ended by {signal.Signals(number).name}", 75)
+
+
 class Requests:
     """What was asked for while requests are only noted; 0 is nothing."""
 

@@ -65,8 +65,7 @@ def writing(folder: Path) -> Iterator[Path]:
         yield inside
         manifest = {str(file.relative_to(inside)): sha256(file) for file in sorted(inside.rglob("*")) if file.is_file()}
         (inside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*inside.rglob("*"), inside]:
-            sync(path)
+        sync_all(inside)
         while not _published(inside, folder, temporary / "earlier"):
             pass
         sync(folder.parent)
@@ -202,6 +201,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Returns when the disk has a folder and everything in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def sha256(file: Path) -> str:

@@ -64,7 +64,7 @@ def finetuned(
     labelled = DatasetDict(train=data.labelled_only(examples["train"], task), validation=examples["validation"])
     entry = store.entry("teachers", _ingredients(run, task, labelled, teacher))
     checkpoints = folder / "checkpoints" / "teacher"
-    if ranks.share(ranks.is_first() and store.intact(entry)):
+    if ranks.of_first(lambda: store.intact(entry)):
         log.info("the fine-tuned teacher of an earlier run with the same ingredients is used again")
     else:
         _finetune(run, task, tokenizer, labelled, teacher, checkpoints, tracker)
@@ -126,7 +126,7 @@ def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dat
         "device": models.device_of(run),
     }
     entry = store.entry("outputs", ingredients)
-    if ranks.share(ranks.is_first() and store.intact(entry)):
+    if ranks.of_first(lambda: store.intact(entry)):
         log.info("the teacher's outputs of an earlier run with the same ingredients are used again")
     else:
         _refuse_too_large(teacher, examples)
@@ -175,7 +175,7 @@ def _write(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: T
     width = models.width(teacher)
     chunks = _chunks(examples, width)[ranks.rank() :: ranks.world()]
     schema = pa.schema({"teacher_logits": pa.list_(pa.list_(pa.float32(), width))})
-    forwards = ranks.gather(sum(-(-len(places) // run.evaluate.batch_size) for places in chunks))
+    behind = _behind(chunks, run.evaluate.batch_size) if sharding.wanted(run.trainer) else 0
     with (
         _answering(run, teacher) as teacher,
         Progress(console=Console(), transient=True, disable=not watched(run.trainer.progress)) as bar,
@@ -186,9 +186,14 @@ def _write(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: T
             loader = data.loader(examples.select(places), task, pad_id, run.evaluate.batch_size)
             outputs = _outputs(teacher, task, loader, lambda count: bar.advance(shown, count))
             stream.write_batch(pa.record_batch([outputs], schema=schema))
-        if sharding.wanted(run.trainer):  # a split teacher answers only while all ranks ask
-            for _ in range(max(forwards) - forwards[ranks.rank()]):
-                _outputs(teacher, task, data.loader(examples.select([0]), task, pad_id, 1), lambda _: None)
+        for _ in range(behind):
+            _outputs(teacher, task, data.loader(examples.select([0]), task, pad_id, 1), lambda _: None)
+
+
+def _behind(chunks: list[range], batch_size: int) -> int:
+    """Forwards that another rank needs and this one does not: a split teacher answers only while all ranks ask."""
+    forwards = ranks.gather(sum(-(-len(places) // batch_size) for places in chunks))
+    return max(forwards) - forwards[ranks.rank()]
 
 
 @contextmanager

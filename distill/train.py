@@ -117,9 +117,8 @@ def _stopped(folder: Path, fresh: bool, number: int) -> Stopped:
         way_on = "that was before the run had begun, and the same command begins it"
         if fresh:
             resume.clear(folder)
-    interrupted = number == signal.SIGINT
-    said = "interrupted" if interrupted else f"ended by {signal.Signals(number).name}"
-    return Stopped(f"{said}: {way_on}", 130 if interrupted else 75)
+    said, code = signals.ending(number)
+    return Stopped(f"{said}: {way_on}", code)
 
 
 def _as_ranks(run: Run, folder: Path) -> None:

@@ -90,16 +90,18 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
     def _share(self, batches: list[np.ndarray], rank: int) -> Iterator[MicroBatch]:
         """The micro-batches of one rank."""
         if self.seed is None:
-            yield from (self._part(batches[place], batches[place]) for place in range(rank, len(batches), self.world))
+            yield from (MicroBatch(batch.tolist(), *self._totals(batch)) for batch in batches[rank :: self.world])
             yield from repeat(self._idle(), int(rank >= (len(batches) % self.world or self.world)))
             return
         for batch in batches:
+            totals = self._totals(batch)
             for part in np.array_split(batch, min(self.accumulate, len(batch))):
                 mine = part[rank :: self.world]
-                yield self._part(mine, batch) if len(mine) else self._idle()
+                yield MicroBatch(mine.tolist(), *totals) if len(mine) else self._idle()
 
-    def _part(self, part: np.ndarray, batch: np.ndarray) -> MicroBatch:
-        return MicroBatch(part.tolist(), int(self.rows[batch].sum()), int(self.lengths[batch].sum()))
+    def _totals(self, batch: np.ndarray) -> tuple[int, int]:
+        """Rows and tokens of a global batch."""
+        return int(self.rows[batch].sum()), int(self.lengths[batch].sum())
 
     def _idle(self) -> MicroBatch:
         return MicroBatch([int(self.lengths.argmin())], math.inf, math.inf)

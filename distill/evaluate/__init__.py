@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import cli, config, recipe
+from distill import cli, config, recipe, store
 from distill.errors import UserError
 from distill.stages import watched
 
@@ -81,9 +81,7 @@ def write(metrics: dict[str, Any], file: Path) -> None:
     from distill.evaluate.measure import finite
 
     file = file / METRICS if file.is_dir() else file
-    draft = file.with_name(f".{file.name}")
-    draft.write_text(json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n")
-    draft.replace(file)
+    store.put(file, (json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n").encode())
 
 
 def report(metrics: dict[str, Any], folder: Path) -> None:

@@ -220,8 +220,7 @@ def describe(run: config.Run, task: "Task", draft: Path, proof: dict[str, Any], 
 
 def put(draft: Path, final: Path) -> None:
     """Give the draft its final name, when all of it is on the disk. An earlier export steps aside, and comes back if that fails."""
-    for path in [*draft.rglob("*"), draft]:
-        store.sync(path)
+    store.sync_all(draft)
     aside = draft.with_name(f"{draft.name}-old")
     if final.exists():
         os.replace(final, aside)

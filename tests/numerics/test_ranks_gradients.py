@@ -94,14 +94,13 @@ def trained(case, strategy="auto"):
     return kept | {"steps": trainer.global_step, "own": sorted(name for name, _ in module.named_parameters())}
 
 
-def all_cases(folder):
+def all_cases(folder, strategy="auto"):
     os.environ["DISTILL_CACHE"] = str(folder / f"store {ranks.rank()}")
-    return {case: trained(case) for case in CASES}
+    return {case: trained(case, strategy) for case in CASES}
 
 
 def all_cases_split(folder):
-    os.environ["DISTILL_CACHE"] = str(folder / f"store {ranks.rank()}")
-    return {case: trained(case, "fsdp") for case in CASES}
+    return all_cases(folder, "fsdp")
 
 
 @pytest.fixture(scope="module")
