@@ -15,8 +15,8 @@ from distill.errors import UserError
 OUTPUTS = ("cached", "online")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 DTYPES = ("float32", "bfloat16", "float16")
-FORMATS = ("dense", "torchao", "packed")
-QUANTIZE = ("weights", "dynamic", "static")
+FORMATS = ("dense", "torchao", "packed", "onnx", "openvino", "executorch")
+QUANTIZE = ("int8", "weights", "dynamic", "static")
 SCHEDULES = ("constant", "linear", "cosine")
 STRATEGIES = ("auto", "ddp", "fsdp")
 PARTS = ("loss", "supervised", "divergence")  # what the log calls the parts of the loss, beside the extra terms
@@ -258,9 +258,9 @@ class Evaluate:
 class Export:
     """The artefact, written only once it is proven."""
 
-    format: str | None = "dense"  # torchao: int8 tensors; packed: 2 to 8 bits a weight; null: no export
+    format: str | None = "dense"  # torchao: int8 tensors; packed: 2 to 8 bits a weight; of a runtime: onnx, ...; null: no export
     dtype: str = "float32"  # of what is stored unquantized
-    quantize: str | None = None  # after training: weights; dynamic or static: weights, and inputs of linear layers to 8 bits
+    quantize: str | None = None  # weights; dynamic or static: inputs of linear layers too, to 8 bits; int8: what suits the runtime
     bits: int = 8  # a weight of `quantize`
     examples: int = 200  # held-out examples on which the proof compares predictions
 

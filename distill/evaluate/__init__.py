@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("distill")
 
 METRICS, REPORT = "metrics.json", "report.md"
+RUNTIMES = "runtimes.json"
 OF_TRAINING = ("training", "stages")  # what only training can tell: measuring a run again keeps it
 SPLITS = ("train", "validation", "test")
 USAGE = """Measures a student, and its teacher where there is one: quality, fidelity, latency, throughput, memory, bytes on disk.
 
   python -m distill.evaluate run=FOLDER [key=value ...]                             a finished run; writes FOLDER/metrics.json
+  python -m distill.evaluate run=FOLDER runtimes=[torch,onnx_int8,...]              the student in runtimes; writes FOLDER/runtimes.json
   python -m distill.evaluate recipe=NAME student=FOLDER [teacher=FOLDER] [...]      other models on a recipe's data; folders or names
 
 Keys and their defaults:
   split=test         train, validation or test
   output=            file for the metrics; run= with the test split writes metrics.json into the run folder
+  runtimes=          torch, torch_bf16, torch_compile, onnx, openvino, executorch; with how, as in onnx_int8, onnx_static, openvino_bf16
   batch_size=        examples per batch; this key and those below: the recipe's, under evaluate
   bootstrap=         resamples behind each 95 % interval
   requests=          timed single requests
@@ -49,6 +52,7 @@ class Options:
     student: str | None = None
     split: str = "test"
     output: str | None = None
+    runtimes: list[str] | None = None
     batch_size: int | None = None
     bootstrap: int | None = None
     requests: int | None = None
@@ -118,10 +122,10 @@ def show(metrics: dict[str, Any], folder: Path | None = None, artefact: Path | N
     """Print the table, and where the results are."""
     from rich.console import Console
 
-    from distill.evaluate.table import table
+    from distill.evaluate import table
 
     console = Console() if sys.stdout.isatty() else Console(width=100)
-    console.print(table(metrics))
+    console.print(table.of_runtimes(metrics) if "runtimes" in metrics else table.table(metrics))
     for what, path in (("run", folder), ("export", artefact)):
         if path is not None:
             console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
@@ -132,6 +136,9 @@ def main() -> None:
     """Read the command line, measure, print and store."""
     given = cli.options(Options, USAGE)
     run, names = described(given)
+    if given.runtimes is not None:
+        in_runtimes(given, run, names, given.runtimes)
+        return
     from distill.evaluate.measure import measure  # imports torch: only once the command line holds
 
     task, raw, examples, tokenizer = prepared(run, names, given.split)
@@ -143,6 +150,20 @@ def main() -> None:
         earlier = read(folder)
         write(metrics | {key: earlier[key] for key in OF_TRAINING if key in earlier}, folder)
         report(metrics, folder)
+    show(metrics)
+
+
+def in_runtimes(given: Options, run: config.Run, names: dict[str, str], wanted: list[str]) -> None:
+    """Measure the student in these runtimes, print and store."""
+    from distill.evaluate import runtimes
+
+    runtimes.check(run, wanted)
+    task, raw, _, tokenizer = prepared(run, names, given.split)
+    metrics = runtimes.measure(run, task, raw, tokenizer, names, wanted)
+    if given.output is not None:
+        write(metrics, Path(given.output))
+    elif given.run is not None and given.split == "test":
+        write(metrics, Path(given.run).expanduser() / RUNTIMES)
     show(metrics)
 
 

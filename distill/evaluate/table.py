@@ -150,3 +150,41 @@ def markdown(metrics: dict[str, Any]) -> str:
         name = row.name.strip().replace("|", r"\|")
         lines.append(" | ".join([f"| {name}", *(row._asdict()[column] for column in shown)]) + " |")
     return "\n".join([*lines, "", conditions(metrics)])
+
+
+RUNTIME_COLUMNS = ("", "bytes, MB", "agreement", "quality", "p50 / p90 / p99, ms", "texts/s", "memory, MB", "latency", "throughput")
+
+
+def runtime_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """A line for each runtime, by RUNTIME_COLUMNS; the last two are ratios to the baseline, which comes first."""
+    return [_runtime_row(name, metrics) for name in metrics["runtimes"]]
+
+
+def _runtime_row(name: str, metrics: dict[str, Any]) -> list[str]:
+    found, baseline = metrics["runtimes"][name], metrics["runtimes"][metrics["baseline"]]["cost"]
+    spent, worth = found["cost"], found["quality"].get(metrics["metric"], {})
+    latencies = " / ".join(number(spent[f"latency_p{share}_ms"]) for share in (50, 90, 99))
+    ratios = [_ratio(spent[key], baseline[key]) for key in ("latency_p50_ms", "examples_per_s")]
+    bytes, memory = (number(size / 1e6) for size in (found["bytes"], spent["memory_peak_bytes"]))
+    return [name, bytes, number(found["agreement"]), _with_interval(worth), latencies, number(spent["examples_per_s"]), memory, *ratios]
+
+
+def of_runtimes(metrics: dict[str, Any]) -> Table:
+    """The lines for a terminal of 100 columns."""
+    drawn = Table(caption=runtime_conditions(metrics), caption_justify="left", pad_edge=False)
+    for title in RUNTIME_COLUMNS:
+        drawn.add_column(title.replace(" / ", "\n"), justify="right" if title else "left", no_wrap=not title)
+    for row in runtime_rows(metrics):
+        drawn.add_row(*(Text(cell.replace(" [", "\n[").replace(" / ", "\n")) for cell in row))
+    return drawn
+
+
+def runtime_conditions(metrics: dict[str, Any]) -> str:
+    """What the figures hold for."""
+    machine = metrics["machine"]
+    took = f"{machine['requests']} single requests and {machine['batches']} batches of texts cut to what is read, tokenising included"
+    return (
+        f"{metrics['examples']:,} texts; agreement with the trained student; {metrics['metric'].replace('_', ' ')} with its 95 % interval; "
+        f"ratios to the {metrics['baseline']} in float32. {machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}; "
+        f"all took turns at {took}."
+    )

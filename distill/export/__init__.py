@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -19,9 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from distill import cli, config, evaluate, formats, fresh, recipe, store
-from distill.errors import RunFailed, UserError
-from distill.evaluate.cost import disk_bytes, weight_bytes
+from distill.errors import UserError
+from distill.evaluate.cost import weight_bytes
 from distill.export.card import card
+from distill.export.laws import check_equal, failed, smaller
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,8 +40,10 @@ USAGE = """Exports the student of a finished run as a folder that plain transfor
 
 Keys, which default to the recipe's, under export:
   format=            dense: one float a weight; torchao: int8, loads where torchao is installed; packed: 2 to 8 bits a weight
+                     onnx, openvino, executorch: for these runtimes, without torch and transformers
   dtype=             of what is stored unquantized: float32, bfloat16, float16
   quantize=          what is not quantized yet: weights; dynamic or static: weights, and inputs of linear layers to 8 bits
+                     for a runtime also int8, which is what suits it; weights quantized in training keep their codes
   bits=              a weight of quantize=, 2 to 8
   examples=          number of held-out texts that the proof compares
 """
@@ -99,11 +101,14 @@ def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folde
     """Loadable, equal to `student`, smaller, in this order: what proof.json holds, or RunFailed."""
     from distill import models
     from distill.evaluate.measure import spread
+    from distill.export import served
 
     texts = texts.select(spread(len(texts), run.export.examples))
+    if run.export.format in formats.RUNTIMES:
+        return served.prove(run, task, texts, tokenizer, folder, draft)
     told = _loadable(run, task, texts, tokenizer, folder, draft)
     answers = _equal(run, task, texts, tokenizer, folder, student, told["answers"])
-    sizes = _smaller(run, folder, draft)
+    sizes = smaller(run, folder, draft)
     latency = {"latency_p50_ms": 1000 * statistics.median(answer["seconds"] for answer in told["answers"])}
     how: dict[str, Any] = {
         "format": run.export.format,
@@ -140,7 +145,7 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
     try:
         return fresh.ask(Path(proof.__file__), question)
     except fresh.ProcessError as error:
-        raise _failed("loadable", f"plain transformers cannot use it ({error})", "it must load without this library", folder) from error
+        raise failed("loadable", f"plain transformers cannot use it ({error})", "it must load without this library", folder) from error
 
 
 def _rounds(draft: Path) -> bool:
@@ -158,10 +163,7 @@ def _equal(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, fold
     answers = _compared(run, task, texts, tokenizer, student, told, folder)
     exact = run.export.dtype == "float32"
     needed, tolerance = (1.0, TOLERANCE * max(1.0, answers.scale)) if exact else (AGREEMENT, None)
-    if answers.agreement < needed or not answers.difference <= (tolerance or sys.float_info.max):  # NaN is no difference to accept
-        found = f"{answers.agreement:.2%} of its predictions are the student's, and logits differ by up to {answers.difference:.2g}"
-        rule = f"{needed:.0%} must be the same" + ("" if tolerance is None else f" and the difference at most {tolerance:.2g}")
-        raise _failed("equal", found, rule, folder)
+    check_equal(answers.agreement, answers.difference, needed, tolerance, folder)
     compared = {
         "rows": answers.rows,
         "agreement": answers.agreement,
@@ -188,28 +190,9 @@ def _compared(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, s
         with models.on(models.device_of(run), model):
             return equal.compare(task, model, tokenizer, texts, run.data, told)
     except equal.UnequalError as error:
-        raise _failed("equal", str(error), "it must answer as the trained student does", folder) from error
+        raise failed("equal", str(error), "it must answer as the trained student does", folder) from error
     finally:
         torch.set_num_threads(threads)
-
-
-def _smaller(run: config.Run, folder: Path, draft: Path) -> dict[str, Any]:
-    """Bytes on disk, beside the teacher's. The weights decide: a shorter config alone makes no smaller model."""
-    if run.teacher is None:
-        return {"bytes": disk_bytes(draft), "teacher_bytes": None, "ratio": None}
-    from distill import models
-
-    teacher = models.files(evaluate.of_run(run, folder)["teacher"], "teacher.model")
-    size, limit = (weight_bytes(each) for each in (draft, teacher))
-    if size >= limit:
-        rule = f"its teacher's take {limit:,}: keep fewer layers, or set export.format=packed or a smaller export.dtype"
-        raise _failed("smaller", f"its weights take {size:,} bytes on disk", rule, folder)
-    size, limit = disk_bytes(draft), disk_bytes(teacher)
-    return {"bytes": size, "teacher_bytes": limit, "ratio": size / limit}
-
-
-def _failed(law: str, found: str, rule: str, folder: Path) -> RunFailed:
-    return RunFailed(f"the export is not {law}: {found}, but {rule}; nothing was exported, and the student is kept in {folder / 'student'}")
 
 
 def describe(run: config.Run, task: "Task", draft: Path, proof: dict[str, Any], metrics: dict[str, Any] | None) -> None:

@@ -5,6 +5,7 @@ import os.path
 from dataclasses import asdict
 from typing import Any
 
+from distill import formats
 from distill.config import Run
 from distill.evaluate import table
 
@@ -19,6 +20,12 @@ write = pipeline("text-generation", model="path/of/this/folder"{code})
 print(write("The", max_new_tokens=50))"""
 
 
+UNCACHED = """It reads the whole text for each token that follows: keys and values are not cached, for that takes a second graph
+with all weights once more."""
+TENSORRT = """The graph has the form that TensorRT calls explicit quantization: int8 weights with a scale for each output, and roundings
+of the inputs of their products with one scale. TensorRT itself was not run."""
+
+
 def card(run: Run, pipeline: str, labels: list[str], proof: dict[str, Any], metrics: dict[str, Any] | None) -> str:
     """The whole file."""
     parts = [_header(run, pipeline), f"# {run.name}", _what(run, labels), "## Use", _use(run, pipeline, proof), "## Measured"]
@@ -29,7 +36,8 @@ def card(run: Run, pipeline: str, labels: list[str], proof: dict[str, Any], metr
 
 def _header(run: Run, pipeline: str) -> str:
     tags = ["distillation"] if run.teacher is not None else ["fine-tuned"]
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    library = "transformers" if run.export.format not in formats.RUNTIMES else run.export.format
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "tags:", *(f"- {tag}" for tag in tags), "---"]
     return "\n".join(lines)
 
 
@@ -63,6 +71,11 @@ def _public(name: str) -> str:
 
 
 def _use(run: Run, pipeline: str, proof: dict[str, Any]) -> str:
+    if proof["format"] in formats.RUNTIMES:
+        from distill.packing import served
+
+        trained = any(spec.get("activations") for spec in run.callbacks.values())
+        return f"{_needs_runtime(proof, pipeline, trained)}\n\n```python\n{served.program(proof['format'])}```"
     example = '"a text"' if len(run.data.text) == 1 else '{"text": "a text", "text_pair": "another"}'
     code = GENERATE if pipeline == "text-generation" else CLASSIFY.replace("{example}", example)
     code = code.replace("{code}", ", trust_remote_code=True" if proof["code"] else "")
@@ -77,6 +90,20 @@ def _needs(proof: dict[str, Any]) -> str:
     if proof["code"]:
         return "It loads with plain transformers, which is to run the two short files of code beside the weights: `trust_remote_code=True`."
     return "It loads with plain transformers."
+
+
+def _needs_runtime(proof: dict[str, Any], pipeline: str, trained: bool) -> str:
+    """What to install, and what else can be said of the files; `trained`: ranges of inputs too, on grids that TensorRT does not have."""
+    libraries = [name for name in proof["versions"] if name != "python"]
+    said = [f"It answers with {', '.join(libraries[:-1])} and {libraries[-1]} alone: `pip install {' '.join(libraries)}`."]
+    said += ["Run this in its folder; `answer` gives the logits of texts, a row for each."]
+    if pipeline == "text-generation":
+        said += [UNCACHED]
+    if proof["format"] == "onnx" and proof["quantize"] == "static" and not trained:
+        said += [TENSORRT]
+    if proof["quantize"] == "dynamic" and proof["format"] == "onnx":
+        said += ["Inputs of layers are rounded over the whole batch, so that an answer depends a little on what else is in it."]
+    return "\n".join(said)
 
 
 def _recipe(run: Run) -> str:
@@ -111,14 +138,24 @@ def _proof(proof: dict[str, Any]) -> str:
     how = ", ".join(
         [f"{proof['threads']} thread(s)", proof["device"], *(f"{name} {version}" for name, version in proof["versions"].items())]
     )
-    whom = "trained student" if proof["quantize"] is None else "quantized student"
+    runtime = formats.RUNTIMES.get(proof["format"])
+    whom = "trained student" if proof["quantize"] is None or runtime else "quantized student"
+    means = "plain transformers" if runtime is None else f"{runtime.name} and the program above, {proof['batch']} texts at a time"
     said = [
-        f"In a fresh process with plain transformers, this folder answered {proof['texts']} held-out texts as the {whom} did:",
-        f"{proof['agreement']:.2%} of the predictions agree, and logits differ by at most {proof['max_difference']:.2g}.",
+        f"In a fresh process with {means}, this folder answered {proof['texts']} held-out texts as the {whom} did:",
+        f"{_agreement(proof)} of the predictions agree, and logits differ by at most {proof['max_difference']:.2g}.",
         f"{size}, {proof['bits_per_weight']:.2f} bits a weight: format {proof['format']}, and {proof['dtype']} for what is not quantized.",
         f"One text took {proof['latency_p50_ms']:.1f} ms (median, tokenising included; {how}). See `proof.json`.",
     ]
-    if proof["quantize"] is not None:
+    if proof["quantize"] is not None and runtime is None:
         apart = f"{proof['trained_agreement']:.2%} of the predictions are those of the student as it was trained"
         said.insert(2, f"It was quantized after training ({proof['quantize']}); {apart}.")
     return "\n".join(said)
+
+
+def _agreement(proof: dict[str, Any]) -> str:
+    share = f"{proof['agreement']:.2%}"
+    if "agreement_interval" not in proof:
+        return share
+    low, high = proof["agreement_interval"]
+    return f"{share} (95 % interval {low:.2%} to {high:.2%})"

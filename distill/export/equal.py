@@ -42,11 +42,11 @@ def _labels(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data, 
     student_NC = _trained(task, model, tokenizer, texts, data)
     export_NC = torch.tensor([[answer["logits"][name] for name in names] for answer in told])
     scale = float(student_NC.abs().max())
-    agreement = float(task.agreement(export_NC, _tied(student_NC, export_NC, NEAR * scale / 2)).mean())
+    agreement = float(task.agreement(export_NC, tied(student_NC, export_NC, NEAR * scale / 2)).mean())
     return Answers(len(told), agreement, float((export_NC - student_NC).abs().max()), scale)
 
 
-def _tied(student_NC: Tensor, export_NC: Tensor, near: float) -> Tensor:
+def tied(student_NC: Tensor, export_NC: Tensor, near: float) -> Tensor:
     """The student's logits, each moved towards the export's by at most `near`: where that changes a prediction, it was a tie."""
     return export_NC.clamp(student_NC - near, student_NC + near)
 

@@ -5,6 +5,11 @@
 | `after.py` | quantization after training, where the recipe wants it |
 | `packed.py` | 2 to 8 bits a weight: weights -> the container of `runtime/container.py`, and back to dense |
 | `torchao.py` | int8 weights as tensors of torchao |
+| `served.py` | what lies beside a runtime's model: tokenizer, labels, the program in `programs/` |
+| `coded.py` | layers that compute with int8 codes, as operators of ONNX |
+| `onnx.py` | a graph of ONNX |
+| `openvino.py` | the same graph as OpenVINO's own |
+| `executorch.py` | a program of ExecuTorch |
 """
 
 import copy
@@ -16,9 +21,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from distill import config, models
+from distill import config, formats, models
 from distill.errors import UserError
-from distill.packing import packed, torchao
+from distill.packing import packed, served, torchao
 from distill.packing.after import calibration, chosen, quantize_now
 from distill.runtime.modeling import recorded
 from distill.tasks.base import Task
@@ -38,8 +43,11 @@ def artefact(run: config.Run, task: Task, tokenizer: Any, student: Path, target:
 
 
 def final(run: config.Run, task: Task, tokenizer: Any, student: Path, temporary: Path) -> Path:
-    """The folder of the student as it will answer: quantized now, into the other folder, where the recipe wants that after training."""
-    if run.export.quantize is None:
+    """The folder of the student as it will answer: quantized now, into the other folder, where the recipe wants that after training.
+
+    A runtime's format quantizes as it is written, to what the runtime computes.
+    """
+    if run.export.quantize is None or run.export.format in formats.RUNTIMES:
         return student
     model = models.complete(str(student), task, "student", tokenizer)
     if recorded(model.config).get("weights"):
@@ -57,7 +65,9 @@ def write(run: config.Run, task: Task, tokenizer: Any, student: Path, target: Pa
     model, tokenizer = models.complete(str(student), task, "student", tokenizer), copy.deepcopy(tokenizer)
     tokenizer.model_max_length = task.max_length
     dtype = getattr(torch, run.export.dtype)
-    if run.export.format == "packed":
+    if run.export.format in formats.RUNTIMES:
+        served.save(run, task, tokenizer, model, target)
+    elif run.export.format == "packed":
         packed.save(model, tokenizer, target, dtype)
     elif run.export.format == "torchao":
         torchao.save(model, tokenizer, target, dtype)

@@ -142,7 +142,7 @@ def test_a_teacher_stored_without_safetensors_is_weighed_too(ready, in_process):
 )
 def test_predictions_of_near_ties_are_equal(task, student, told, agreed):
     student_1C, told_1C = torch.tensor([student]), torch.tensor([told])
-    tied = equal._tied(student_1C, told_1C, equal.NEAR * 9 / 2)
+    tied = equal.tied(student_1C, told_1C, equal.NEAR * 9 / 2)
     assert task.agreement(told_1C, student_1C).item() == 0
     assert task.agreement(told_1C, tied).item() == agreed
 

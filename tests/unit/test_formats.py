@@ -1,11 +1,14 @@
 """Exports in torchao's format, what that cannot hold, and quantization after training."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+import distill
 from distill import config, export, formats, fresh, models, packing, recipe
 from distill.errors import UserError
 from distill.evaluate import cost
@@ -106,9 +109,66 @@ def test_a_recipe_that_its_format_cannot_hold_is_refused(callbacks, settings, sa
 
 
 def test_a_missing_package_is_said_before_training(monkeypatch):
-    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats, "installed", lambda package: None)
     with pytest.raises(UserError, match="the package torchao is not installed: pip install"):
         formats.check(quantizer(bits=8), "torchao", "float32", None, 8)
+
+
+@pytest.mark.parametrize("format", formats.RUNTIMES)
+def test_a_missing_or_old_runtime_is_said_before_training(monkeypatch, format):
+    runtime = formats.RUNTIMES[format]
+    has = dict.fromkeys(runtime.needs, "9999.1")
+    monkeypatch.setattr(formats, "installed", lambda package: has.get(package))
+    formats.check({}, format, "float32", "int8", 8)
+    has[runtime.name] = "0.1"
+    way_out = f"pip install --upgrade 'distill.{format}.'"
+    old = f"^export.format is {format}, but {runtime.name} is 0.1, and .* is the oldest that can be used: {way_out}$"
+    with pytest.raises(UserError, match=old):
+        formats.check({}, format, "float32", None, 8)
+    del has[runtime.name]
+    missing = f"^export.format is {format}, but {runtime.name} is not installed: pip install 'distill.{format}.'$"
+    with pytest.raises(UserError, match=missing):
+        formats.check({}, format, "float32", None, 8)
+
+
+def test_an_extra_asks_for_what_its_format_needs():
+    extras = tomllib.loads((Path(distill.__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for format, runtime in formats.RUNTIMES.items():
+        least = {requirement.partition(">=")[0]: requirement.partition(">=")[2].partition(",")[0] for requirement in extras[format]}
+        assert least == runtime.needs
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "settings", "said"),
+    [
+        ({}, ("onnx", "bfloat16", None, 8), "export.dtype is bfloat16, and onnxruntime is given float32 only"),
+        ({}, ("openvino", "float16", None, 8), "export.dtype is float16, and openvino is given float32 or bfloat16 only"),
+        (
+            {},
+            ("openvino", "float32", "dynamic", 8),
+            "export.quantize is dynamic, which openvino runs no faster: choose one of int8, static",
+        ),
+        ({}, ("onnx", "float32", "static", 4), "export.bits is 4, and onnxruntime computes with 8: set export.format=packed"),
+        (quantizer(bits=3, method="codebook"), ("onnx", "float32", None, 8), "callbacks.q quantizes with codebook, which onnxruntime"),
+        (
+            quantizer(bits=4),
+            ("onnx", "float32", None, 8),
+            "callbacks.q.bits is 4, and onnxruntime multiplies by 8: set export.format=packed",
+        ),
+        ({}, ("packed", "float32", "int8", 8), "export.quantize is int8, but that is for onnx, openvino, executorch"),
+    ],
+)
+def test_a_recipe_that_a_runtime_cannot_compute_is_refused(monkeypatch, callbacks, settings, said):
+    monkeypatch.setattr(formats, "installed", lambda package: "9999.1")
+    with pytest.raises(UserError, match=said):
+        formats.check(callbacks, *settings)
+
+
+def test_a_runtime_takes_a_student_that_was_quantized_in_training(monkeypatch):
+    monkeypatch.setattr(formats, "installed", lambda package: "9999.1")
+    formats.check(quantizer(bits=8, activations="static"), "onnx", "float32", "static", 8)
+    formats.check(quantizer(bits=4, layers=["*word_embeddings"]), "onnx", "float32", None, 8)
+    assert [formats.quantize_of(format, "int8") for format in formats.RUNTIMES] == ["dynamic", "static", "dynamic"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +185,7 @@ def test_a_recipe_that_its_format_can_hold_is_not(callbacks, settings):
     formats.check(callbacks, *settings)
 
 
-@pytest.mark.parametrize(("key", "value"), [("format", "onnx"), ("quantize", "half"), ("bits", 1), ("bits", 9), ("dtype", "int8")])
+@pytest.mark.parametrize(("key", "value"), [("format", "gguf"), ("quantize", "half"), ("bits", 1), ("bits", 9), ("dtype", "int8")])
 def test_settings_out_of_range_are_refused(key, value):
     with pytest.raises(UserError, match=f"^export.{key} is {value}, but"):
         config.Export(**{key: value})

@@ -1,0 +1,149 @@
+"""A student in the runtimes that could serve it, beside its teacher: bytes, agreement, quality, latency, throughput, memory.
+
+A runtime gets the student through its own export, written for the measurement, and answers raw texts by the program that travels with
+it; PyTorch is given the same tokens. One process times all, in turns; then each says, alone in a process, what it answers and needs.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from distill import config, formats, fresh, models, packing
+from distill.errors import RunFailed, UserError
+from distill.evaluate import cost, quality, serve, status
+from distill.evaluate.measure import finite, spread, trimmed_tokenizer
+from distill.models.loading import ours
+from distill.packing import served
+from distill.tasks.base import Task
+
+log = logging.getLogger("distill")
+
+TORCH = ("torch", "torch_bf16", "torch_compile")
+HOW: dict[str, dict[str, str]] = {"": {}, "bf16": {"dtype": "bfloat16"}, **{how: {"quantize": how} for how in config.QUANTIZE}}
+
+Texts = list[list[str]]  # of each text one cell, or two for pairs
+
+
+def check(run: config.Run, names: list[str]) -> None:
+    """UserError where a runtime is unknown or not installed, or cannot hold the student's techniques."""
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"runtimes is [{', '.join(names)}], but it must name each once: give runtimes=[torch,onnx]")
+    for wanted in (export_of(name) for name in names if name not in TORCH):
+        formats.check(run.callbacks, wanted.format, wanted.dtype, wanted.quantize, wanted.bits)
+
+
+def export_of(name: str) -> config.Export:
+    """How the student is written for a runtime: `onnx_int8` is format=onnx quantize=int8."""
+    format, _, how = name.partition("_")
+    if format not in formats.RUNTIMES or how not in HOW:
+        known = ", ".join((*TORCH, *formats.RUNTIMES))
+        raise UserError(f"runtimes has {name}, but there is none of that name: choose from {known}, and add how, as in onnx_int8")
+    return config.Export(format=format, **HOW[how])  # type: ignore[arg-type]
+
+
+def measure(run: config.Run, task: Task, raw: Dataset, tokenizer: Any, names: dict[str, str], runtimes: list[str]) -> dict[str, Any]:
+    """What each runtime is worth and costs on a raw split; `names` are folders of the teacher, where there is one, and of the student.
+
+    `baseline` is what ratios are against: the teacher, or else the student, by PyTorch in float32.
+    """
+    own = trimmed_tokenizer(names["student"], tokenizer) or tokenizer
+    baseline = "teacher" if "teacher" in names else "student"
+    with TemporaryDirectory() as temporary:
+        reads = {"student": own, "teacher": tokenizer}
+        forms = {who: _torch(task, reads[who], names[who], Path(temporary, f"{who}.json")) for who in reads if who in names}
+        for name in runtimes:
+            forms[name] = _as(name, forms["student"]) if name in TORCH else _export(run, task, own, names, name, Path(temporary))
+        texts = texts_of(run, task, raw)
+        log.info("measuring %s", ", ".join(runtimes))
+        said = {name: _alone(run, task, texts, form) for name, form in forms.items()}
+        clocked = {name: form for name, form in forms.items() if name in (baseline, *runtimes)}
+        timed = _timed(run, [_read(task, own, cells) for cells in texts], clocked)
+    found = {
+        name: {"bytes": forms[name]["bytes"], **_worth(run, task, raw, own, said[name]["said"], said["student"]["said"])}
+        | {"cost": costs | said[name]["costs"]}
+        for name, costs in timed["costs"].items()
+    }
+    return finite({"examples": len(raw), "baseline": baseline, "metric": task.primary, "runtimes": found, "machine": timed["machine"]})
+
+
+def _torch(task: Task, tokenizer: Any, name: str, file: Path) -> dict[str, Any]:
+    """A model as transformers loads it, and the tokenizer that a runtime's program would have."""
+    folder = models.files(name, "model")
+    served.tokenizer_of(task, tokenizer, "torch").save(str(file))
+    options = {"auto_class": task.auto_class, "coded": ours(folder), "tokenizer": str(file)}
+    return {"form": "torch", "folder": str(folder.resolve()), "program": None, "bytes": cost.weight_bytes(folder)} | options
+
+
+def _as(form: str, student: dict[str, Any]) -> dict[str, Any]:
+    """The same folder in another form; bfloat16 has half the bytes of float32."""
+    return student | {"form": form, "bytes": student["bytes"] // (2 if form == "torch_bf16" else 1)}
+
+
+def _export(run: config.Run, task: Task, tokenizer: Any, names: dict[str, str], name: str, temporary: Path) -> dict[str, Any]:
+    """The folder that ships, without its proof: what it answers is measured here."""
+    wanted, folder = export_of(name), temporary / name
+    folder.mkdir()
+    log.info("writing the student for %s", name)
+    with status(run, f"writing the student for {name}"):
+        packing.artefact(replace(run, export=wanted), task, tokenizer, Path(names["student"]), folder)
+    size = cost.disk_bytes(folder, formats.RUNTIMES[str(wanted.format)].files)
+    return {"form": name, "folder": str(folder), "program": served.program(str(wanted.format)), "bytes": size}
+
+
+def texts_of(run: config.Run, task: Task, raw: Dataset) -> Texts:
+    """The cells of every text; a language model continues the first column."""
+    columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
+    return [[cell or "" for cell in row] for row in zip(*(raw[column] for column in columns), strict=True)]
+
+
+def _read(task: Task, tokenizer: Any, cells: list[str]) -> list[str]:
+    """What the model reads of a text: what is cut off would be a cost of tokenising alone."""
+    if task.pipeline != "text-classification":
+        return cells
+    tokens = tokenizer(*cells, truncation=True, max_length=task.max_length, return_offsets_mapping=True)
+    places = list(zip(tokens["offset_mapping"], tokens.sequence_ids(), strict=True))
+    ends = [max((end for (_, end), owner in places if owner == cell), default=0) for cell in range(len(cells))]
+    return [text[:end] for text, end in zip(cells, ends, strict=True)]
+
+
+def _alone(run: config.Run, task: Task, texts: Texts, form: dict[str, Any]) -> dict[str, Any]:
+    """What one of them says to all texts, always in the same batches, and the memory of its process."""
+    size, every = run.evaluate.batch_size, task.pipeline == "text-classification"
+    batches = [texts[first : first + size] for first in range(0, len(texts), size)]
+    return _asked(run, {form["form"]: form}, {"measure": "alone", "batches": batches, "every": every})
+
+
+def _timed(run: config.Run, texts: Texts, forms: dict[str, Any]) -> dict[str, Any]:
+    """Single requests spread over the texts, and full batches of texts that are about as long."""
+    size, settings = min(run.evaluate.batch_size, len(texts)), run.evaluate
+    requests = [[texts[place]] for place in spread(len(texts), settings.requests)]
+    chosen = sorted((texts[place] for place in spread(len(texts), size * settings.batches)), key=lambda cells: sum(map(len, cells)))
+    batches = [chosen[first : first + size] for first in range(0, len(chosen) - size + 1, size)]
+    machine = {"dtype": cost.DTYPE, "attention": "eager", "device": "cpu"}
+    with status(run, "timing the runtimes"):
+        return _asked(run, forms, {"measure": "speed", "requests": requests, "batches": batches} | machine)
+
+
+def _asked(run: config.Run, forms: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return fresh.ask(Path(serve.__file__), {"served": forms, "threads": run.evaluate.threads} | question)
+    except fresh.ProcessError as error:
+        measured = ", ".join(forms)
+        raise RunFailed(f"the measurement of {measured} ended early ({error}), but each must answer: leave it out of runtimes=") from error
+
+
+def _worth(run: config.Run, task: Task, raw: Dataset, tokenizer: Any, said: list[Any], student: list[Any]) -> dict[str, Any]:
+    """The share of predictions that are the trained student's, and the task's metrics; of a language model's next tokens the first."""
+    rows, reference = torch.tensor(said), torch.tensor(student)
+    if task.pipeline == "text-generation":
+        return {"agreement": float((rows == reference).double().mean()), "quality": {}}
+    columns = task.encode(raw[:], tokenizer, run.data)
+    batch = task.collate([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], tokenizer.pad_token_id)
+    drawn = quality.bootstrap(task, task.outcomes(rows, batch), run.evaluate.bootstrap, run.seed)
+    measured = {metric: each._asdict() for metric, each in drawn.intervals().items()}
+    return {"agreement": float(task.agreement(rows, reference).double().mean()), "quality": measured}

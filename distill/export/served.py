@@ -1,0 +1,186 @@
+"""The proof of a runtime's export: its program, in a fresh process, answers as the student does that was trained.
+
+Both answer the same batches, for where a runtime rounds to a range of the whole batch, an answer depends on what else is in it.
+B = texts, C = classes or vocabulary.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from distill import config, formats, fresh, models
+from distill.evaluate import quality
+from distill.evaluate.cost import disk_bytes
+from distill.evaluate.measure import finite
+from distill.export import equal, program
+from distill.export.laws import check_equal, failed, smaller
+from distill.packing import served
+from distill.runtime.modeling import recorded
+from distill.tasks.base import Batch, Task
+from distill.tasks.language import start_token
+
+TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit, of an export in float32
+AGREEMENT = 0.99  # share of predictions that an export in bfloat16 keeps
+AGREEMENT_INT8 = 0.97  # and one in int8
+
+
+class UnusableError(Exception):
+    """The program does not run; the message says why."""
+
+
+class Student(NamedTuple):
+    """What the proof wants to know of it."""
+
+    parameters: int
+    rounds: bool  # inputs of layers: the last bit of a sum, which depends on its order, then decides between two levels
+
+
+class Given(NamedTuple):
+    """What is asked: raw texts in batches of one size, and what the student reads of them."""
+
+    texts: Dataset
+    size: int
+    batches: list[Batch]
+
+    def cells(self, columns: list[str]) -> list[list[list[str]]]:
+        """The texts of each batch, one or two cells for each."""
+        rows = [[cell or "" for cell in row] for row in zip(*(self.texts[column] for column in columns), strict=True)]
+        return [rows[first : first + self.size] for first in range(0, len(rows), self.size)]
+
+
+def prove(run: config.Run, task: Task, texts: Dataset, tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
+    """Loadable, equal to the student that was trained, smaller, in this order: what proof.json holds, or RunFailed."""
+    runtime, quantize = formats.RUNTIMES[str(run.export.format)], formats.quantize_of(str(run.export.format), run.export.quantize)
+    asked = given(run, task, texts, tokenizer)
+    try:
+        told = answered(run, task, asked, draft)
+    except UnusableError as error:
+        raise failed("loadable", str(error), "its program must run on its runtime alone", folder) from error
+    found, model = compared(run, task, tokenizer, folder / "student", asked, told["answers"])
+    needed, tolerance, way_out = law(run, found["max_logit"], exact=quantize is None and run.export.dtype == "float32" and not model.rounds)
+    check_equal(found["agreement"], found["max_difference"], needed, tolerance, folder, way_out)
+    sizes = smaller(run, folder, draft, runtime.files)
+    how = {"format": run.export.format, "dtype": run.export.dtype, "quantize": quantize, "batch": asked.size, "tolerance": tolerance}
+    how |= {"threads": run.evaluate.threads, "device": "cpu", "versions": told["versions"], "code": False}
+    bits = {"bits_per_weight": 8 * disk_bytes(draft, runtime.files) / model.parameters}
+    return {"texts": len(texts), **found, **sizes, **bits, "latency_p50_ms": 1000 * statistics.median(told["seconds"]), **how}
+
+
+def given(run: config.Run, task: Task, texts: Dataset, tokenizer: Any) -> Given:
+    size = run.evaluate.batch_size
+    parts = (texts.select(range(first, min(first + size, len(texts)))) for first in range(0, len(texts), size))
+    read = _last if task.pipeline == "text-generation" else _examples
+    return Given(texts, size, [task.collate(read(task, part, tokenizer, run.data), tokenizer.pad_token_id) for part in parts])
+
+
+def _examples(task: Task, texts: Dataset, tokenizer: Any, data: config.Data) -> list[dict[str, Any]]:
+    columns = task.encode(texts[:], tokenizer, data)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _last(task: Task, texts: Dataset, tokenizer: Any, data: config.Data) -> list[dict[str, Any]]:
+    """A language model continues a text, of which it reads as much of the end as fits."""
+    start, found = start_token(tokenizer), []
+    for text in texts[data.text[0]]:
+        ids = tokenizer(text or "", add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [*start, *ids[max(0, len(ids) + len(start) - task.max_length) :]]
+        found.append({"input_ids": ids, "labels": [-100] * len(ids), "size": 0})
+    return found
+
+
+def answered(run: config.Run, task: Task, asked: Given, draft: Path) -> dict[str, Any]:
+    """What the program says in its own process."""
+    format = str(run.export.format)
+    runtime = formats.RUNTIMES[format]
+    question = {
+        "folder": str(draft.resolve()),
+        "program": served.program(format),
+        "batches": asked.cells(run.data.text if task.pipeline == "text-classification" else run.data.text[:1]),
+        "every": task.pipeline == "text-classification",
+        "threads": run.evaluate.threads,
+        "libraries": [runtime.name, "numpy", "tokenizers"],
+        "blocked": list(runtime.blocked),
+    }
+    try:
+        return fresh.ask(Path(program.__file__), question)
+    except fresh.ProcessError as error:
+        raise UnusableError(f"{runtime.name} cannot use it ({error})") from error
+
+
+@torch.inference_mode()
+def student_rows(task: Task, model: Any, batches: list[Batch]) -> Iterator[Tensor]:
+    """The student's logits of each batch, (B, C), those of a text's last token for language models."""
+    for batch in batches:
+        logits = models.logits(model, batch.inputs).float()
+        if logits.dim() == 3:
+            logits = logits[torch.arange(len(logits)), batch.inputs["attention_mask"].sum(1) - 1]
+        yield logits
+
+
+def compared(
+    run: config.Run, task: Task, tokenizer: Any, student: Path, asked: Given, told: list[dict[str, Any]]
+) -> tuple[dict[str, Any], Student]:
+    """Agreement and quality, both with 95 % intervals; for language models agreement alone, on the token that follows."""
+    model, threads = models.load(str(student), None, task, "student", tokenizer, strict=True), torch.get_num_threads()
+    torch.set_num_threads(run.evaluate.threads)
+    try:
+        student_BC = torch.cat(list(student_rows(task, model, asked.batches)))
+    finally:
+        torch.set_num_threads(threads)
+    scale, record = float(student_BC.abs().max()), recorded(model.config)
+    known = Student(sum(tensor.numel() for tensor in model.parameters()), bool(record.get("activations")))
+    if task.pipeline == "text-generation":
+        agreed, apart = _same_next(student_BC, told, scale)
+        return _said(agreed, apart, scale, len(told)) | {"quality": None}, known
+    export_BC = torch.tensor([answer["logits"] for answer in told])
+    tied_BC = equal.tied(student_BC, export_BC, equal.NEAR * scale / 2)
+    said = _said(task.agreement(export_BC, tied_BC), (export_BC - student_BC).abs(), scale, len(told))
+    worth = {what: _quality(run, task, rows, asked.batches) for what, rows in (("export", export_BC), ("student", student_BC))}
+    return said | {"quality": worth}, known
+
+
+def _same_next(student_BC: Tensor, told: list[dict[str, Any]], scale: float) -> tuple[Tensor, Tensor]:
+    """Whether the next token is the student's; how far its logit and the normaliser are apart."""
+    next_B, top_B, normaliser_B = (torch.tensor([answer[key] for answer in told]) for key in ("next", "top", "logsumexp"))
+    best_B = student_BC.amax(-1)
+    agreed_B = (best_B - student_BC.gather(1, next_B[:, None])[:, 0] <= equal.NEAR * scale).float()
+    return agreed_B, torch.stack([best_B - top_B, student_BC.logsumexp(-1) - normaliser_B]).abs()
+
+
+def _said(agreed_B: Tensor, apart: Tensor, scale: float, rows: int) -> dict[str, Any]:
+    share = float(agreed_B.mean())
+    found = {"rows": rows, "agreement": share, "agreement_interval": share_interval(share, rows)}
+    return found | {"max_difference": float(apart.max()), "max_logit": scale}
+
+
+def share_interval(share: float, count: int) -> list[float]:
+    """The 95 % interval of a share (Wilson 1927): unlike resampling, it does not take 1.0 of a few texts for certain."""
+    reach = quality.NORMAL.inv_cdf((1 + quality.LEVEL) / 2) ** 2 / count
+    middle = (share + reach / 2) / (1 + reach)
+    half = math.sqrt(reach * (share * (1 - share) + reach / 4)) / (1 + reach)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def _quality(run: config.Run, task: Task, rows_BC: Tensor, batches: list[Batch]) -> dict[str, Any]:
+    """The task's metrics of these logits, each [value, low, high]."""
+    parts = [task.outcomes(rows, batch) for rows, batch in zip(rows_BC.split([len(each.size) for each in batches]), batches, strict=True)]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = quality.bootstrap(task, columns, run.evaluate.bootstrap, run.seed).intervals()
+    return {metric: [finite(edge) for edge in each] for metric, each in found.items()}
+
+
+def law(run: config.Run, scale: float, exact: bool) -> tuple[float, float | None, str]:
+    """The least agreement, the largest difference (null: any), and what to do where they do not hold."""
+    if exact:
+        return 1.0, TOLERANCE * max(1.0, scale), "report it, or set export.format=dense"
+    if run.export.dtype != "float32":
+        return AGREEMENT, None, "leave export.dtype at float32"
+    format = str(run.export.format)
+    others = [each for each in formats.RUNTIMES[format].quantize if each != formats.quantize_of(format, run.export.quantize)]
+    return AGREEMENT_INT8, None, f"try export.quantize={' or '.join(others)}, leave it out, or train with distill.callbacks.Quantize"

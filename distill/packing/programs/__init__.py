@@ -1,0 +1,5 @@
+"""The programs that travel in the README.md of a runtime's export, and that its proof runs: nothing imports them.
+
+Each is run in the exported folder and defines `answer(texts)`: a row of logits for each text, or pair of texts; of a language model
+those of the token that follows.
+"""

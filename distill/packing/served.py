@@ -1,0 +1,78 @@
+"""A student -> the folder that a runtime answers from: the model by its format's module, the tokenizer and what labels mean."""
+
+import inspect
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedModel
+
+from distill import config, formats
+from distill.errors import UserError
+from distill.packing.after import calibration
+from distill.tasks.base import Task
+from distill.tasks.language import start_token
+
+PROGRAMS = Path(__file__).parent / "programs"
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # as OpenVINO calls them
+
+
+def save(run: config.Run, task: Task, tokenizer: Any, student: PreTrainedModel, target: Path) -> None:
+    """The model file, tokenizer.json and config.json. `export.quantize` is applied here, as the runtime computes."""
+    settings, format = run.export, str(run.export.format)
+    told = tokenizer_of(task, tokenizer, format)
+    pairs = len(run.data.text) == 2 and "token_type_ids" in tokenizer.model_input_names
+    tokenizer.model_input_names = ["input_ids", "attention_mask", *(["token_type_ids"] if pairs else [])]  # what training gave it
+    quantize = formats.quantize_of(format, settings.quantize)
+    examples = list(calibration(run, task, tokenizer)) if quantize == "static" else []
+    options = {"dtype": settings.dtype} if len(formats.RUNTIMES[format].dtypes) > 1 else {}
+    import_module(f"distill.packing.{format}").save(student, task, tokenizer, target, quantize, examples, **options)
+    told.save(str(target / "tokenizer.json"))
+    (target / "config.json").write_text(json.dumps(described(task, tokenizer, student, settings.dtype), indent=1) + "\n")
+
+
+def inputs_of(model: PreTrainedModel, tokenizer: Any) -> list[str]:
+    """What the model is given: the columns that it knows, of those that :func:`save` leaves."""
+    known = inspect.signature(type(model).forward).parameters
+    return [name for name in tokenizer.model_input_names if name in known]
+
+
+def program(format: str) -> str:
+    """The program that answers texts from the folder, which it is run in."""
+    return (PROGRAMS / f"{format}.py").read_text()
+
+
+def described(task: Task, tokenizer: Any, student: PreTrainedModel, dtype: str) -> dict[str, Any]:
+    """What the program, or another one, needs to know; `id2label` is empty for language models."""
+    classifies = task.pipeline == "text-classification"
+    return {
+        "model_type": student.config.model_type,
+        "id2label": dict(enumerate(task.names)) or student.config.id2label if classifies else {},
+        "problem_type": getattr(task, "problem_type", None),
+        "max_length": task.max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "precision": PRECISIONS[dtype],
+    }
+
+
+def tokenizer_of(task: Task, tokenizer: Any, format: str) -> Tokenizer:
+    """One whose `encode_batch` gives what the student was trained on: marked, cut and padded.
+
+    Of a text that is too long a language model reads the end, where it is to go on.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"export.format is {format}, but the tokenizer is {type(tokenizer).__name__}, which only transformers can run: "
+            "use a fast tokenizer, or set export.format=dense"
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    continues = task.pipeline == "text-generation"
+    if continues:
+        marks = tokenizer.convert_ids_to_tokens(start_token(tokenizer))
+        special = [(mark, backend.token_to_id(mark)) for mark in marks]
+        backend.post_processor = processors.TemplateProcessing(single=[*marks, "$A"], special_tokens=special)
+    backend.enable_truncation(task.max_length, direction="left" if continues else tokenizer.truncation_side)
+    backend.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    return backend

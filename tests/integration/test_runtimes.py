@@ -1,0 +1,132 @@
+"""A student in several runtimes: what is asked for, what each is given, what is said of it, and the command."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from distill import config, formats, recipe
+from distill.errors import UserError
+from distill.evaluate import RUNTIMES, runtimes, serve, table
+from tests.integration.commands import assert_one_sentence, call
+from tests.unit import tiny_runs
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("onnx", {"format": "onnx"}),
+        ("onnx_int8", {"format": "onnx", "quantize": "int8"}),
+        ("onnx_static", {"format": "onnx", "quantize": "static"}),
+        ("openvino_bf16", {"format": "openvino", "dtype": "bfloat16"}),
+    ],
+)
+def test_a_name_says_how_the_student_is_written(name, settings):
+    assert runtimes.export_of(name) == config.Export(**settings)
+
+
+@pytest.mark.parametrize("names", [[], ["torch", "torch"], ["tensorrt"], ["onnx_int3"], ["dense"], ["torch_int8"]], ids=str)
+def test_what_is_no_runtime_is_refused(names, monkeypatch):
+    monkeypatch.setattr(formats, "check", lambda *given: None)
+    with pytest.raises(UserError, match="^runtimes (is|has) .*, but .*: "):
+        runtimes.check(tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])), names)
+
+
+def test_a_missing_package_is_said_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(formats, "installed", lambda package: None)
+    with pytest.raises(UserError, match=r"^export.format is onnx, but .* is not installed: pip install 'distill\[onnx\]'"):
+        runtimes.check(tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])), ["torch", "onnx_int8"])
+
+
+def test_the_clock_gets_what_is_read_and_no_more(tmp_path):
+    task = tiny_runs.classifier("no", "yes")
+    tokenizer = tiny_runs.made(tmp_path, task)[3]
+    for cells in (["a cat sees the bird " * 20], ["she eats", "the old dog sees " * 20], ["she"], [""]):
+        read = runtimes._read(task, tokenizer, cells)
+        whole, cut = (tokenizer(*each, truncation=True, max_length=task.max_length)["input_ids"] for each in (cells, read))
+        assert cut == whole
+        assert sum(map(len, read)) <= 5 * task.max_length
+
+
+class Backwards:
+    """Says a text's length, and remembers in which order it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, texts):
+        self.asked.append(texts)
+        return torch.tensor([[float(len(text)), 1.0] for text in texts])
+
+
+def test_a_process_says_every_row_in_order(monkeypatch):
+    answer = Backwards()
+    monkeypatch.setattr(serve, "load", lambda served: answer)
+    question = {"served": {"one": {}}, "batches": [[["abc"], ["a"]], [["ab", "c"]]], "every": True}
+    assert serve.alone(question)["said"] == [[3.0, 1.0], [1.0, 1.0], [2.0, 1.0]]
+    assert answer.asked == [["abc", "a"], [("ab", "c")]]  # a pair is a tuple, one text a string
+    assert serve.alone(question | {"every": False})["said"] == [0, 0, 0]
+
+
+COST = {"latency_p50_ms": 4.0, "latency_p90_ms": 5.0, "latency_p99_ms": 6.0, "examples_per_s": 10.0, "memory_peak_bytes": 2e8}
+METRICS = {
+    "examples": 5,
+    "baseline": "teacher",
+    "metric": "accuracy",
+    "machine": {"cpu": "a processor", "threads": 1, "torch": "2", "requests": 3, "batches": 2},
+    "runtimes": {
+        "teacher": {"bytes": 4e6, "agreement": 0.9, "quality": {"accuracy": {"value": 0.8, "low": 0.7, "high": 0.9}}, "cost": COST},
+        "onnx": {"bytes": 1e6, "agreement": 1.0, "quality": {}, "cost": COST | {"latency_p50_ms": 1.0, "examples_per_s": 25.0}},
+    },
+}
+
+
+def test_ratios_are_to_the_baseline():
+    teacher, onnx = table.runtime_rows(METRICS)
+    assert len(teacher) == len(onnx) == len(table.RUNTIME_COLUMNS)
+    assert (teacher[0], teacher[3], teacher[-2:]) == ("teacher", "0.800 [0.700, 0.900]", ["1.00x", "1.00x"])
+    assert (onnx[0], onnx[1], onnx[3], onnx[-2:]) == ("onnx", "1.000", "", ["0.25x", "2.50x"])
+    assert table.of_runtimes(METRICS).row_count == 2
+
+
+def test_quality_is_that_of_the_rows_and_agreement_with_the_student(tmp_path):
+    run, task, _, tokenizer, _ = tiny_runs.made(tmp_path, tiny_runs.classifier("no", "yes"))
+    run.data, run.evaluate = config.Data(source="x", text=["text"], label="label"), config.Evaluate(bootstrap=20)
+    raw = Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": ["yes", "yes", "no", "no"]})
+    said = [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+    student = [[0.0, 9.0], [9.0, 0.0], [9.0, 0.0], [0.0, 9.0]]
+    worth = runtimes._worth(run, task, raw, tokenizer, said, student)
+    assert (worth["agreement"], worth["quality"]["accuracy"]["value"]) == (0.75, 0.75)
+
+
+def run_folder(path):
+    """A run folder of a task with labels, whose source is a file."""
+    run, _, raw, _, folder = tiny_runs.made(path, tiny_runs.classifier("no", "perhaps", "yes"), "distilbert")
+    labels = [("no", "perhaps", "yes")[place % 3] for place in range(len(raw))]
+    raw.add_column("label", labels).to_csv(path / "texts.csv")
+    run.data = config.Data(source=str(path / "texts.csv"), label="label", validation=None, test=None, holdout=0.4)
+    run.evaluate = config.Evaluate(bootstrap=20, requests=2, batches=1, batch_size=2)
+    recipe.save(run, folder / "recipe.yaml")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_command_measures_and_stores(tmp_path):
+    folder = run_folder(tmp_path)
+    wanted = ["torch", "torch_bf16", *(["onnx", "onnx_int8"] if formats.installed("onnxruntime") else [])]
+    code, out, err = call("evaluate", f"run={folder}", f"runtimes=[{','.join(wanted)}]", cwd=tmp_path)
+    assert code == 0, err
+    metrics = json.loads((folder / RUNTIMES).read_text())
+    assert list(metrics["runtimes"]) == ["teacher", *wanted]
+    assert metrics["runtimes"]["torch"]["agreement"] == 1
+    for name, found in metrics["runtimes"].items():
+        assert name in out and found["bytes"] > 0 and found["quality"]["accuracy"]["low"] is not None
+        assert {"latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "examples_per_s", "memory_peak_bytes"} <= found["cost"].keys()
+    assert not (folder / "metrics.json").exists()
+
+
+def test_the_command_refuses_in_a_sentence(tmp_path):
+    code, _, err = call("evaluate", f"run={run_folder(tmp_path)}", "runtimes=[tensorrt]", cwd=tmp_path)
+    assert code == 2
+    assert_one_sentence(err, "runtimes has tensorrt", "choose from")
