@@ -13,9 +13,12 @@ The map, in the order in which the data passes:
     tasks/          what differs between tasks: encoding, collation, which logits count, labels, metrics
     data/           Run.data -> raw splits -> encoded examples -> batches in an order fixed by (seed, epoch)
     models/         names, configs, a teacher's own layers -> models; do they agree?
+    answers.py      a teacher's answers -> columns beside the examples: all, or what gives them back, or a few without bias
     teacher.py      fine-tunes the teacher where asked; caches its outputs beside the examples
     student.py      builds, trains and saves the student
     losses.py       logits -> losses, as pure functions
+    chunked.py      hidden states -> loss and gradients of a language model, some rows of logits at a time
+    sparse.py       a distribution over a vocabulary as a few of its tokens
     terms.py        hidden states and attention of both models -> extra loss terms
     module.py       batch -> loss: one training step
     compress/       weights -> masks, codes, factors: what to remove and how to round

@@ -12,7 +12,8 @@ from omegaconf import MISSING
 
 from distill.errors import UserError
 
-OUTPUTS = ("cached", "online")
+SPARSE = ("sampled", "top_k")  # outputs that hold a few tokens of a distribution
+OUTPUTS = ("cached", "online", "hidden", *SPARSE)
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("dense", "torchao", "packed", "onnx", "openvino", "executorch")
@@ -106,12 +107,14 @@ class Teacher:
     model: str | None = None  # Hub name, folder, or package:<distribution>/<folder in it>
     config: dict[str, Any] | None = None  # of a randomly initialised model: model_type, hidden_size, ...
     finetune: Finetune | None = None  # null: use it as it is
-    outputs: str = "cached"  # cached: computed once and kept beside the examples; online: at each step
+    outputs: str = "cached"  # cached: once, kept beside the examples; online: at each step; language models: hidden, sampled, top_k too
+    tokens: int = 50  # sampled: draws from each predicted token's distribution; top_k: its likeliest tokens, which alone are kept
     dtype: str = "float32"  # of the frozen teacher's forward
 
     def __post_init__(self) -> None:
         _one_of("teacher.outputs", self.outputs, OUTPUTS)
         _one_of("teacher.dtype", self.dtype, DTYPES)
+        _in_range("teacher.tokens", self.tokens, 1, 64, "fewer take fewer bytes, more are nearer to the whole")
         if (self.model is None) == (self.config is None):
             raise UserError("teacher needs exactly one of model and config: name a model, or describe a random one")
 
@@ -132,9 +135,7 @@ class Student:
                 f"student has {given or 'none'} of model, config and layers, but it needs exactly one: say where the student comes from"
             )
         if self.architecture is not None and self.layers is None:
-            raise UserError(
-                f"student.architecture is {self.architecture}, but only a student cut from layers takes one: give student.layers"
-            )
+            raise UserError(f"student.architecture is {self.architecture}, but only one cut from layers takes it: give student.layers")
 
 
 @dataclass
@@ -146,6 +147,7 @@ class Loss:
     divergence: str | None = None  # a function of distill.losses, or a dotted path; default: the task's
     beta: float = 0.5  # weight of the teacher in the mixture of jensen_shannon and of skew_kl, in (0, 1)
     terms: dict[str, Any] = field(default_factory=dict)  # name -> {_target_: distill.terms...., weight: ...}
+    chunk: int | None = None  # language models: predicted tokens whose logits are in memory at a time; null: at most 32 MB; 0: all
 
     @property
     def needs_teacher(self) -> bool:
@@ -154,6 +156,7 @@ class Loss:
 
     def __post_init__(self) -> None:
         _in_range("loss.alpha", self.alpha, 0, 1, "0 trains on the teacher only, 1 on the labels only")
+        _in_range("loss.chunk", self.chunk, 0, float("inf"), "null chooses, 0 has all logits in memory at once")
         _above_zero("loss.temperature", self.temperature, "1 leaves the logits as they are, 2 to 8 softens them")
         if not 0 < self.beta < 1:
             raise UserError(

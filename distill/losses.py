@@ -125,6 +125,16 @@ def sigmoid_kl(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Te
     return temperature**2 * _kl(log_p, log_q).mean(-1)
 
 
+def sparse_kl(student_NC: Tensor, temperature: float, ids_NK: Tensor, shares_NK: Tensor, entropy_N: Tensor) -> Tensor:
+    """T^2 * (sum_k share_k * -log q_k - entropy), (N,): forward_kl where the shares, which add up to 1, stand for p.
+
+    Where they have the expectation p and the entropy is p's, value and gradient have the expectation of forward_kl's; the value alone
+    may be below 0. With the entropy of the shares themselves it is the KL from them.
+    """
+    log_q = (_wide(student_NC).clamp(-LARGEST, LARGEST) / temperature).log_softmax(-1)
+    return temperature**2 * (-(shares_NK * log_q.gather(-1, ids_NK)).sum(-1) - entropy_N)
+
+
 # ---- putting rows together
 
 

@@ -6,7 +6,7 @@ module tree, so it is in no checkpoint, optimizer or DDP bucket, and `.train()` 
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import zip_longest
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
-from distill import config, losses, ranks, sharding, targets
+from distill import chunked, config, losses, ranks, sharding, targets
 from distill.compress.rebuild import rebuild
 from distill.data import idle
-from distill.models import logits
-from distill.tasks.base import Batch, Task
+from distill.models import ends_in_head, logits, projected, rows
+from distill.tasks.base import Batch, Hidden, Sparse, Task
 from distill.terms import Term
 
 
@@ -34,19 +34,22 @@ class Distillation(L.LightningModule):
         self,
         task: Task,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        teacher: PreTrainedModel | nn.Module | None,
         loss: config.Loss,
         optimizer: config.Optimizer,
         steps: int,
         classes: int | None = None,
     ) -> None:
         super().__init__()
+        self.chunked = loss.chunk != 0 and task.picks_places and ends_in_head(student.eval())
         self.student = student.train()
         self.terms = nn.ModuleDict({name: targets.build(spec) for name, spec in loss.terms.items()})
         self.task, self.loss, self.settings, self.steps = task, loss, optimizer, steps
         self.classes = classes  # columns of the logits that both models share; null: all
-        self._whole: tuple[PreTrainedModel, ...] = ()  # student and teacher as they were given, while both are split over the ranks
-        self._teacher: tuple[PreTrainedModel, ...] = () if teacher is None else (teacher.eval().requires_grad_(False),)
+        self._whole: tuple[Any, ...] = ()  # student and teacher as they were given, while both are split over the ranks
+        # a model that answers online, or a head that makes logits of cached hidden states
+        self._teacher: tuple[Any, ...] = () if teacher is None else (teacher.eval().requires_grad_(False),)
+        self._factors = self.chunked and isinstance(teacher, PreTrainedModel) and ends_in_head(teacher)
         self._divergence = divergence(task, loss)
         self._parts: dict[str, Tensor] = {}  # of the optimizer step under way
         self._outcomes: list[dict[str, Tensor]] = []
@@ -69,12 +72,12 @@ class Distillation(L.LightningModule):
         for _, term in self.named_terms():
             term.detach()
         self._whole = (self.student, *self._teacher)
-        self._replace(*(sharding.split(model, mesh) for model in self._whole))
+        self._replace(*(sharding.split(model, mesh) if isinstance(model, PreTrainedModel) else model for model in self._whole))
         for _, term in self.named_terms():
             sharding.fully_shard(term, mesh=mesh)
         self._attach()
 
-    def _replace(self, student: PreTrainedModel, *teacher: PreTrainedModel) -> None:
+    def _replace(self, student: PreTrainedModel, *teacher: Any) -> None:
         self.student, self._teacher = student, teacher
 
     def on_train_start(self) -> None:
@@ -85,14 +88,14 @@ class Distillation(L.LightningModule):
 
     def on_fit_start(self) -> None:
         for teacher in self._teacher:
-            teacher.to(self.device)  # type: ignore[arg-type]
+            teacher.to(self.device)
 
     def on_fit_end(self) -> None:
         if self._whole:
             self._replace(*self._whole)
             self._whole = ()
         for teacher in self._teacher:
-            teacher.to("cpu")  # type: ignore[arg-type]  # where the Trainer leaves the student
+            teacher.to("cpu")  # where the Trainer leaves the student
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Lightning divides the loss by the micro-batches of a step and DDP the gradients by the ranks: `batch.rows` has done both."""
@@ -104,28 +107,39 @@ class Distillation(L.LightningModule):
 
     def parts(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of one micro-batch by name; summed over the micro-batches of a step they are that step's."""
-        teacher_NC = self._taught(batch)
-        student_NC = self.task.rows(logits(self.student, batch.inputs), batch)[:, : self.classes]
-        supervised_N = self.task.supervised(student_NC, batch.labels)
-        divergence_N = (
-            torch.zeros_like(supervised_N) if teacher_NC is None else self._divergence(student_NC, teacher_NC, self.loss.temperature)
-        )
-        parts = {"supervised": losses.mean_over(supervised_N, batch.rows), "divergence": losses.mean_over(divergence_N, batch.rows)}
-        parts["loss"] = losses.mean_over(losses.distillation(supervised_N, divergence_N, self.loss.alpha), batch.rows)
+        teacher, sparse = self._taught(batch), batch.teacher if isinstance(batch.teacher, Sparse) else ()
+        student = rows(self.student, batch.inputs, self._pick(batch), self.classes, self.chunked)
+        summed = chunked.summed(self._sums, student, teacher, (batch.labels, *sparse), self.loss.chunk)
+        parts = dict(zip(("loss", "supervised", "divergence"), summed / max(batch.rows, 1), strict=True))
         for name, term in self.named_terms():
             parts[name] = term(batch)
             parts["loss"] = parts["loss"] + term.weight * parts[name]
         return parts
 
-    def _taught(self, batch: Batch) -> Tensor | None:
-        """The teacher's rows, (N, C), from the cache or from its forward in its own precision; None where nothing needs them."""
-        if not self.loss.needs_teacher:
+    def _pick(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda places: self.task.rows(places, batch)
+
+    def _sums(self, student_NC: Tensor, teacher_NC: Tensor | None, labels: Tensor, *sparse: Tensor) -> Tensor:
+        """Loss, supervised part and divergence, each summed over these rows, (3,)."""
+        supervised_N = self.task.supervised(student_NC, labels)
+        divergence_N = torch.zeros_like(supervised_N)
+        if sparse:
+            divergence_N = losses.sparse_kl(student_NC, self.loss.temperature, *sparse)
+        elif teacher_NC is not None:
+            divergence_N = self._divergence(student_NC, teacher_NC, self.loss.temperature)
+        loss_N = losses.distillation(supervised_N, divergence_N, self.loss.alpha)
+        return torch.stack([loss_N.sum(), supervised_N.sum(), divergence_N.sum()])
+
+    def _taught(self, batch: Batch) -> chunked.Rows | None:
+        """The teacher's rows, (N, C), from the cache or from its forward in its own precision; None where nothing needs all of them."""
+        if not self.loss.needs_teacher or isinstance(batch.teacher, Sparse):
             return None
+        if isinstance(batch.teacher, Hidden):
+            return projected(batch.teacher.states_ND, self._teacher[0], self.classes)
         if batch.teacher is not None:
             return batch.teacher[:, : self.classes]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            teacher_NC = self.task.rows(logits(self._teacher[0], batch.inputs), batch)[:, : self.classes]
-            return teacher_NC.to(torch.promote_types(teacher_NC.dtype, torch.float32))
+            return rows(self._teacher[0], batch.inputs, self._pick(batch), self.classes, self._factors)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         summed = ranks.total(torch.stack([value.float() for value in self._parts.values()]))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill import formats, store, targets
-from distill.config import Run
+from distill.config import SPARSE, Loss, Run
 from distill.errors import UserError
 
 PACKAGE = Path(__file__).parent
@@ -191,15 +191,26 @@ def _check_together(run: Run) -> None:
         raise UserError(f"student.layers is {run.student.layers}, but there is no teacher to cut them from: set teacher.model")
     if run.teacher is None and run.loss.alpha < 1:
         raise UserError(f"loss.alpha is {run.loss.alpha:g}, but there is no teacher to learn from: set teacher.model, or loss.alpha=1")
-    if run.loss.terms and run.teacher is not None and run.teacher.outputs == "cached":
-        names = ", ".join(run.loss.terms)
-        raise UserError(
-            f"teacher.outputs is cached, but loss.terms ({names}) needs the teacher's hidden states: set teacher.outputs=online"
-        )
+    if run.teacher is not None:
+        _check_outputs(run.teacher.outputs, run.loss)
     if run.teacher is None and run.loss.terms:
         raise UserError(f"loss.terms is {', '.join(run.loss.terms)}, but there is no teacher to compare with: set teacher.model")
     if run.trainer.strategy == "fsdp" and run.trainer.precision == "16-mixed":
         raise UserError("trainer.precision is 16-mixed, but trainer.strategy=fsdp scales no losses: set trainer.precision=bf16-mixed")
+
+
+def _check_outputs(outputs: str, loss: Loss) -> None:
+    """What is kept of the teacher must do for the loss."""
+    if loss.terms and outputs != "online":
+        names = ", ".join(loss.terms)
+        raise UserError(
+            f"teacher.outputs is {outputs}, but loss.terms ({names}) needs the insides of the teacher: set teacher.outputs=online"
+        )
+    if outputs in SPARSE and loss.divergence not in (None, "forward_kl"):
+        raise UserError(
+            f"loss.divergence is {loss.divergence}, but teacher.outputs={outputs} keeps what forward_kl needs and no more: "
+            "set teacher.outputs=hidden"
+        )
 
 
 def sentence(error: OmegaConfBaseException) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from datasets import Dataset, DatasetDict
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
 from transformers import PreTrainedModel
 
 from distill import config, data, fit, models, packing, ranks, store, targets
@@ -67,8 +68,9 @@ def distil(
     train, validation = fit.loaders(run, learned, examples["validation"], task, tokenizer.pad_token_id)
     packing.check(run, student, _quantized(student, callbacks))
     steps = fit.steps(run.trainer, train.plan.steps)
-    online = teacher if run.teacher is not None and run.teacher.outputs == "online" else None
-    module = Distillation(task, student, online, run.loss, run.optimizer, steps, classes)
+    module = Distillation(task, student, _answering(run, teacher), run.loss, run.optimizer, steps, classes)
+    if module.chunked:
+        log.info("logits are computed some at a time, the loss and its gradients with them")
     log.info("training the student on %d examples, %d steps, %s", len(learned), steps, fit.precision(run.trainer))
     techniques = compressions(callbacks)
     dense = Before(techniques, steps, lambda: _save(student, tokenizer, folder / "dense"))
@@ -83,6 +85,13 @@ def distil(
     _save(student, tokenizer, folder / "student")
     ranks.barrier()
     return {"examples": len(learned), "steps": steps, "best": best}
+
+
+def _answering(run: config.Run, teacher: PreTrainedModel | None) -> nn.Module | None:
+    """What of the teacher answers in training: all of it online, its head where its hidden states are cached."""
+    if run.teacher is None or teacher is None:
+        return None
+    return {"online": teacher, "hidden": teacher.get_output_embeddings()}.get(run.teacher.outputs)
 
 
 def _quantized(student: PreTrainedModel, callbacks: list[Callback]) -> list[str]:
@@ -130,7 +139,8 @@ def build(run: config.Run, task: Task, tokenizer: Any, teacher: PreTrainedModel 
         models.check_labels(student, task, "student")
         models.check_floats(student, "student")
         loosened(student, "student")
-    return student, models.shared_vocabulary(tokenizer, student, teacher) if teacher is not None else None
+    existing = run.teacher is not None and run.teacher.outputs in config.SPARSE  # which know no others
+    return student, models.shared_vocabulary(tokenizer, student, teacher, existing) if teacher is not None else None
 
 
 def useful(examples: Dataset, task: Task, run: config.Run) -> Dataset:

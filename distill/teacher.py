@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from distill import config, data, fit, models, ranks, sharding, store
+from distill import answers, config, data, fit, models, ranks, sharding, store
+from distill.answers import Answers
 from distill.compress.rebuild import loosened
 from distill.errors import UserError
 from distill.module import Distillation
@@ -29,7 +30,7 @@ from distill.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of what is stored here: raise it when training or losses change, and no older teacher or output is used
+VERSION = 3  # of what is stored here: raise it when training or losses change, and no older teacher or output is used
 CHUNK = 1 << 26  # bytes of outputs that are in memory at a time
 TOGETHER = 2048  # examples that are sorted by length and computed together, at the most: ranks take turns at so many
 OUTPUTS = "outputs.arrow"
@@ -40,6 +41,7 @@ def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, f
     """The frozen teacher: as it is, fine-tuned on the labelled examples, or reused from an earlier run with the same ingredients."""
     if run.teacher is None:
         return None
+    answers.check(run, task)
     L.seed_everything(run.seed, verbose=False)
     as_it_is = run.teacher.finetune is None and run.teacher.model is not None
     with ranks.first_then_others():  # it may have to be downloaded
@@ -113,37 +115,35 @@ def _finetune(
 
 
 def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dataset, task: Task, tokenizer: Any) -> Dataset:
-    """The examples with a column `teacher_logits`: for each example its rows of logits, (rows, C) in float32.
-
-    As they are where the teacher answers online, or not at all.
-    """
+    """The examples with columns of the teacher's outputs; as they are where the teacher answers online, or not at all."""
     if run.teacher is None or teacher is None or run.teacher.outputs == "online" or not run.loss.needs_teacher:
         return examples
+    kept = answers.wanted(run, teacher, task, models.tokens(tokenizer))
     ingredients = {
         "weights": models.fingerprint(teacher),  # its dtype is part of it
         "inputs": data.fingerprint(examples),  # tokenizer, encoding arguments and data are part of it
         "made by": _made_by(task),
         "device": models.device_of(run),
-    }
+    } | ({"outputs": kept.identity} if kept.identity else {})
     entry = store.entry("outputs", ingredients)
     if ranks.of_first(lambda: store.intact(entry)):
         log.info("the teacher's outputs of an earlier run with the same ingredients are used again")
     else:
-        _refuse_too_large(teacher, examples)
-        _fill(run, teacher, examples, task, tokenizer.pad_token_id, entry)
+        _refuse_too_large(kept, run.teacher.outputs, examples)
+        _fill(run, kept, examples, tokenizer.pad_token_id, entry)
     outputs = Dataset.from_file(str(entry / OUTPUTS))
     return concatenate_datasets([examples, outputs], axis=1)
 
 
-def _fill(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int, entry: Path) -> None:
+def _fill(run: config.Run, kept: Answers, examples: Dataset, pad_id: int, entry: Path) -> None:
     """Each rank computes every world-th chunk; the first one joins them. The bytes do not depend on how many there are."""
     if ranks.world() == 1:
         with store.writing(entry) as inside:
-            _write(run, teacher, examples, task, pad_id, inside / OUTPUTS)
+            _write(run, kept, examples, pad_id, inside / OUTPUTS)
         return
     with store.drafting(entry.parent) if ranks.is_first() else nullcontext(Path()) as drafts:
         parts = ranks.share(drafts)
-        _write(run, teacher, examples, task, pad_id, parts / f"{ranks.rank()}.arrow")
+        _write(run, kept, examples, pad_id, parts / f"{ranks.rank()}.arrow")
         ranks.barrier()
         if ranks.is_first():
             with store.writing(entry) as inside:
@@ -161,33 +161,32 @@ def _join(parts: list[Path], file: Path) -> None:
                 joined.write_batch(chunk)
 
 
-def _refuse_too_large(teacher: PreTrainedModel, examples: Dataset) -> None:
-    size, free = FLOAT * models.width(teacher) * sum(examples["rows"]), shutil.disk_usage(store.root()).free
+def _refuse_too_large(kept: Answers, name: str, examples: Dataset) -> None:
+    size, free = kept.size * sum(examples["rows"]), shutil.disk_usage(store.root()).free
     if size > free / 2:
         raise UserError(
-            f"teacher.outputs is cached, but these outputs take {size / 1e9:.1f} GB and must leave half of the "
+            f"teacher.outputs is {name}, but these outputs take {size / 1e9:.1f} GB and must leave half of the "
             f"{free / 1e9:.1f} GB that are free at {store.root()}: set teacher.outputs=online, or DISTILL_CACHE to a larger disk"
         )
 
 
-def _write(run: config.Run, teacher: PreTrainedModel, examples: Dataset, task: Task, pad_id: int, file: Path) -> None:
+def _write(run: config.Run, kept: Answers, examples: Dataset, pad_id: int, file: Path) -> None:
     """One forward over this rank's chunks, one by one; inside a chunk the longest go first, so that batches pad little."""
-    width = models.width(teacher)
-    chunks = _chunks(examples, width)[ranks.rank() :: ranks.world()]
-    schema = pa.schema({"teacher_logits": pa.list_(pa.list_(pa.float32(), width))})
+    chunks = _chunks(examples, -(-kept.width * np.dtype(kept.dtype).itemsize // FLOAT))[ranks.rank() :: ranks.world()]
+    schema = kept.schema()
     behind = _behind(chunks, run.evaluate.batch_size) if sharding.wanted(run.trainer) else 0
     with (
-        _answering(run, teacher) as teacher,
+        _answering(run, kept),
         Progress(console=Console(), transient=True, disable=not watched(run.trainer.progress)) as bar,
         pa.ipc.new_stream(str(file), schema) as stream,
     ):
         shown = bar.add_task("teacher outputs", total=sum(map(len, chunks)))
         for places in chunks:
-            loader = data.loader(examples.select(places), task, pad_id, run.evaluate.batch_size)
-            outputs = _outputs(teacher, task, loader, lambda count: bar.advance(shown, count))
-            stream.write_batch(pa.record_batch([outputs], schema=schema))
+            loader = data.loader(examples.select(places), kept.task, pad_id, run.evaluate.batch_size)
+            outputs = _outputs(kept, loader, places, lambda count: bar.advance(shown, count))
+            stream.write_batch(pa.record_batch(outputs, schema=schema))
         for _ in range(behind):
-            _outputs(teacher, task, data.loader(examples.select([0]), task, pad_id, 1), lambda _: None)
+            _outputs(kept, data.loader(examples.select([0]), kept.task, pad_id, 1), range(1), lambda _: None)
 
 
 def _behind(chunks: list[range], batch_size: int) -> int:
@@ -197,14 +196,16 @@ def _behind(chunks: list[range], batch_size: int) -> int:
 
 
 @contextmanager
-def _answering(run: config.Run, teacher: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The teacher where it computes: whole on each rank's device, or split over all of them."""
-    device = models.device_of(run)
-    if sharding.wanted(run.trainer):
-        yield sharding.split(teacher, sharding.mesh(device))
+def _answering(run: config.Run, kept: Answers) -> Iterator[None]:
+    """The teacher is where it computes: whole on each rank's device, or split over all of them."""
+    device, whole = models.device_of(run), kept.teacher
+    if not sharding.wanted(run.trainer):
+        with models.on(device, whole):
+            yield
         return
-    with models.on(device, teacher):
-        yield teacher
+    kept.teacher = sharding.split(whole, sharding.mesh(device))
+    yield
+    kept.teacher = whole
 
 
 def _chunks(examples: Dataset, width: int) -> list[range]:
@@ -217,16 +218,15 @@ def _chunks(examples: Dataset, width: int) -> list[range]:
 
 
 @torch.inference_mode()
-def _outputs(teacher: PreTrainedModel, task: Task, loader: data.Loader, seen: Callable[[int], None]) -> pa.Array:
-    """The rows of each of the loader's examples, in the order of the examples, in numpy's own buffers."""
+def _outputs(kept: Answers, loader: data.Loader, numbers: range, seen: Callable[[int], None]) -> dict[str, pa.Array]:
+    """What is kept of the loader's examples, which have these numbers in the split: in their order, in numpy's own buffers."""
     parts, places = [], []
     for micro, batch in zip(loader.plan, loader, strict=True):
-        batch = move_data_to_device(batch, teacher.device)
-        parts.append(task.rows(models.logits(teacher, batch.inputs), batch).float().cpu().numpy())
-        places.append(np.asarray(micro.indices)[batch.example.cpu().numpy()])
+        batch = move_data_to_device(batch, kept.teacher.device)
+        examples = np.asarray(micro.indices)
+        parts.append(kept.rows(batch, numbers.start + examples).cpu().numpy())
+        places.append(examples[batch.example.cpu().numpy()])
         seen(len(micro.indices))
     example_N = np.concatenate(places)
-    values_NC = np.concatenate(parts)[np.argsort(example_N, kind="stable")]
-    ends = np.bincount(example_N, minlength=len(loader.plan.lengths)).cumsum()
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(values_NC.reshape(-1)), values_NC.shape[1])
-    return pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), rows)
+    values_NW = np.concatenate(parts)[np.argsort(example_N, kind="stable")]
+    return kept.columns(values_NW, np.bincount(example_N, minlength=len(loader.plan.lengths)).cumsum())

@@ -14,13 +14,13 @@ import torch
 from datasets import Dataset
 from torch.utils import data as torch_data
 
+from distill.data import taught
 from distill.errors import UserError
 from distill.tasks.base import Batch, Task
 
 log = logging.getLogger(__name__)
 
 CHUNK = 50  # global batches whose examples are sorted by length together
-CACHED = "teacher_logits"  # a column of lists of rows
 
 
 class MicroBatch(NamedTuple):
@@ -135,24 +135,18 @@ class Examples(torch_data.Dataset[Batch]):
 
     def __init__(self, split: Dataset, task: Task, pad_id: int) -> None:
         self.task, self.pad_id, self.teacher = task, pad_id, None
-        if CACHED in split.column_names:
-            self.teacher = split.select_columns([CACHED]).with_format("arrow")
-            split = split.remove_columns([CACHED])
+        cached = [name for name in split.column_names if name in taught.COLUMNS]
+        if cached:
+            self.teacher = split.select_columns(cached).with_format("arrow")
+            split = split.remove_columns(cached)
         self.split = split.with_format(None)
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
         columns: dict[str, list[Any]] = self.split[micro.indices]
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         batch = self.task.collate(examples, self.pad_id)
-        return batch._replace(teacher=self._teacher_rows(micro.indices), rows=float(micro.rows), tokens=float(micro.tokens))
-
-    def _teacher_rows(self, indices: list[int]) -> torch.Tensor | None:
-        """Cached logits of all rows, example by example, (N, C): straight from the file's buffers, for they may be many."""
-        if self.teacher is None:
-            return None
-        rows = [chunk.flatten() for chunk in self.teacher[indices][CACHED].chunks]
-        values = np.concatenate([chunk.flatten().to_numpy() for chunk in rows])
-        return torch.from_numpy(values.reshape(sum(map(len, rows)), -1))
+        cached = None if self.teacher is None else taught.outputs(self.teacher[micro.indices])
+        return batch._replace(teacher=cached, rows=float(micro.rows), tokens=float(micro.tokens))
 
 
 class Loader(torch_data.DataLoader[Batch]):

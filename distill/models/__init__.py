@@ -7,11 +7,11 @@
 | `tokenizers.py` | the same for tokenizers, training one on texts, and which one a recipe uses |
 | `student.py` | a teacher's layers -> a student, every tensor accounted for |
 | `preflight.py` | do teacher, student and data agree: labels, token ids, lengths; fingerprints |
-| `forward.py` | inputs -> logits; on which device |
+| `forward.py` | inputs -> logits, or the factors of them; on which device |
 """
 
 from distill.models.architectures import attention_projections, blocks, embeddings
-from distill.models.forward import device_of, logits, on
+from distill.models.forward import device_of, ends_in_head, logits, on, projected, rows, states
 from distill.models.loading import complete, files, load, save
 from distill.models.preflight import (
     adopt_labels,
@@ -21,6 +21,7 @@ from distill.models.preflight import (
     check_tokens,
     fingerprint,
     shared_vocabulary,
+    tokens,
     width,
 )
 from distill.models.student import Account, cut, gathered
@@ -39,6 +40,7 @@ __all__ = [
     "cut",
     "device_of",
     "embeddings",
+    "ends_in_head",
     "files",
     "fingerprint",
     "gathered",
@@ -46,9 +48,13 @@ __all__ = [
     "load_tokenizer",
     "logits",
     "on",
+    "projected",
+    "rows",
     "save",
     "shared_vocabulary",
+    "states",
     "tokenizer_for",
+    "tokens",
     "train_tokenizer",
     "width",
 ]

@@ -1,4 +1,4 @@
-"""Inputs -> logits, whatever the model takes, on the device that the recipe allows."""
+"""Inputs -> logits, or what a language model's head makes them of, whatever the model takes, on the device that the recipe allows."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -7,9 +7,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from distill.chunked import Projected
 from distill.config import Run
 
 
@@ -40,6 +42,55 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     known = _parameters(type(model).forward)
     options = {"use_cache": False} if "use_cache" in known else {}
     return model(**{name: tensor for name, tensor in inputs.items() if name in known}, **options).logits
+
+
+def rows(
+    model: PreTrainedModel, inputs: dict[str, Tensor], pick: Callable[[Tensor], Tensor], classes: int | None, factors: bool
+) -> Projected | Tensor:
+    """The rows that `pick` takes of a model's places: the first `classes` logits of each, (N, C).
+
+    `factors`: as hidden states and head, of which they are the product, where the head is an ordinary linear layer at this moment.
+    """
+    head: Any = model.get_output_embeddings() if factors else None
+    if type(head) is not nn.Linear or isinstance(head.weight, DTensor):  # it quantizes its weight, or is split over the ranks
+        return pick(logits(model, inputs))[:, :classes]
+    return projected(states(model, inputs, pick), head, classes)
+
+
+def states(model: PreTrainedModel, inputs: dict[str, Tensor], pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """The rows that `pick` takes of what a language model's head reads, (N, D)."""
+    with _answering(model.get_output_embeddings(), lambda states: states):
+        return pick(logits(model, inputs))
+
+
+def projected(states_ND: Tensor, head: nn.Linear, classes: int | None) -> Projected:
+    """Hidden states with the part of a head that makes the first `classes` logits."""
+    if classes is None or classes == head.out_features:
+        return Projected(states_ND, head.weight, head.bias)
+    return Projected(states_ND, head.weight[:classes], None if head.bias is None else head.bias[:classes])
+
+
+@torch.no_grad()
+def ends_in_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are what the linear head answers: no cap, no scale, nothing comes after it. In evaluation mode."""
+    head: Any = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    spread_V = torch.linspace(-1e3, 1e3, head.out_features, device=model.device)  # what a head might say
+    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    with _answering(head, lambda states: spread_V.repeat(*states.shape[:-1], 1)):
+        answered = logits(model, {"input_ids": token, "attention_mask": token})
+    return torch.equal(answered.flatten(), spread_V)
+
+
+@contextmanager
+def _answering(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the module answers with this function; its hooks see that."""
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @lru_cache

@@ -70,12 +70,22 @@ def check_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase,
         )
 
 
-def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
-    """Number of tokens to slice both language models' logits to; null where they are equally wide, as classifiers' always are."""
+def tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids a model must have for every token."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def shared_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel, existing: bool = False
+) -> int | None:
+    """Number of tokens to slice both language models' logits to; null where they are equally wide, as classifiers' always are.
+
+    `existing`: also where the logits of both are as wide, but for more tokens than there are.
+    """
     ours, theirs = width(student), width(teacher)
-    if ours == theirs:
+    if ours == theirs and not (existing and ours > tokens(tokenizer)):
         return None
-    shared = max(tokenizer.get_vocab().values()) + 1
+    shared = tokens(tokenizer)
     if min(ours, theirs) < shared:
         raise UserError(
             f"the tokenizer has {shared} ids, but the student's logits have {ours} classes and the teacher's {theirs}: "

@@ -17,6 +17,20 @@ from distill.config import Data
 from distill.errors import UserError
 
 
+class Hidden(NamedTuple):
+    """Cached hidden states, of which the teacher's head makes its logits."""
+
+    states_ND: Tensor
+
+
+class Sparse(NamedTuple):
+    """Cached tokens of the teacher's distribution at the loss's temperature; see `distill/sparse.py`."""
+
+    ids_NK: Tensor
+    shares_NK: Tensor  # 0 for those that only fill up a row
+    entropy_N: Tensor  # nats
+
+
 class Batch(NamedTuple):
     """One micro-batch on its way to the loss. `rows` and `tokens` count the whole optimizer step, the loss's normalisers."""
 
@@ -26,7 +40,7 @@ class Batch(NamedTuple):
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
     example: Tensor  # (N,) the example, 0..B-1, that each row belongs to
     size: Tensor  # (B,) what an example weighs in its metrics: 1, or its UTF-8 bytes for language models
-    teacher: Tensor | None = None  # (N, C) cached teacher logits, which the loader adds
+    teacher: Tensor | Hidden | Sparse | None = None  # cached outputs, which the loader adds; a tensor: logits (N, C)
     rows: float = 1.0  # rows of the global batch
     tokens: float = 1.0  # tokens of the global batch
 
@@ -40,6 +54,7 @@ class Task(ABC):
     maximise: ClassVar[bool]  # whether a larger primary metric is better
     divergences: ClassVar[tuple[str, ...]]  # functions of distill.losses that suit its logits; the first is the default
 
+    picks_places: ClassVar[bool] = False  # whether `rows` only picks places, so that it can do so in hidden states too
     uses_labels: ClassVar[bool] = True  # whether the source must have a label column
     label_feature: ClassVar[Any] = Value("int64")  # how `encode` stores the labels of an example
 

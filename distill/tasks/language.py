@@ -31,6 +31,7 @@ class CausalLanguageModelling(Task):
     primary = "perplexity"
     maximise = False
     divergences = losses.ONE_OF_C
+    picks_places = True
     uses_labels = False
     label_feature = List(Value("int64"))
 

@@ -66,7 +66,7 @@ def trained(case, strategy="auto"):
     still, form = STILL["language" in case]
     form = form | ({"hidden_size": 32} if case == PROJECTED else {})
     teacher, student = made.model(seed=1, **still).double(), made.model("student", seed=2, **still, **form).double()
-    module = Distillation(made.task, student, teacher, config.Loss(alpha=0.4, terms=terms), config.Optimizer(), 3).double()
+    module = Distillation(made.task, student, teacher, config.Loss(alpha=0.4, terms=terms, chunk=7), config.Optimizer(), 3).double()
     for term in module.terms.values():
         for projection in getattr(term, "projections", {}).values():
             projection.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))

@@ -14,10 +14,10 @@ FILES = [file for file in sorted(ROOT.rglob("*.py")) if file.parent != ROOT or f
 # config <- tasks <- data, models <- teacher; losses, compress <- module <- callbacks <- train. A name imports lower ranks and its own.
 RANKS = [
     {"errors", "signals"},
-    {"config", "targets", "losses", "formats", "runtime", "store", "fresh"},
+    {"config", "targets", "losses", "formats", "runtime", "store", "fresh", "chunked", "sparse"},
     {"recipe", "tasks", "corpora", "stages", "ranks"},
     {"cli", "data", "models", "tracking", "checkpoints", "resume"},
-    {"terms", "compress", "launch", "sharding"},
+    {"terms", "compress", "launch", "sharding", "answers"},
     {"module", "packing"},
     {"evaluate"},
     {"callbacks", "export"},

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-from distill import config, fit, teacher
+from distill import config, fit, losses, teacher
 from distill.errors import UserError
 from distill.module import Distillation
 from tests.worlds import LANGUAGE, world
@@ -117,13 +117,31 @@ def test_projections_train_and_are_checkpointed_but_are_not_the_student_s(small)
 
 
 def test_a_wider_teacher_vocabulary_is_sliced(any_world):
-    module = module_of(any_world, classes=3, alpha=0.0).eval()
-    assert module._taught(next(iter(any_world.loader()))).shape[-1] == 3
+    for chunk in (0, 2):
+        module = module_of(any_world, classes=3, alpha=0.0, chunk=chunk).eval()
+        taught = module._taught(next(iter(any_world.loader())))
+        assert (taught if isinstance(taught, torch.Tensor) else taught.logits()).shape[-1] == 3
 
 
 def test_a_divergence_that_does_not_suit_the_logits_is_refused(small):
     with pytest.raises(UserError, match="sigmoid_kl.*forward_kl, reverse_kl"):
         module_of(small, divergence="sigmoid_kl")
+
+
+@pytest.mark.parametrize("divergence", losses.ONE_OF_C)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [None, 300])
+def test_a_language_model_s_loss_is_the_same_in_chunks(divergence, precision, classes):
+    made = world(**LANGUAGE)
+    student = made.model("student", seed=1, n_layer=1, vocab_size=310 if classes else 300)
+    modules = [module_of(made, student=student, classes=classes, divergence=divergence, chunk=chunk) for chunk in (0, 7, None)]
+    made.examples["one"] = made.examples["train"].select(range(16))
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        (loss, whole), *parts = [gradients(module, made.loader("one", accumulate=3)) for module in modules]
+    assert [module.chunked for module in modules] == [False, True, True]
+    for value, summed in parts:
+        assert value == pytest.approx(loss, rel=1e-5 if precision == torch.float32 else 1e-2)
+        assert (summed - whole).norm() < (1e-5 if precision == torch.float32 else 2e-2) * whole.norm()
 
 
 def test_a_divergence_of_one_s_own_is_used(small):

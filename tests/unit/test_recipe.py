@@ -26,6 +26,10 @@ def checked(**changes):
         ({"loss": {"divergence": "nowhere.at_all"}}, ["nowhere"]),
         ({"loss": {"terms": {"h": {"weight": 1.0}}}}, ["loss.terms.h._target_ is None"]),
         ({"teacher": {"outputs": "catched"}}, ["teacher.outputs is catched", "cached, online"]),
+        ({"teacher": {"outputs": "sampled"}, "loss": {"divergence": "reverse_kl"}}, ["is reverse_kl", "teacher.outputs=hidden"]),
+        ({"teacher": {"outputs": "top_k"}, "loss": {"divergence": "logit_mse"}}, ["is logit_mse", "outputs=top_k"]),
+        ({"teacher": {"tokens": 65}}, ["teacher.tokens is 65", "[1, 64]"]),
+        ({"loss": {"chunk": -1}}, ["loss.chunk is -1", "at least 0"]),
         ({"teacher": {"model": "x"}}, ["exactly one of model and config"]),
         ({"teacher": None}, ["student.layers is [0, 2]", "no teacher"]),
         ({"student": {"layers": None, "architecture": None}}, ["exactly one"]),
@@ -53,8 +57,9 @@ def test_a_refused_value_is_named_with_the_rule(changes, words):
 
 def test_hidden_states_need_the_teacher_online():
     terms = {"h": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {0: 0}}}
-    with pytest.raises(UserError, match="teacher.outputs=online"):
-        checked(loss={"terms": terms})
+    for outputs in ("cached", "hidden", "sampled"):
+        with pytest.raises(UserError, match=f"teacher.outputs is {outputs}.*teacher.outputs=online"):
+            checked(loss={"terms": terms}, teacher={"outputs": outputs})
     assert checked(loss={"terms": terms}, teacher={"outputs": "online"}).loss.terms == terms
 
 

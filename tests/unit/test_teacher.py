@@ -9,7 +9,7 @@ import torch
 from datasets import DatasetDict
 from omegaconf import OmegaConf
 
-from distill import data, fit, models, store, student, teacher
+from distill import answers, data, fit, models, store, student, teacher
 from distill.errors import RunFailed, UserError
 from distill.tasks import SingleLabelClassification
 from distill.tracking import Tracker
@@ -240,7 +240,9 @@ def test_chunks_are_cut_by_the_bytes_of_their_outputs(online):
 
 def test_outputs_stay_in_numpy_s_buffers(online):
     split = online.examples["train"].select(range(20))
-    outputs = teacher._outputs(online.model(), online.task, data.loader(split, online.task, online.pad_id, 8), lambda count: None)
+    kept = answers.Logits(online.model(), online.task)
+    loader = data.loader(split, online.task, online.pad_id, 8)
+    outputs = teacher._outputs(kept, loader, range(20), lambda count: None)["teacher_logits"]
     assert outputs.type == pa.list_(pa.list_(pa.float32(), len(online.task.names)))  # rows are counted in 32 bits, not their numbers
     assert np.shares_memory(outputs.flatten().flatten().to_numpy(), outputs.values.values.to_numpy())
 
