@@ -29,7 +29,7 @@ RUNTIMES = {
     "onnx": Runtime("onnxruntime", {**EXPORTER, "onnxruntime": "1.20"}, "model.onnx*", ("dynamic", "static", "weights")),
     "openvino": Runtime("openvino", {**EXPORTER, "openvino": "2025.0"}, "openvino_model.*", ("static", "weights"), ("float32", "bfloat16")),
     "executorch": Runtime(
-        "executorch", {"executorch": "1.5", "torchao": "0.18"}, "model.pte", ("dynamic", "weights"), blocked=("distill", "transformers")
+        "executorch", {"executorch": "1.5", "torchao": "0.18"}, "model.pte", ("dynamic",), blocked=("distill", "transformers")
     ),
 }
 

@@ -8,7 +8,7 @@ own (cost.py).
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import AutoConfig
 
-from distill import config, data, fresh, models, packing
+from distill import config, data, formats, fresh, models, packing
 from distill.compress import vocabulary
 from distill.errors import RunFailed, UserError
 from distill.evaluate import cost, quality, status
@@ -53,8 +53,10 @@ def measure(
     """Quality, comparison, fidelity and cost of models by their folders or names; null where a number cannot be known.
 
     `names` are of `teacher`, `dense` and `student`, in this order; only the last must be there. `as_exported`: the student is
-    measured in the form that the recipe's `export` section gives it.
+    measured in the form that the recipe's `export` section gives it; as it was trained, where that is for a runtime (runtimes.py).
     """
+    if run.export.format in formats.RUNTIMES:
+        run = replace(run, export=config.Export())
     read = readings(run, task, raw, Reading(tokenizer, examples), names, split)
     with TemporaryDirectory() as temporary:
         if as_exported:

@@ -141,9 +141,15 @@ def _worth(run: config.Run, task: Task, raw: Dataset, tokenizer: Any, said: list
     """The share of predictions that are the trained student's, and the task's metrics; of a language model's next tokens the first."""
     rows, reference = torch.tensor(said), torch.tensor(student)
     if task.pipeline == "text-generation":
-        return {"agreement": float((rows == reference).double().mean()), "quality": {}}
+        return _agreed(rows == reference) | {"quality": {}}
     columns = task.encode(raw[:], tokenizer, run.data)
     batch = task.collate([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], tokenizer.pad_token_id)
     drawn = quality.bootstrap(task, task.outcomes(rows, batch), run.evaluate.bootstrap, run.seed)
     measured = {metric: each._asdict() for metric, each in drawn.intervals().items()}
-    return {"agreement": float(task.agreement(rows, reference).double().mean()), "quality": measured}
+    return _agreed(task.agreement(rows, reference)) | {"quality": measured}
+
+
+def _agreed(agreed_B: torch.Tensor) -> dict[str, Any]:
+    share = float(agreed_B.double().mean())
+    low, high = quality.share_interval(share, len(agreed_B))
+    return {"agreement": {"value": share, "low": low, "high": high}}

@@ -166,7 +166,8 @@ def _runtime_row(name: str, metrics: dict[str, Any]) -> list[str]:
     latencies = " / ".join(number(spent[f"latency_p{share}_ms"]) for share in (50, 90, 99))
     ratios = [_ratio(spent[key], baseline[key]) for key in ("latency_p50_ms", "examples_per_s")]
     bytes, memory = (number(size / 1e6) for size in (found["bytes"], spent["memory_peak_bytes"]))
-    return [name, bytes, number(found["agreement"]), _with_interval(worth), latencies, number(spent["examples_per_s"]), memory, *ratios]
+    said = [_with_interval(share) for share in (found["agreement"], worth)]
+    return [name, bytes, *said, latencies, number(spent["examples_per_s"]), memory, *ratios]
 
 
 def of_runtimes(metrics: dict[str, Any]) -> Table:

@@ -4,7 +4,6 @@ Both answer the same batches, for where a runtime rounds to a range of the whole
 B = texts, C = classes or vocabulary.
 """
 
-import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +103,7 @@ def answered(run: config.Run, task: Task, asked: Given, draft: Path) -> dict[str
         "batches": asked.cells(run.data.text if task.pipeline == "text-classification" else run.data.text[:1]),
         "every": task.pipeline == "text-classification",
         "threads": run.evaluate.threads,
-        "libraries": [runtime.name, "numpy", "tokenizers"],
+        "libraries": [runtime.name, *(["torch"] if "torch" not in runtime.blocked else []), "numpy", "tokenizers"],
         "blocked": list(runtime.blocked),
     }
     try:
@@ -155,16 +154,8 @@ def _same_next(student_BC: Tensor, told: list[dict[str, Any]], scale: float) -> 
 
 def _said(agreed_B: Tensor, apart: Tensor, scale: float, rows: int) -> dict[str, Any]:
     share = float(agreed_B.mean())
-    found = {"rows": rows, "agreement": share, "agreement_interval": share_interval(share, rows)}
+    found = {"rows": rows, "agreement": share, "agreement_interval": quality.share_interval(share, rows)}
     return found | {"max_difference": float(apart.max()), "max_logit": scale}
-
-
-def share_interval(share: float, count: int) -> list[float]:
-    """The 95 % interval of a share (Wilson 1927): unlike resampling, it does not take 1.0 of a few texts for certain."""
-    reach = quality.NORMAL.inv_cdf((1 + quality.LEVEL) / 2) ** 2 / count
-    middle = (share + reach / 2) / (1 + reach)
-    half = math.sqrt(reach * (share * (1 - share) + reach / 4)) / (1 + reach)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
 def _quality(run: config.Run, task: Task, rows_BC: Tensor, batches: list[Batch]) -> dict[str, Any]:

@@ -285,11 +285,6 @@ def test_a_tokenizer_of_transformers_alone_is_refused(ready):
         served_files.tokenizer_of(ready[1], Slow(), "onnx")
 
 
-@pytest.mark.parametrize(("share", "count", "low", "high"), [(1.0, 200, 0.9812, 1.0), (0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775)])
-def test_the_interval_of_a_share_is_wilsons(share, count, low, high):
-    assert served.share_interval(share, count) == pytest.approx([low, high], abs=1e-4)
-
-
 def test_a_calibrated_range_is_symmetric_and_a_trained_one_is_kept():
     assert coded.rounding(None, [-1.0, 2.54], trained=False) == {"how": "static", "scale": pytest.approx(0.02), "zero": 0, "dtype": "int8"}
     trained = coded.rounding(None, [-1.0, 2.0], trained=True)

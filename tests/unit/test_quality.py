@@ -122,3 +122,8 @@ def test_columns_of_several_dimensions_are_swapped_example_by_example():
     assert (swapped[0]["x"][:10] == 1).all()
     assert (swapped[0]["x"][10:] == 0).all()
     assert (swapped[0]["x"] + swapped[1]["x"] == 1).all()
+
+
+@pytest.mark.parametrize(("share", "count", "low", "high"), [(1.0, 200, 0.9812, 1.0), (0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775)])
+def test_the_interval_of_a_share_is_wilsons(share, count, low, high):
+    assert quality.share_interval(share, count) == pytest.approx([low, high], abs=1e-4)
