@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = {"requests": 10, "batches": 2}  # untimed calls of each model, with the first of the inputs, before the timed ones
+TURN = {"requests": 10, "batches": 1}  # calls of a model's turn: one that serves requests finds its weights in the processor's cache
 DTYPE = "float32"  # the baseline in which both models are timed
 
 Inputs = dict[str, list[list[int]]]  # what a model takes, each (B, L)
@@ -71,11 +72,11 @@ def disk_bytes(folder: Path, pattern: str = "*") -> int:
 
 
 def speed(question: dict[str, Any]) -> dict[str, Any]:
-    """Latency of single requests, then throughput of batches; the models take turns at every one of them."""
+    """Latency of single requests, then throughput of batches; the models take turns."""
     models = _load_all(question)
     requests, batches = ({name: _calls(question, name, what) for name in models} for what in ("requests", "batches"))
-    latencies = interleaved(models, requests, WARM_UP["requests"])
-    times = interleaved(models, batches, WARM_UP["batches"])
+    latencies = interleaved(models, requests, WARM_UP["requests"], TURN["requests"])
+    times = interleaved(models, batches, WARM_UP["batches"], TURN["batches"])
     costs = {name: _latency(latencies[name]) | _throughput(times[name], batches[name]) for name in models}
     return {"costs": costs, "machine": machine(question)}
 
@@ -112,18 +113,19 @@ def _bytes(tensor: Any) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def interleaved(models: dict[str, Any], calls: Mapping[str, Sequence[dict[str, Any]]], warm_up: int = 0) -> dict[str, list[float]]:
-    """Seconds of each model's calls, as many for each; the models take turns call by call, and in turn go first."""
+def interleaved(
+    models: dict[str, Any], calls: Mapping[str, Sequence[dict[str, Any]]], warm_up: int = 0, turn: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each model's calls, as many for each; the models take turns of so many calls, and in turn go first."""
+    for name, model in models.items():
+        for inputs in calls[name][:warm_up]:
+            _seconds(model, inputs)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    turns = list(zip(*(calls[name] for name in names), strict=True))
-    for inputs in turns[:warm_up]:
-        for name, given in zip(names, inputs, strict=True):
-            _seconds(models[name], given)
-    for turn, inputs in enumerate(turns):
-        pairs = list(zip(names, inputs, strict=True))
-        for name, given in pairs if turn % 2 == 0 else reversed(pairs):
-            seconds[name].append(_seconds(models[name], given))
+    for first in range(0, len(calls[names[0]]), turn):
+        for name in names:
+            seconds[name] += [_seconds(models[name], inputs) for inputs in calls[name][first : first + turn]]
+        names.reverse()
     return seconds
 
 
@@ -209,7 +211,7 @@ def machine(question: dict[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     how = {key: question[key] for key in ("threads", "dtype", "attention")}
-    return found | how | {"warm_up": WARM_UP, "requests": len(question["requests"]), "batches": len(question["batches"])}
+    return found | how | {"warm_up": WARM_UP, "turn": TURN, "requests": len(question["requests"]), "batches": len(question["batches"])}
 
 
 def _cpu_name() -> str:

@@ -69,13 +69,12 @@ class Served:
 
 
 def speed(question: dict[str, Any]) -> dict[str, Any]:
-    """Latency of single requests, then throughput of batches; all forms take turns at every one of them."""
+    """Latency of single requests, then throughput of batches; the forms take turns."""
     forms = {name: Served(load(served)) for name, served in question["served"].items()}
-    warm = COST["WARM_UP"]
     seconds = {}
     for what in ("requests", "batches"):
         calls = [{"texts": texts_of(texts)} for texts in question[what]]
-        seconds[what] = COST["interleaved"](forms, dict.fromkeys(forms, calls), warm[what])
+        seconds[what] = COST["interleaved"](forms, dict.fromkeys(forms, calls), COST["WARM_UP"][what], COST["TURN"][what])
     return {"costs": {name: costs(seconds, name, question["batches"]) for name in forms}, "machine": COST["machine"](question)}
 
 

@@ -64,7 +64,7 @@ def check(tensor: str, layers: list[nn.Module], spec: Spec, format: str) -> None
 
 
 class CodedEmbedding(nn.Module):
-    """Looks up codes and scales: (code - zero) * scale. Codes of up to 4 bits lie two in a byte."""
+    """Looks up codes and scales: (code - zero) * scale. Of up to 4 bits a byte holds two: of a row's first half and of its second."""
 
     codes: Tensor  # (V, I), or (V, I / 2)
     scale: Tensor  # (V, G), or (1,) for the whole table
@@ -74,9 +74,12 @@ class CodedEmbedding(nn.Module):
         super().__init__()
         codes_VI, parts = codes(table.weight, spec)
         self.paired = spec.bits <= 4 and codes_VI.shape[1] % 2 == 0
-        if spec.symmetric and not self.paired:
+        if self.paired:
+            first, second = codes_VI.chunk(2, 1)
+            codes_VI = first | second << 4
+        elif spec.symmetric:
             codes_VI = (codes_VI.short() - (spec.levels // 2)).to(torch.int8)
-        self.register_buffer("codes", codes_VI[:, ::2] | codes_VI[:, 1::2] << 4 if self.paired else codes_VI)
+        self.register_buffer("codes", codes_VI)
         self.register_buffer("scale", parts["scale"].view((1,) if spec.group == -1 else (len(codes_VI), -1)))
         zero = parts.get("zero", torch.full_like(parts["scale"], spec.levels // 2, dtype=torch.uint8) if self.paired else None)
         self.register_buffer("zero", None if zero is None else zero.view(self.scale.shape))
@@ -85,7 +88,7 @@ class CodedEmbedding(nn.Module):
         codes = F.embedding(input_ids, self.codes).float()
         if self.paired:
             second = torch.floor(codes / 16)
-            codes = torch.stack([codes - 16 * second, second], -1).flatten(-2)
+            codes = torch.cat([codes - 16 * second, second], -1)
         of_group = codes.unflatten(-1, (1 if self.scale.dim() == 1 else self.scale.shape[1], -1))
         if self.zero is not None:
             of_group = of_group - self._of_rows(self.zero, input_ids)

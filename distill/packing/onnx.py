@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from distill import models
 from distill.errors import UserError
-from distill.packing import after, coded
+from distill.packing import after, coded, norms
 from distill.packing.served import inputs_of
 from distill.runtime.modeling import recorded
 from distill.tasks.base import Task
@@ -35,6 +35,8 @@ def save(
     """Write the graph. What was quantized in training, or is now, computes with its codes: see :func:`integers`."""
     model.eval()
     integers(model, quantize, calibration, format)
+    if format == "onnx":
+        norms.spell(model)
     program = traced(model, inputs_of(model, tokenizer), format)
     _forget(program.model)
     program.save(str(target / FILE))

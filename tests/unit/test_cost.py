@@ -43,6 +43,13 @@ def test_models_take_turns_and_the_warm_up_is_not_timed():
     assert all(time > 0 for times in seconds.values() for time in times)
 
 
+def test_a_turn_may_be_of_several_calls():
+    calls: list[str] = []
+    models = {"a": Recorder("a", calls), "b": Recorder("b", calls)}
+    cost.interleaved(models, dict.fromkeys(models, inputs(0, 1, 2)), turn=2)
+    assert calls == ["a0", "a1", "b0", "b1", "b2", "a2"]
+
+
 def test_throughput_counts_tokens_without_padding():
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
     assert cost._throughput([2.0], [batch]) == {"examples_per_s": 1.0, "tokens_per_s": 3.0}
