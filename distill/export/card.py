@@ -147,6 +147,10 @@ def _proof(proof: dict[str, Any]) -> str:
         f"{size}, {proof['bits_per_weight']:.2f} bits a weight: format {proof['format']}, and {proof['dtype']} for what is not quantized.",
         f"One text took {proof['latency_p50_ms']:.1f} ms (median, tokenising included; {how}). See `proof.json`.",
     ]
+    if "faster" in proof:
+        fast = proof["faster"]
+        how = f'Loaded with `dtype="{fast["dtype"]}"` it took {fast["latency_p50_ms"]:.1f} ms, and {fast["agreement"]:.2%} agree'
+        said.append(f"{how}: the faster way here.")
     if proof["quantize"] is not None and runtime is None:
         apart = f"{proof['trained_agreement']:.2%} of the predictions are those of the student as it was trained"
         said.insert(2, f"It was quantized after training ({proof['quantize']}); {apart}.")

@@ -118,6 +118,24 @@ def test_a_tampered_export_is_refused_and_leaves_nothing(ready, in_process, tamp
     refused(ready, match)
 
 
+@pytest.mark.parametrize(("seconds", "flipped", "named"), [(0.5, False, True), (2.0, False, False), (0.5, True, False)])
+def test_a_faster_dtype_is_named_where_it_is_faster_and_agrees(ready, monkeypatch, seconds, flipped, named):
+    def asked(script, question):
+        told = tiny_runs.ask_here(script, question)
+        for form, answers in told["answers"].items():
+            for answer in answers:
+                answer["seconds"] = 1.0 if form == "stored" else seconds
+                if form == "bfloat16" and flipped:
+                    answer["logits"] = {name: -logit for name, logit in answer["logits"].items()}
+        return told
+
+    monkeypatch.setattr(fresh, "ask", asked)
+    folder = export.export(*ready)
+    assert folder is not None
+    proof, card = json.loads((folder / "proof.json").read_text()), (folder / "README.md").read_text()
+    assert ("faster" in proof) == named == ('dtype="bfloat16"' in card)
+
+
 def test_an_export_as_large_as_its_teacher_is_refused(tmp_path, in_process):
     ready = made(tmp_path, classifier("no", "yes"), teacher_layers=1)
     refused(ready, r"not smaller: its weights take ([\d,]+) bytes on disk, but its teacher's take \1")
