@@ -5,6 +5,7 @@ it; PyTorch is given the same tokens. One process times all, in turns; then each
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,9 @@ from distill.tasks.base import Task
 
 log = logging.getLogger("distill")
 
-TORCH = ("torch", "torch_bf16", "torch_compile")
+TORCH = ("torch", "torch_bf16", "torch_compile", "torch_compile_bf16", "torch_compile_int8")  # compiled: with frozen weights
+AUTO = ("torch", "torch_bf16", "torch_compile_bf16", "torch_compile_int8", "onnx", "onnx_int8", "openvino", "openvino_int8")
+CORRECT = 0.97  # share of the trained student's predictions that a way must keep to be named the fastest
 HOW: dict[str, dict[str, str]] = {"": {}, "bf16": {"dtype": "bfloat16"}, **{how: {"quantize": how} for how in config.QUANTIZE}}
 
 Texts = list[list[str]]  # of each text one cell, or two for pairs
@@ -33,8 +36,29 @@ def check(run: config.Run, names: list[str]) -> None:
     """UserError where a runtime is unknown or not installed, or cannot hold the student's techniques."""
     if not names or len(set(names)) < len(names):
         raise UserError(f"runtimes is [{', '.join(names)}], but it must name each once: give runtimes=[torch,onnx]")
-    for wanted in (export_of(name) for name in names if name not in TORCH):
+    for name in names:
+        check_one(run, name)
+
+
+def check_one(run: config.Run, name: str) -> None:
+    if name == "torch_compile_int8":
+        if formats.installed("torchao") is None:
+            raise UserError(f"runtimes has {name}, but torchao is not installed: pip install 'distill[torchao]'")
+        if any(spec.get("activations") for spec in run.callbacks.values()):
+            raise UserError(f"runtimes has {name}, but the student's inputs are rounded as it was trained already: leave it out")
+    if name not in TORCH:
+        wanted = export_of(name)
         formats.check(run.callbacks, wanted.format, wanted.dtype, wanted.quantize, wanted.bits)
+
+
+def possible(run: config.Run) -> list[str]:
+    """What is worth trying here: of AUTO all that is installed and can hold the student's techniques."""
+    found = []
+    for name in (*AUTO, "executorch_int8"):
+        with suppress(UserError):
+            check_one(run, name)
+            found.append(name)
+    return found
 
 
 def export_of(name: str) -> config.Export:
@@ -60,15 +84,25 @@ def measure(run: config.Run, task: Task, raw: Dataset, tokenizer: Any, names: di
             forms[name] = _as(name, forms["student"]) if name in TORCH else _export(run, task, own, names, name, Path(temporary))
         texts = texts_of(run, task, raw)
         log.info("measuring %s", ", ".join(runtimes))
-        said = {name: _alone(run, task, texts, form) for name, form in forms.items()}
+        answers = {name: _alone(run, task, texts, form) for name, form in forms.items()}
         clocked = {name: form for name, form in forms.items() if name in (baseline, *runtimes)}
         timed = _timed(run, [_read(task, own, cells) for cells in texts], clocked)
     found = {
-        name: {"bytes": forms[name]["bytes"], **_worth(run, task, raw, own, said[name]["said"], said["student"]["said"])}
-        | {"cost": costs | said[name]["costs"]}
+        name: {"bytes": forms[name]["bytes"], **_worth(run, task, raw, own, answers[name]["said"], answers["student"]["said"])}
+        | {"cost": costs | answers[name]["costs"]}
         for name, costs in timed["costs"].items()
     }
-    return finite({"examples": len(raw), "baseline": baseline, "metric": task.primary, "runtimes": found, "machine": timed["machine"]})
+    said = {"examples": len(raw), "baseline": baseline, "metric": task.primary, "runtimes": found, "fastest": fastest(found, runtimes)}
+    return finite(said | {"machine": timed["machine"]})
+
+
+def fastest(found: dict[str, Any], runtimes: list[str]) -> dict[str, str]:
+    """Of those that are correct, the one with the lowest latency and the one with the highest throughput."""
+    costs = {name: found[name]["cost"] for name in runtimes if found[name]["agreement"]["value"] >= CORRECT}
+    if not costs:
+        return {}
+    soonest = min(costs, key=lambda name: costs[name]["latency_p50_ms"])
+    return {"latency": soonest, "throughput": max(costs, key=lambda name: costs[name]["examples_per_s"])}
 
 
 def _torch(task: Task, tokenizer: Any, name: str, file: Path) -> dict[str, Any]:
@@ -80,8 +114,8 @@ def _torch(task: Task, tokenizer: Any, name: str, file: Path) -> dict[str, Any]:
 
 
 def _as(form: str, student: dict[str, Any]) -> dict[str, Any]:
-    """The same folder in another form; bfloat16 has half the bytes of float32."""
-    return student | {"form": form, "bytes": student["bytes"] // (2 if form == "torch_bf16" else 1)}
+    """The same folder in another form; bfloat16 has half the bytes of float32. Where int8 is made of it, it is not stored so."""
+    return student | {"form": form, "bytes": student["bytes"] // (2 if form.endswith("bf16") else 1)}
 
 
 def _export(run: config.Run, task: Task, tokenizer: Any, names: dict[str, str], name: str, temporary: Path) -> dict[str, Any]:

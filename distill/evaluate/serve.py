@@ -28,16 +28,21 @@ def load(served: dict[str, Any]) -> Answer:
 
 
 def of_transformers(served: dict[str, Any]) -> Answer:
-    """The model in its folder, read by the tokenizer that the runtimes' programs have."""
+    """The model in its folder, read by the tokenizer that the runtimes' programs have; `torch_compile_bf16` says how."""
     import tokenizers
     import torch
     import transformers
 
     tokenizer = tokenizers.Tokenizer.from_file(served["tokenizer"])
-    auto, dtype = getattr(transformers, served["auto_class"]), torch.bfloat16 if served["form"] == "torch_bf16" else torch.float32
+    auto, how = getattr(transformers, served["auto_class"]), served["form"].split("_")
+    dtype = torch.bfloat16 if "bf16" in how else torch.float32
     options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": served["coded"]}
     model = auto.from_pretrained(served["folder"], **options).eval()
-    called = torch.compile(model, dynamic=True) if served["form"] == "torch_compile" else model
+    if "int8" in how:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    called = compiled(model) if "compile" in how else model
     known = COST["inspect"].signature(model.forward).parameters
     constant = {"use_cache": False} if "use_cache" in known else {}
 
@@ -52,6 +57,17 @@ def of_transformers(served: dict[str, Any]) -> Answer:
         return (logits if logits.dim() == 2 else logits[range(len(rows)), last]).numpy()
 
     return answer
+
+
+def compiled(model: Any) -> Any:
+    """For any batch and length, with the weights as constants."""
+    import torch
+    from torch._dynamo import config as tracing
+    from torch._inductor import config as lowering
+
+    tracing.recompile_limit = 64  # of all models together, which share their code
+    lowering.freezing = True
+    return torch.compile(model, dynamic=True)
 
 
 class Served:

@@ -183,9 +183,11 @@ def of_runtimes(metrics: dict[str, Any]) -> Table:
 def runtime_conditions(metrics: dict[str, Any]) -> str:
     """What the figures hold for."""
     machine = metrics["machine"]
+    fastest = metrics.get("fastest", {})
+    named = f" Fastest for a request {fastest['latency']}, for batches {fastest['throughput']}." if fastest else ""
     took = f"{machine['requests']} single requests and {machine['batches']} batches of texts cut to what is read, tokenising included"
     return (
         f"{metrics['examples']:,} texts; agreement with the trained student; {metrics['metric'].replace('_', ' ')} with its 95 % interval; "
         f"ratios to the {metrics['baseline']} in float32. {machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}; "
-        f"all took turns at {took}."
+        f"all took turns at {took}.{named}"
     )

@@ -39,6 +39,25 @@ def test_a_missing_package_is_said_before_anything_is_measured(monkeypatch):
         runtimes.check(tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])), ["torch", "onnx_int8"])
 
 
+def test_what_is_likely_to_be_fast_is_tried_where_it_is_installed(monkeypatch):
+    run = tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0]))
+    monkeypatch.setattr(formats, "installed", lambda package: None)
+    assert runtimes.possible(run) == ["torch", "torch_bf16", "torch_compile_bf16"]
+    monkeypatch.setattr(formats, "installed", lambda package: "2099")
+    assert set(runtimes.possible(run)) == {*runtimes.AUTO, "executorch_int8"}
+    run.callbacks["q"] = {"_target_": "distill.callbacks.Quantize", "activations": "dynamic"}
+    assert "torch_compile_int8" not in runtimes.possible(run)
+
+
+def test_the_fastest_must_be_correct():
+    def found(agreement, latency, rate):
+        return {"agreement": {"value": agreement}, "cost": {"latency_p50_ms": latency, "examples_per_s": rate}}
+
+    measured = {"teacher": found(1.0, 0.1, 99.0), "a": found(1.0, 3.0, 9.0), "b": found(0.98, 2.0, 5.0), "c": found(0.9, 1.0, 20.0)}
+    assert runtimes.fastest(measured, ["a", "b", "c"]) == {"latency": "b", "throughput": "a"}
+    assert runtimes.fastest(measured, ["c"]) == {}
+
+
 def test_the_clock_gets_what_is_read_and_no_more(tmp_path):
     task = tiny_runs.classifier("no", "yes")
     tokenizer = tiny_runs.made(tmp_path, task)[3]
