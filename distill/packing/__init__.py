@@ -7,6 +7,7 @@
 | `torchao.py` | int8 weights as tensors of torchao |
 | `served.py` | what lies beside a runtime's model: tokenizer, labels, the program in `programs/` |
 | `coded.py` | layers that compute with int8 codes, as operators of ONNX |
+| `cached.py` | a language model's keys and values as inputs and outputs |
 | `onnx.py` | a graph of ONNX |
 | `openvino.py` | the same graph as OpenVINO's own |
 | `executorch.py` | a program of ExecuTorch |
