@@ -23,6 +23,11 @@ class Runtime:
     dtypes: tuple[str, ...] = ("float32",)
     blocked: tuple[str, ...] = ("distill", "torch", "transformers")  # what its program must do without
 
+    @property
+    def libraries(self) -> list[str]:
+        """What its program needs: the runtime of ExecuTorch imports torch, but does not ask for it when it is installed."""
+        return [self.name, *(["torch"] if "torch" not in self.blocked else []), "numpy", "tokenizers"]
+
 
 EXPORTER = {"onnx": "1.18", "onnxscript": "0.5"}
 RUNTIMES = {

@@ -126,7 +126,7 @@ def _export(run: config.Run, task: Task, tokenizer: Any, names: dict[str, str], 
     with status(run, f"writing the student for {name}"):
         packing.artefact(replace(run, export=wanted), task, tokenizer, Path(names["student"]), folder)
     size = cost.disk_bytes(folder, formats.RUNTIMES[str(wanted.format)].files)
-    return {"form": name, "folder": str(folder), "program": served.program(str(wanted.format)), "bytes": size}
+    return {"form": name, "folder": str(folder), "program": served.program(str(wanted.format), task.pipeline), "bytes": size}
 
 
 def texts_of(run: config.Run, task: Task, raw: Dataset) -> Texts:

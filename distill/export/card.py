@@ -20,8 +20,9 @@ write = pipeline("text-generation", model="path/of/this/folder"{code})
 print(write("The", max_new_tokens=50))"""
 
 
-UNCACHED = """It reads the whole text for each token that follows: keys and values are not cached, for that takes a second graph
-with all weights once more."""
+CACHED = """It is one graph for a text and for each token that follows, which is read alone: keys and values of what was read before are
+inputs (`past_key_values.*`, of length 0 at first) and outputs (`present.*`). `write` goes on with a text that way."""
+UNCACHED = "It reads the whole text for each token that follows: keys and values are not cached."
 TENSORRT = """The graph has the form that TensorRT calls explicit quantization: int8 weights with a scale for each output, and roundings
 of the inputs of their products with one scale. TensorRT itself was not run."""
 
@@ -75,7 +76,7 @@ def _use(run: Run, pipeline: str, proof: dict[str, Any]) -> str:
         from distill.packing import served
 
         trained = any(spec.get("activations") for spec in run.callbacks.values())
-        return f"{_needs_runtime(proof, pipeline, trained)}\n\n```python\n{served.program(proof['format'])}```"
+        return f"{_needs_runtime(proof, pipeline, trained)}\n\n```python\n{served.program(proof['format'], pipeline)}```"
     example = '"a text"' if len(run.data.text) == 1 else '{"text": "a text", "text_pair": "another"}'
     code = GENERATE if pipeline == "text-generation" else CLASSIFY.replace("{example}", example)
     code = code.replace("{code}", ", trust_remote_code=True" if proof["code"] else "")
@@ -98,7 +99,7 @@ def _needs_runtime(proof: dict[str, Any], pipeline: str, trained: bool) -> str:
     said = [f"It answers with {', '.join(libraries[:-1])} and {libraries[-1]} alone: `pip install {' '.join(libraries)}`."]
     said += ["Run this in its folder; `answer` gives the logits of texts, a row for each."]
     if pipeline == "text-generation":
-        said += [UNCACHED]
+        said += [CACHED if proof["cached"] else UNCACHED]
     if proof["format"] == "onnx" and proof["quantize"] == "static" and not trained:
         said += [TENSORRT]
     if proof["quantize"] == "dynamic" and proof["format"] == "onnx":
@@ -151,6 +152,9 @@ def _proof(proof: dict[str, Any]) -> str:
         fast = proof["faster"]
         how = f'Loaded with `dtype="{fast["dtype"]}"` it took {fast["latency_p50_ms"]:.1f} ms, and {fast["agreement"]:.2%} agree'
         said.append(f"{how}: the faster way here.")
+    if proof.get("generated"):
+        share, tokens = proof["generated"]["agreement"], proof["generated"]["tokens"]
+        said.insert(2, f"Of {tokens} tokens that it went on with, {share:.2%} are those that the student chooses.")
     if proof["quantize"] is not None and runtime is None:
         apart = f"{proof['trained_agreement']:.2%} of the predictions are those of the student as it was trained"
         said.insert(2, f"It was quantized after training ({proof['quantize']}); {apart}.")

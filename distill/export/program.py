@@ -24,12 +24,12 @@ class Blocked(MetaPathFinder):
             raise ModuleNotFoundError(f"{name} is blocked: the program must run without it", name=name)
 
 
-def load(question: dict[str, Any]) -> Any:
-    """The program's `answer`, of the folder that this process then is in."""
+def load(question: dict[str, Any]) -> dict[str, Any]:
+    """What the program defines, of the folder that this process then is in."""
     os.chdir(question["folder"])
     names: dict[str, Any] = {"__name__": "program"}
     exec(compile(question["program"], "program", "exec"), names)
-    return names["answer"]
+    return names
 
 
 def told(row_C: Any, every: bool) -> dict[str, Any]:
@@ -42,8 +42,9 @@ def told(row_C: Any, every: bool) -> dict[str, Any]:
     return {"next": int(row_C.argmax()), "top": float(top), "logsumexp": float(top + numpy.log(numpy.exp(row_C - top).sum()))}
 
 
-def answers(question: dict[str, Any], answer: Any) -> dict[str, Any]:
-    """Every batch answered as a batch, then the first texts one by one, for their seconds."""
+def answers(question: dict[str, Any], program: dict[str, Any]) -> dict[str, Any]:
+    """Every batch answered as a batch, then the first texts one by one, for their seconds; texts continued, where the program can."""
+    answer, write = program["answer"], program.get("write")
     batches = [[text[0] if len(text) == 1 else tuple(text) for text in batch] for batch in question["batches"]]
     rows = [told(row_C, question["every"]) for batch in batches for row_C in answer(batch)]
     seconds = []
@@ -51,7 +52,8 @@ def answers(question: dict[str, Any], answer: Any) -> dict[str, Any]:
         start = time.perf_counter()
         answer([text])
         seconds.append(time.perf_counter() - start)
-    return {"answers": rows, "seconds": seconds}
+    written = [] if write is None else [write(text, question["most"]) for text in question["continued"]]
+    return {"answers": rows, "seconds": seconds, "written": written}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Both answer the same batches, for where a runtime rounds to a range of the whole
 B = texts, C = classes or vocabulary.
 """
 
+import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from distill.tasks.language import start_token
 TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit, of an export in float32
 AGREEMENT = 0.99  # share of predictions that an export in bfloat16 keeps
 AGREEMENT_INT8 = 0.97  # and one in int8
+CONTINUED, MOST = 4, 8  # texts that a language model continues, by that many tokens
 
 
 class UnusableError(Exception):
@@ -52,6 +54,13 @@ class Given(NamedTuple):
         rows = [[cell or "" for cell in row] for row in zip(*(self.texts[column] for column in columns), strict=True)]
         return [rows[first : first + self.size] for first in range(0, len(rows), self.size)]
 
+    def shortest(self, column: str) -> list[tuple[str, list[int]]]:
+        """The first texts to be continued, with their tokens: there is the most room behind short ones."""
+        texts = [text for batch in self.cells([column]) for (text,) in batch]
+        read = (batch.inputs for batch in self.batches)
+        tokens = [ids[mask.bool()].tolist() for each in read for ids, mask in zip(each["input_ids"], each["attention_mask"], strict=True)]
+        return sorted(zip(texts, tokens, strict=True), key=lambda one: len(one[1]))[:CONTINUED]
+
 
 def prove(run: config.Run, task: Task, texts: Dataset, tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
     """Loadable, equal to the student that was trained, smaller, in this order: what proof.json holds, or RunFailed."""
@@ -61,12 +70,15 @@ def prove(run: config.Run, task: Task, texts: Dataset, tokenizer: Any, folder: P
         told = answered(run, task, asked, draft)
     except UnusableError as error:
         raise failed("loadable", str(error), "its program must run on its runtime alone", folder) from error
-    found, model = compared(run, task, tokenizer, folder / "student", asked, told["answers"])
+    found, model = compared(run, task, tokenizer, folder / "student", asked, told)
     needed, tolerance, way_out = law(run, found["max_logit"], exact=quantize is None and run.export.dtype == "float32" and not model.rounds)
     check_equal(found["agreement"], found["max_difference"], needed, tolerance, folder, way_out)
+    if found.get("generated"):
+        check_generated(found["generated"], needed, folder, way_out)
     sizes = smaller(run, folder, draft, runtime.files)
     how = {"format": run.export.format, "dtype": run.export.dtype, "quantize": quantize, "batch": asked.size, "tolerance": tolerance}
     how |= {"threads": run.evaluate.threads, "device": "cpu", "versions": told["versions"], "code": False}
+    how |= {"cached": json.loads((draft / "config.json").read_text())["cached"]}
     bits = {"bits_per_weight": 8 * disk_bytes(draft, runtime.files) / model.parameters}
     return {"texts": len(texts), **found, **sizes, **bits, "latency_p50_ms": 1000 * statistics.median(told["seconds"]), **how}
 
@@ -97,13 +109,16 @@ def answered(run: config.Run, task: Task, asked: Given, draft: Path) -> dict[str
     """What the program says in its own process."""
     format = str(run.export.format)
     runtime = formats.RUNTIMES[format]
+    continues = task.pipeline == "text-generation"
     question = {
         "folder": str(draft.resolve()),
-        "program": served.program(format),
-        "batches": asked.cells(run.data.text if task.pipeline == "text-classification" else run.data.text[:1]),
-        "every": task.pipeline == "text-classification",
+        "program": served.program(format, task.pipeline),
+        "batches": asked.cells(run.data.text[:1] if continues else run.data.text),
+        "every": not continues,
+        "continued": [text for text, _ in asked.shortest(run.data.text[0])] if continues else [],
+        "most": MOST,
         "threads": run.evaluate.threads,
-        "libraries": [runtime.name, *(["torch"] if "torch" not in runtime.blocked else []), "numpy", "tokenizers"],
+        "libraries": runtime.libraries,
         "blocked": list(runtime.blocked),
     }
     try:
@@ -123,10 +138,11 @@ def student_rows(task: Task, model: Any, batches: list[Batch]) -> Iterator[Tenso
 
 
 def compared(
-    run: config.Run, task: Task, tokenizer: Any, student: Path, asked: Given, told: list[dict[str, Any]]
+    run: config.Run, task: Task, tokenizer: Any, student: Path, asked: Given, program: dict[str, Any]
 ) -> tuple[dict[str, Any], Student]:
-    """Agreement and quality, both with 95 % intervals; for language models agreement alone, on the token that follows."""
+    """Agreement and quality, both with 95 % intervals; for language models agreement alone, on the token that follows and those after."""
     model, threads = models.load(str(student), None, task, "student", tokenizer, strict=True), torch.get_num_threads()
+    told = program["answers"]
     torch.set_num_threads(run.evaluate.threads)
     try:
         student_BC = torch.cat(list(student_rows(task, model, asked.batches)))
@@ -136,7 +152,8 @@ def compared(
     known = Student(sum(tensor.numel() for tensor in model.parameters()), bool(record.get("activations")))
     if task.pipeline == "text-generation":
         agreed, apart = _same_next(student_BC, told, scale)
-        return _said(agreed, apart, scale, len(told)) | {"quality": None}, known
+        went_on = generated(model, [ids for _, ids in asked.shortest(run.data.text[0])], program["written"], scale)
+        return _said(agreed, apart, scale, len(told)) | {"quality": None, "generated": went_on}, known
     export_BC = torch.tensor([answer["logits"] for answer in told])
     tied_BC = equal.tied(student_BC, export_BC, equal.NEAR * scale / 2)
     said = _said(task.agreement(export_BC, tied_BC), (export_BC - student_BC).abs(), scale, len(told))
@@ -147,9 +164,32 @@ def compared(
 def _same_next(student_BC: Tensor, told: list[dict[str, Any]], scale: float) -> tuple[Tensor, Tensor]:
     """Whether the next token is the student's; how far its logit and the normaliser are apart."""
     next_B, top_B, normaliser_B = (torch.tensor([answer[key] for answer in told]) for key in ("next", "top", "logsumexp"))
-    best_B = student_BC.amax(-1)
-    agreed_B = (best_B - student_BC.gather(1, next_B[:, None])[:, 0] <= equal.NEAR * scale).float()
-    return agreed_B, torch.stack([best_B - top_B, student_BC.logsumexp(-1) - normaliser_B]).abs()
+    apart = torch.stack([student_BC.amax(-1) - top_B, student_BC.logsumexp(-1) - normaliser_B]).abs()
+    return _likeliest(student_BC, next_B, scale), apart
+
+
+def _likeliest(student_BC: Tensor, chosen_B: Tensor, scale: float) -> Tensor:
+    """1 where a token is the student's first choice, or tied with it within rounding."""
+    return (student_BC.amax(-1) - student_BC.gather(1, chosen_B[:, None])[:, 0] <= equal.NEAR * scale).float()
+
+
+@torch.inference_mode()
+def generated(model: Any, prompts: list[list[int]], written: list[list[int]], scale: float) -> dict[str, Any] | None:
+    """How many of the tokens that a program wrote the student, which reads all before it anew, would have written; null: none."""
+    right = []
+    for ids, new in zip(prompts, written, strict=True) if any(written) else ():
+        read = torch.tensor([[*ids, *new]])
+        logits_LC = models.logits(model, {"input_ids": read, "attention_mask": torch.ones_like(read)})[0].float()
+        right += _likeliest(logits_LC[len(ids) - 1 : -1], read[0, len(ids) :], scale).tolist()
+    return {"tokens": len(right), "agreement": statistics.fmean(right)} if right else None
+
+
+def check_generated(found: dict[str, Any], needed: float, folder: Path, way_out: str) -> None:
+    """So few tokens may fall short of a share below 1 by chance: only what is outside of their interval is refused."""
+    tokens, share = found["tokens"], found["agreement"]
+    if share < needed and (needed == 1 or quality.share_interval(share, tokens)[1] < needed):
+        said = f"{share:.2%} of the {tokens} tokens that it generated are the student's"
+        raise failed("equal", said, f"{needed:.0%} must be the same: {way_out}", folder)
 
 
 def _said(agreed_B: Tensor, apart: Tensor, scale: float, rows: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@
 | `served.py` | what lies beside a runtime's model: tokenizer, labels, the program in `programs/` |
 | `coded.py` | layers that compute with int8 codes, as operators of ONNX |
 | `norms.py` | layers that normalise, in the operators that ONNX Runtime is fast at |
+| `cached.py` | a language model's keys and values as inputs and outputs |
 | `onnx.py` | a graph of ONNX |
 | `openvino.py` | the same graph as OpenVINO's own |
 | `executorch.py` | a program of ExecuTorch |

@@ -33,10 +33,11 @@ ROWS = Spec()  # the grid of what was not trained on one
 
 def save(
     model: PreTrainedModel, task: Task, tokenizer: Any, target: Path, quantize: str | None, calibration: list[dict[str, Tensor]]
-) -> None:
-    """Write the program. `quantize`: int8 weights, and inputs of linear layers rounded to each token's own range.
+) -> bool:
+    """Write the program. False: keys and values are neither inputs nor outputs.
 
-    What was quantized in training, weights or inputs, is so in any case. The program takes INPUTS by their place.
+    `quantize`: int8 weights, and inputs of linear layers rounded to each token's own range. What was quantized in training, weights or
+    inputs, is so in any case. The program takes INPUTS by their place.
     """
     model.eval().requires_grad_(False)
     for name, layer in list(model.named_modules()):
@@ -49,6 +50,7 @@ def save(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated uses inside the libraries
         _lowered(model, task, tokenizer).save(str(target / FILE))
+    return False
 
 
 def _linear(weight_OI: Tensor, bias: nn.Parameter | None) -> nn.Linear:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,18 @@ from transformers import PreTrainedModel
 
 from distill import models
 from distill.errors import UserError
-from distill.packing import after, coded, norms
+from distill.packing import after, cached, coded, norms
 from distill.packing.served import inputs_of
 from distill.runtime.modeling import recorded
 from distill.tasks.base import Task
 
 FILE = "model.onnx"
 OPSET = 20
+FREE = torch.export.Dim.DYNAMIC
+LENGTH, BEFORE = 7, 3  # of the examples: their new tokens, and those before them
 CHATTY = ("torch.onnx", "onnxscript", "onnx_ir")  # loggers of the exporter
+
+log = logging.getLogger("distill")
 
 
 def save(
@@ -31,15 +35,21 @@ def save(
     quantize: str | None,
     calibration: list[dict[str, Tensor]],
     format: str = "onnx",
-) -> None:
-    """Write the graph. What was quantized in training, or is now, computes with its codes: see :func:`integers`."""
+) -> bool:
+    """Write the graph, and say whether it takes keys and values of what was read before, as a language model's does where it can.
+
+    What was quantized in training, or is now, computes with its codes: see :func:`integers`.
+    """
     model.eval()
+    model.set_attn_implementation("eager")
+    kept = cached.states(model) if task.pipeline == "text-generation" else []
     integers(model, quantize, calibration, format)
     if format == "onnx":
         norms.spell(model)
-    program = traced(model, inputs_of(model, tokenizer), format)
+    program, by_steps = written(model, inputs_of(model, tokenizer), kept, format)
     _forget(program.model)
     program.save(str(target / FILE))
+    return by_steps
 
 
 def integers(model: PreTrainedModel, quantize: str | None, calibration: list[dict[str, Tensor]], format: str) -> None:
@@ -78,23 +88,54 @@ class Answers(nn.Module):
         return models.logits(self.model, dict(zip(self.names, inputs, strict=True)))
 
 
-def traced(model: PreTrainedModel, names: list[str], format: str) -> Any:
-    """The graph, by way of two texts of which one is padded: so that nothing of them is taken for fixed."""
-    model.set_attn_implementation("eager")
-    length = 7
-    example = {name: torch.ones(2, length, dtype=torch.long) for name in names}
-    example["attention_mask"][1, length - 2 :] = 0
+class Sketch(NamedTuple):
+    """What a graph is traced from: a module, and for each of its inputs an example with its free dimensions."""
+
+    module: nn.Module
+    inputs: dict[str, tuple[Tensor, dict[int, Any]]]
+    outputs: list[str]
+
+
+def at_once(model: PreTrainedModel, names: list[str]) -> Sketch:
+    """Whole texts: two of which one is padded, so that nothing of them is taken for fixed."""
+    example = {name: torch.ones(2, LENGTH, dtype=torch.long) for name in names}
+    example["attention_mask"][1, LENGTH - 2 :] = 0
     if "token_type_ids" in example:
         example["token_type_ids"] *= 0
-    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    return Sketch(Answers(model, names), {name: (tensor, {0: FREE, 1: FREE}) for name, tensor in example.items()}, ["logits"])
+
+
+def by_steps(model: PreTrainedModel, states: list[cached.State]) -> Sketch:
+    """New tokens after some that were read before, or none."""
+    mask = torch.ones(2, BEFORE + LENGTH, dtype=torch.long)
+    mask[1, :2] = 0
+    inputs = {"input_ids": torch.ones(2, LENGTH, dtype=torch.long), "attention_mask": mask}
+    given = {name: (tensor, {0: FREE, 1: FREE}) for name, tensor in inputs.items()}
+    kept = {f"{cached.PAST}.{state.name}": (state.of(2, BEFORE), {0: FREE, 2: FREE}) for state in states}
+    return Sketch(cached.Steps(model), given | kept, ["logits", *(f"{cached.PRESENT}.{state.name}" for state in states)])
+
+
+def written(model: PreTrainedModel, names: list[str], kept: list[cached.State], format: str) -> tuple[Any, bool]:
+    """The graph by steps, which holds the weights once for texts and for each token that follows; else that of whole texts."""
+    if kept:
+        try:
+            return traced(by_steps(model, kept), model, format), True
+        except UserError as error:
+            log.info("its keys and values are not cached: %s", error)
+    return traced(at_once(model, names), model, format), False
+
+
+def traced(sketch: Sketch, model: PreTrainedModel, format: str) -> Any:
+    """The graph."""
+    examples, free = zip(*sketch.inputs.values(), strict=True)
     with quiet(), torch.no_grad():
         try:
             return torch.onnx.export(
-                Answers(model, names),
-                tuple(example[name] for name in names),
-                input_names=names,
-                output_names=["logits"],
-                dynamic_shapes=(tuple(free for _ in names),),
+                sketch.module,
+                examples,
+                input_names=list(sketch.inputs),
+                output_names=sketch.outputs,
+                dynamic_shapes=(free,),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,

@@ -22,12 +22,15 @@ def save(
     quantize: str | None,
     calibration: list[dict[str, Tensor]],
     dtype: str = "float32",
-) -> None:
-    """Write the graph. With `bfloat16`, in which the program then computes, weights are stored in half the bits: as float16."""
+) -> bool:
+    """Write the graph, and say what :func:`onnx.save` says.
+
+    With `bfloat16`, in which the program then computes, weights are stored in half the bits: as float16.
+    """
     import openvino
 
     with TemporaryDirectory() as temporary:
-        onnx.save(model, task, tokenizer, Path(temporary), quantize, calibration, format="openvino")
+        by_steps = onnx.save(model, task, tokenizer, Path(temporary), quantize, calibration, format="openvino")
         try:
             graph = openvino.convert_model(Path(temporary, onnx.FILE))
         except Exception as error:  # it has a class for each reason
@@ -36,3 +39,4 @@ def save(
                 f"export.format is openvino, but it cannot read the graph of a {type(model).__name__} ({reason}): set export.format=onnx"
             ) from error
         openvino.save_model(graph, target / FILE, compress_to_fp16=dtype != "float32")
+    return by_steps

@@ -23,14 +23,14 @@ def save(run: config.Run, task: Task, tokenizer: Any, student: PreTrainedModel, 
     """The model file, tokenizer.json and config.json. `export.quantize` is applied here, as the runtime computes."""
     settings, format = run.export, str(run.export.format)
     told = tokenizer_of(task, tokenizer, format)
-    pairs = len(run.data.text) == 2 and "token_type_ids" in tokenizer.model_input_names
+    pairs = task.pipeline == "text-classification" and len(run.data.text) == 2 and "token_type_ids" in tokenizer.model_input_names
     tokenizer.model_input_names = ["input_ids", "attention_mask", *(["token_type_ids"] if pairs else [])]  # what training gave it
     quantize = formats.quantize_of(format, settings.quantize)
     examples = list(calibration(run, task, tokenizer)) if quantize == "static" else []
     options = {"dtype": settings.dtype} if len(formats.RUNTIMES[format].dtypes) > 1 else {}
-    import_module(f"distill.packing.{format}").save(student, task, tokenizer, target, quantize, examples, **options)
+    cached = import_module(f"distill.packing.{format}").save(student, task, tokenizer, target, quantize, examples, **options)
     told.save(str(target / "tokenizer.json"))
-    (target / "config.json").write_text(json.dumps(described(task, tokenizer, student, settings.dtype), indent=1) + "\n")
+    (target / "config.json").write_text(json.dumps(described(task, tokenizer, student, settings.dtype, cached), indent=1) + "\n")
 
 
 def inputs_of(model: PreTrainedModel, tokenizer: Any) -> list[str]:
@@ -39,20 +39,27 @@ def inputs_of(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     return [name for name in tokenizer.model_input_names if name in known]
 
 
-def program(format: str) -> str:
-    """The program that answers texts from the folder, which it is run in."""
-    return (PROGRAMS / f"{format}.py").read_text()
+def program(format: str, pipeline: str) -> str:
+    """The program that answers texts from the folder, which it is run in; that of a language model also continues them."""
+    continues = PROGRAMS / f"{format}_generate.py"
+    return (continues if pipeline == "text-generation" and continues.exists() else PROGRAMS / f"{format}.py").read_text()
 
 
-def described(task: Task, tokenizer: Any, student: PreTrainedModel, dtype: str) -> dict[str, Any]:
-    """What the program, or another one, needs to know; `id2label` is empty for language models."""
+def described(task: Task, tokenizer: Any, student: PreTrainedModel, dtype: str, cached: bool) -> dict[str, Any]:
+    """What the program, or another one, needs to know; `id2label` is empty for language models.
+
+    `positions`: the most tokens that the model reads, null where any number; `cached`: keys and values are inputs and outputs.
+    """
     classifies = task.pipeline == "text-classification"
     return {
         "model_type": student.config.model_type,
         "id2label": dict(enumerate(task.names)) or student.config.id2label if classifies else {},
         "problem_type": getattr(task, "problem_type", None),
         "max_length": task.max_length,
+        "positions": getattr(student.config, "max_position_embeddings", None),
+        "cached": cached,
         "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
         "precision": PRECISIONS[dtype],
     }
 

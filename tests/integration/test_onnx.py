@@ -86,7 +86,7 @@ def test_float32_is_the_student_at_any_shape(tmp_path, task, model_type, columns
     assert (proof["agreement"], proof["texts"], proof["batch"]) == (1, len(tiny_runs.TEXTS), 5)
     assert proof["max_difference"] <= 1e-5 * max(1, proof["max_logit"])
     assert (proof["quality"] is None) == (task is LANGUAGE)
-    assert (final / "README.md").read_text().count(served_files.program("onnx")) == 1
+    assert (final / "README.md").read_text().count(served_files.program("onnx", task.pipeline)) == 1
     content = (final / "model.onnx").read_bytes()
     assert os.path.dirname(torch.__file__).encode() not in content
     assert b"distill/" not in content
@@ -201,14 +201,14 @@ def test_static_follows_the_rules_of_explicit_quantization(ready):
 def test_a_static_answer_does_not_depend_on_the_batch(ready, monkeypatch):
     final, _ = proven(ready, quantize="static")
     monkeypatch.chdir(final)
-    answer = program.load({"folder": final, "program": served_files.program("onnx")})
+    answer = program.load({"folder": final, "program": served_files.program("onnx", ready[1].pipeline)})["answer"]
     batch = answer(tiny_runs.TEXTS)
     assert max(abs(answer([text]) - row).max() for text, row in zip(tiny_runs.TEXTS, batch, strict=True)) < 1e-5
 
 
 def test_the_program_prints_a_label_for_a_text(ready):
     final, _ = proven(ready)
-    (final / "program.py").write_text(served_files.program("onnx"))
+    (final / "program.py").write_text(served_files.program("onnx", ready[1].pipeline))
     done = subprocess.run([sys.executable, "program.py", "a cat sees"], cwd=final, capture_output=True, text=True, check=True)
     text, label, logit = done.stdout.strip().split(" | ")
     assert (text, label in ("no", "perhaps", "yes")) == ("a cat sees", True)
@@ -245,8 +245,8 @@ def nudge(draft):
 
 
 def test_a_program_that_needs_torch_is_refused(ready, monkeypatch):
-    text = served_files.program("onnx")
-    monkeypatch.setattr(served_files, "program", lambda format: f"import torch\n{text}")
+    text = served_files.program("onnx", ready[1].pipeline)
+    monkeypatch.setattr(served_files, "program", lambda *of: f"import torch\n{text}")
     with pytest.raises(RunFailed, match="torch is blocked: the program must run without it"):
         proven(ready)
 
