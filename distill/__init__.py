@@ -25,8 +25,8 @@ The map, in the order in which the data passes:
     callbacks/      when a function of compress/ is applied to the student
     fit.py          module, batches -> the weights that did best: Lightning's Trainer as it is used here
     runtime/        all that a compressed model needs to load: two files that travel with it
-    packing/        student -> files of a format: dense, torchao, packed
-    evaluate/       models -> metrics.json and its table: python -m distill.evaluate
+    packing/        student -> files of a format: dense, torchao, packed; onnx, openvino, executorch
+    evaluate/       models -> metrics.json and its table; the student in each runtime: python -m distill.evaluate
     export/         student -> artefact, once it is proven: python -m distill.export
     checkpoints.py  when a training's state is saved, and how; which one to go on from
     resume.py       a folder worked in before: is it the same run, and what is done again?
