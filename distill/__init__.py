@@ -23,6 +23,7 @@ The map, in the order in which the data passes:
     module.py       batch -> loss: one training step
     compress/       weights -> masks, codes, factors: what to remove and how to round
     callbacks/      when a function of compress/ is applied to the student
+    pace.py         what a step costs beyond the student's arithmetic: memory, compilation, an online teacher
     fit.py          module, batches -> the weights that did best: Lightning's Trainer as it is used here
     runtime/        all that a compressed model needs to load: two files that travel with it
     packing/        student -> files of a format: dense, torchao, packed; onnx, openvino, executorch

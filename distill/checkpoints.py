@@ -112,7 +112,10 @@ class StepSeed(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         number = trainer.fit_loop.epoch_loop.total_batch_idx
         value = int(np.random.SeedSequence([self.seed, trainer.global_rank, number]).generate_state(1, np.uint64)[0])
-        torch.manual_seed(value)
+        if torch.cuda.is_available():
+            torch.manual_seed(value)
+        else:
+            torch.default_generator.manual_seed(value)  # the same without noting, for a GPU that may come, who asked for it
         random.seed(value)
         np.random.seed(value % 2**32)
 

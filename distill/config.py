@@ -65,9 +65,7 @@ class Data:
         _above_zero("data.labelled", self.labelled, "leave it out to keep every label")
         _in_range("data.workers", self.workers, 0, float("inf"), "0 loads in the training process")
         if not 1 <= len(self.text) <= 2:
-            raise UserError(
-                f"data.text is {list(self.text)}, but it must name one column, or two for pairs: [text] or [premise, hypothesis]"
-            )
+            raise UserError(f"data.text is {list(self.text)}, but it must name one column, or two for pairs: [premise, hypothesis]")
         columns = [*self.text, *([] if self.label is None else [self.label])]
         if len(set(columns)) < len(columns):
             raise UserError(f"data.text is {list(self.text)} and data.label is {self.label}, but each must be another column: rename one")
@@ -109,11 +107,11 @@ class Teacher:
     finetune: Finetune | None = None  # null: use it as it is
     outputs: str = "cached"  # cached: once, kept beside the examples; online: at each step; language models: hidden, sampled, top_k too
     tokens: int = 50  # sampled: draws from each predicted token's distribution; top_k: its likeliest tokens, which alone are kept
-    dtype: str = "float32"  # of the frozen teacher's forward
+    dtype: str = "auto"  # of its forward; auto: bfloat16 where the device has units for it, else float32
 
     def __post_init__(self) -> None:
         _one_of("teacher.outputs", self.outputs, OUTPUTS)
-        _one_of("teacher.dtype", self.dtype, DTYPES)
+        _one_of("teacher.dtype", self.dtype, ("auto", *DTYPES))
         _in_range("teacher.tokens", self.tokens, 1, 64, "fewer take fewer bytes, more are nearer to the whole")
         if (self.model is None) == (self.config is None):
             raise UserError("teacher needs exactly one of model and config: name a model, or describe a random one")
@@ -216,6 +214,7 @@ class Trainer:
     validations: int = 4  # looks at the validation split per run, evenly spaced; the last step is one of them
     patience: int | None = None  # stop after this many looks without improvement
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    compile: bool = False  # torch.compile the student: its first steps take a minute or so, and most GPUs are faster afterwards
     progress: bool = True  # progress bar
 
     def __post_init__(self) -> None:

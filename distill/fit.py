@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from datasets import Dataset
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 
-from distill import checkpoints, config, data, ranks, sharding, signals, store
+from distill import checkpoints, config, data, models, pace, ranks, sharding, signals, store
 from distill.callbacks.base import compressions
 from distill.checkpoints import DurableIO, Saver, StepSeed
 from distill.data import Loader
@@ -43,9 +44,13 @@ def precision(trainer: config.Trainer) -> str:
     """`auto` -> bf16-mixed where the device has units for it, else 32-true."""
     if trainer.precision != "auto":
         return trainer.precision
-    if trainer.accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
+    return "bf16-mixed" if models.fast_in_bf16(trainer) else "32-true"
+
+
+def decided(run: config.Run) -> config.Run:
+    """The run with `auto` replaced by what it means on this device: it may go on where auto means another thing."""
+    tutor = run.teacher and replace(run.teacher, dtype=models.dtype_of(run))
+    return replace(run, teacher=tutor, trainer=replace(run.trainer, precision=precision(run.trainer)))
 
 
 def loaders(run: config.Run, train: Dataset, validation: Dataset, task: Task, pad_id: int) -> tuple[Loader, Loader]:
@@ -83,9 +88,9 @@ def fit(
     with quiet(), signals.noted() as requests:
         first = [StepSeed(train.plan.seed or 0), Saver(folder, settings.checkpoint, module.steps, best, requests)]
         # the user's callbacks come before ours that look: those see what they did
-        ours = [*first, *callbacks, *_lookers(module, settings, best)]
+        ours = [*first, *callbacks, *_lookers(module, settings, best), *([pace.Compiled()] if settings.compile else [])]
         trainer = _trainer(settings, module.steps, train, logger=loggers, callbacks=ours)
-        with as_interrupt(trainer):
+        with as_interrupt(trainer), pace.reused_memory():
             trainer.fit(module, train, validation, ckpt_path=start, weights_only=True)
     return {metric: best.score, "step": _load_best(module, folder, best, rate)}
 
@@ -96,7 +101,7 @@ def _lookers(module: Distillation, settings: config.Trainer, best: "Best") -> li
     if settings.patience is not None:
         direction = "max" if best.maximise else "min"
         lookers.append(Patience(module.steps, monitor=best.metric, mode=direction, patience=settings.patience))
-    return [*lookers, Bar(leave=False)] if watched(settings.progress) else lookers
+    return [*lookers, Bar(leave=False, refresh_rate=2)] if watched(settings.progress) else lookers
 
 
 def _load_best(module: Distillation, folder: Path, best: "Best", rate: str) -> int:

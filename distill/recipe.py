@@ -195,6 +195,13 @@ def _check_together(run: Run) -> None:
         _check_outputs(run.teacher.outputs, run.loss)
     if run.teacher is None and run.loss.terms:
         raise UserError(f"loss.terms is {', '.join(run.loss.terms)}, but there is no teacher to compare with: set teacher.model")
+    if run.trainer.strategy == "fsdp" and run.trainer.compile:
+        raise UserError("trainer.compile is true, but trainer.strategy=fsdp gathers each block as it is needed: leave trainer.compile out")
+    if run.trainer.accumulate > run.data.batch_size:
+        raise UserError(
+            f"trainer.accumulate is {run.trainer.accumulate}, but data.batch_size is {run.data.batch_size}: "
+            "a micro-batch needs an example, so lower it"
+        )
     if run.trainer.strategy == "fsdp" and run.trainer.precision == "16-mixed":
         raise UserError("trainer.precision is 16-mixed, but trainer.strategy=fsdp scales no losses: set trainer.precision=bf16-mixed")
 

@@ -28,6 +28,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "name": (),
     "data.workers": (),
     "trainer.progress": (),
+    "trainer.compile": (),
     "trainer.checkpoint.": (),
     "trainer.devices": (),
     "trainer.nodes": (),

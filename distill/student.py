@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from datasets import Dataset, DatasetDict
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill import config, data, fit, models, packing, ranks, store, targets
+from distill import config, data, fit, models, pace, packing, ranks, store, targets
 from distill.callbacks import Quantize
 from distill.callbacks.base import Before, Compression, arranged, compressions, named
 from distill.compress.rebuild import loosened
@@ -25,6 +26,11 @@ log = logging.getLogger(__name__)
 def callbacks(run: config.Run) -> list[Callback]:
     """The recipe's callbacks; UserError where they would change a student of which each process has but a share."""
     built = [_callback(name, spec) for name, spec in run.callbacks.items()]
+    if run.trainer.compile and compressions(built):
+        raise UserError(
+            f"trainer.compile is true, but callbacks.{compressions(built)[0].name} changes the student while it trains, and it would be "
+            "compiled again and again: leave trainer.compile out"
+        )
     if run.trainer.strategy == "fsdp" and compressions(built):
         raise UserError(
             f"trainer.strategy is fsdp, but callbacks.{compressions(built)[0].name} changes tensors that no process has whole: "
@@ -75,7 +81,8 @@ def distil(
     techniques = compressions(callbacks)
     dense = Before(techniques, steps, lambda: _save(student, tokenizer, folder / "dense"))
     loggers = tracker.loggers("student")
-    best = fit.fit(module, train, validation, run.trainer, folder / "checkpoints", loggers, [dense, *callbacks])
+    watching = [pace.OnlineTeacher()] if run.loss.needs_teacher and run.teacher is not None and run.teacher.outputs == "online" else []
+    best = fit.fit(module, train, validation, run.trainer, folder / "checkpoints", loggers, [dense, *callbacks, *watching])
     for _, term in module.named_terms():
         term.detach()
     if techniques and not dense.saved:
@@ -91,6 +98,7 @@ def _answering(run: config.Run, teacher: PreTrainedModel | None) -> nn.Module | 
     """What of the teacher answers in training: all of it online, its head where its hidden states are cached."""
     if run.teacher is None or teacher is None:
         return None
+    teacher.to(getattr(torch, models.dtype_of(run)))  # no student is cut from it any more
     return {"online": teacher, "hidden": teacher.get_output_embeddings()}.get(run.teacher.outputs)
 
 

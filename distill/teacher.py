@@ -1,5 +1,6 @@
 """The teacher: fine-tuned once where the recipe asks for it, then frozen; and its outputs, computed once and kept beside the examples."""
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from distill import answers, config, data, fit, models, ranks, sharding, store
+from distill import answers, config, data, fit, models, pace, ranks, sharding, store
 from distill.answers import Answers
 from distill.compress.rebuild import loosened
 from distill.errors import UserError
@@ -56,7 +57,14 @@ def obtain(run: config.Run, task: Task, tokenizer: Any, examples: DatasetDict, f
         models.check_labels(teacher, task, "teacher")
         if run.teacher.model is None and ranks.is_first():
             models.save(teacher, tokenizer, folder / "teacher")
-    return teacher.to(getattr(torch, run.teacher.dtype)).eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False)
+
+
+def answering(run: config.Run, teacher: PreTrainedModel) -> PreTrainedModel:
+    """The teacher in the dtype in which it answers; a copy where the student is yet to be cut from its layers."""
+    dtype = getattr(torch, models.dtype_of(run))
+    whole = copy.deepcopy(teacher) if run.student.layers is not None and dtype != teacher.dtype else teacher
+    return whole.to(dtype)
 
 
 def finetuned(
@@ -111,16 +119,16 @@ def _finetune(
     steps = fit.steps(run.trainer, train.plan.steps, settings.epochs)
     module = Distillation(task, teacher, None, config.Loss(alpha=1.0), replace(run.optimizer, lr=settings.lr), steps)
     log.info("fine-tuning the teacher on %d examples, %d steps, %s", len(labelled["train"]), steps, fit.precision(run.trainer))
-    fit.fit(module, train, validation, run.trainer, folder, tracker.loggers("teacher"), [], "teacher.finetune.lr")
+    fit.fit(module, train, validation, replace(run.trainer, compile=False), folder, tracker.loggers("teacher"), [], "teacher.finetune.lr")
 
 
 def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dataset, task: Task, tokenizer: Any) -> Dataset:
     """The examples with columns of the teacher's outputs; as they are where the teacher answers online, or not at all."""
     if run.teacher is None or teacher is None or run.teacher.outputs == "online" or not run.loss.needs_teacher:
         return examples
-    kept = answers.wanted(run, teacher, task, models.tokens(tokenizer))
+    kept = answers.wanted(run, answering(run, teacher), task, models.tokens(tokenizer))
     ingredients = {
-        "weights": models.fingerprint(teacher),  # its dtype is part of it
+        "weights": models.fingerprint(kept.teacher),  # its dtype is part of it
         "inputs": data.fingerprint(examples),  # tokenizer, encoding arguments and data are part of it
         "made by": _made_by(task),
         "device": models.device_of(run),
@@ -130,6 +138,7 @@ def with_outputs(run: config.Run, teacher: PreTrainedModel | None, examples: Dat
         log.info("the teacher's outputs of an earlier run with the same ingredients are used again")
     else:
         _refuse_too_large(kept, run.teacher.outputs, examples)
+        log.info("the teacher answers %d examples once, in %s", len(examples), models.dtype_of(run))
         _fill(run, kept, examples, tokenizer.pad_token_id, entry)
     outputs = Dataset.from_file(str(entry / OUTPUTS))
     return concatenate_datasets([examples, outputs], axis=1)
@@ -162,7 +171,7 @@ def _join(parts: list[Path], file: Path) -> None:
 
 
 def _refuse_too_large(kept: Answers, name: str, examples: Dataset) -> None:
-    size, free = kept.size * sum(examples["rows"]), shutil.disk_usage(store.root()).free
+    size, free = kept.size * int(np.sum(examples.with_format("numpy")["rows"][:])), shutil.disk_usage(store.root()).free
     if size > free / 2:
         raise UserError(
             f"teacher.outputs is {name}, but these outputs take {size / 1e9:.1f} GB and must leave half of the "
@@ -177,6 +186,7 @@ def _write(run: config.Run, kept: Answers, examples: Dataset, pad_id: int, file:
     behind = _behind(chunks, run.evaluate.batch_size) if sharding.wanted(run.trainer) else 0
     with (
         _answering(run, kept),
+        pace.reused_memory(),
         Progress(console=Console(), transient=True, disable=not watched(run.trainer.progress)) as bar,
         pa.ipc.new_stream(str(file), schema) as stream,
     ):

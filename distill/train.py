@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     from distill.tracking import Tracker
 
     fit.check_device(run.trainer)
-    run = replace(run, trainer=replace(run.trainer, precision=fit.precision(run.trainer)))  # it may go on where auto means another one
+    run = fit.decided(run)
     callbacks = student.callbacks(run)
     with ranks.first_then_others():
         stage = resume.take_up(run, folder, ranks.is_first())

@@ -23,7 +23,7 @@ from distill import config, data, models, recipe, student, targets, teacher
 from distill.module import Distillation
 from distill.tracking import Tracker
 
-SILENT = {"tracking.wandb": "disabled", "trainer.progress": False}
+SILENT = {"tracking.wandb": "disabled", "trainer.progress": False, "teacher.dtype": "float32"}
 
 
 def main(arguments: list[str]) -> None:

@@ -19,7 +19,8 @@ TINY = {
     "data": {"source": "distill.corpora.generated", "batch_size": 16},
     "tokenizer": {"vocab_size": 300},
     "teacher": {
-        "config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+        "config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32},
+        "dtype": "float32",
     },
     "student": {"layers": [0, 2]},
     "optimizer": {"lr": 2e-3},
@@ -34,6 +35,7 @@ LANGUAGE = {
     "teacher": {
         "config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32},
         "outputs": "online",
+        "dtype": "float32",
     },
 }
 

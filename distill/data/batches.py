@@ -58,10 +58,7 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if accumulate > batch_size:
-            raise UserError(
-                f"trainer.accumulate is {accumulate}, but data.batch_size is {batch_size}: a micro-batch needs an example, so lower it"
-            )
+        assert accumulate <= batch_size
         columns = split.with_format("numpy")
         self.lengths, self.rows = np.asarray(columns["length"][:]), np.asarray(columns["rows"][:])
         self.batch_size, self.accumulate, self.seed, self.group_by_length = batch_size, accumulate, seed, group_by_length

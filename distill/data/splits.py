@@ -1,11 +1,13 @@
 """DatasetDict -> train, validation and test: columns checked, labels read, held-out examples cut off, labels taken away."""
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
@@ -132,8 +134,9 @@ def _has_columns(split: Dataset, name: str, columns: Iterable[str], data: Data) 
 
 def _with_text(texts: Dataset, where: str) -> np.ndarray:
     """Rows that hold more than white space, at least one."""
-    table = texts.with_format("arrow")[:]
-    blank = [pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy() for column in table.columns]
+    none = np.empty((len(texts.column_names), 0), dtype=bool)
+    tables = texts.with_format("arrow").iter(CHUNK)
+    blank = np.concatenate([none, *(np.stack([_blank(column) for column in table.columns]) for table in tables)], axis=1)
     empty = np.logical_and.reduce(blank)
     if empty.all():
         raise UserError(f"{where} has {len(texts)} rows, but none of them has a text: name another split or column")
@@ -145,14 +148,19 @@ def _with_text(texts: Dataset, where: str) -> np.ndarray:
     return np.flatnonzero(~empty)
 
 
+def _blank(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy()
+
+
 def _cells(split: Dataset, name: str, data: Data, task: Task) -> list[Any]:
     """The label column by name; a cell that cannot be a label is answered by its row, counted from 0."""
     column = str(data.label)
     _has_columns(split, name, [column], data)
     names, cells = declared(split.features[column]), []
-    for row, cell in enumerate(split[column][:]):
+    for row, cell in enumerate(cell for batch in split.select_columns([column]).iter(CHUNK) for cell in batch[column]):
         try:
-            cells.append(task.label(cell, names))
+            label = task.label(cell, names)
+            cells.append(sys.intern(label) if isinstance(label, str) else label)  # one name for all examples that have it
         except ValueError as error:
             raise UserError(f"column {column!r} of split {name} of {data.source} is {cell!r} in row {row}, but {error}") from error
     return cells

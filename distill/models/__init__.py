@@ -11,7 +11,7 @@
 """
 
 from distill.models.architectures import attention_projections, blocks, embeddings
-from distill.models.forward import device_of, ends_in_head, logits, on, projected, rows, states
+from distill.models.forward import device_of, dtype_of, ends_in_head, fast_in_bf16, logits, on, projected, rows, states
 from distill.models.loading import complete, files, load, save
 from distill.models.preflight import (
     adopt_labels,
@@ -39,8 +39,10 @@ __all__ = [
     "complete",
     "cut",
     "device_of",
+    "dtype_of",
     "embeddings",
     "ends_in_head",
+    "fast_in_bf16",
     "files",
     "fingerprint",
     "gathered",

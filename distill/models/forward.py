@@ -12,12 +12,26 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from distill.chunked import Projected
-from distill.config import Run
+from distill.config import Run, Trainer
 
 
 def device_of(run: Run) -> str:
     """Where models answer outside of the Trainer."""
     return "cuda" if run.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def fast_in_bf16(trainer: Trainer) -> bool:
+    """Whether the device that the recipe allows has units for bfloat16."""
+    if trainer.accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def dtype_of(run: Run) -> str:
+    """What the teacher answers in: `auto` -> bfloat16 where the device has units for it, else float32."""
+    if run.teacher is None or run.teacher.dtype == "auto":
+        return "bfloat16" if fast_in_bf16(run.trainer) else "float32"
+    return run.teacher.dtype
 
 
 @contextmanager

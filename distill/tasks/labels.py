@@ -10,6 +10,7 @@ from distill.config import Data
 from distill.errors import UserError
 
 HIDDEN = -1  # the Hub's convention for a label that is kept secret
+CHUNK = 1000  # rows that are read at a time
 SHOWN = 12  # names listed in a message
 
 
@@ -21,7 +22,8 @@ def read_names(train: Dataset, data: Data) -> tuple[str, ...]:
     elif data.label is None:
         raise UserError("data.label is null, but the model needs names for its classes: list them in data.labels")
     else:
-        names = tuple(declared(train.features[column]) or _distinct(train[column][:], column))
+        cells = (cell for batch in train.select_columns([column]).iter(CHUNK) for cell in batch[column])
+        names = tuple(declared(train.features[column]) or _distinct(cells, column))
     if len(set(names)) < len(names):
         raise UserError(f"data.labels is {listed(names)}, but a name may occur once only: drop the repetition")
     if not names:

@@ -85,11 +85,6 @@ def test_every_example_comes_once_per_epoch(count, keys):
         assert all(micro.indices for micro in micro_batches)
 
 
-def test_a_micro_batch_needs_an_example():
-    with pytest.raises(UserError, match=r"trainer.accumulate is 3, but data.batch_size is 2"):
-        BatchPlan(split_of(8), 2, 3)
-
-
 @pytest.mark.parametrize("grouped", [True, False])
 def test_the_order_is_a_function_of_seed_and_epoch(grouped):
     def order(seed, epoch, before=0):

@@ -28,6 +28,10 @@ def run_with(made, outputs, tokens=50, **loss):
     return replace(made.run, teacher=replace(made.run.teacher, outputs=outputs, tokens=tokens), loss=replace(made.run.loss, **loss))
 
 
+def answering_in(made, dtype):
+    return replace(made, run=replace(made.run, teacher=replace(made.run.teacher, dtype=str(dtype).removeprefix("torch."))))
+
+
 def cached(made, outputs, tutor, tokens=50, **loss):
     return teacher.with_outputs(run_with(made, outputs, tokens, **loss), tutor, made.examples["train"], made.task, made.tokenizer)
 
@@ -55,10 +59,11 @@ def batches(made, split, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("divergence", [None, "reverse_kl"])
 def test_hidden_states_teach_as_the_teacher_online(language, dtype, divergence):
-    tutor, learner = language.model().to(dtype), language.model("student", seed=1, n_layer=1)
-    split = cached(language, "hidden", tutor)
-    modules = [module_of(language, learner, tutor, way, divergence=divergence) for way in ("hidden", "online")]
-    for batch in batches(language, split, batch_size=16):
+    made = answering_in(language, dtype)
+    tutor, learner = made.model(), made.model("student", seed=1, n_layer=1)
+    split = cached(made, "hidden", tutor)
+    modules = [module_of(made, learner, tutor, way, divergence=divergence) for way in ("hidden", "online")]
+    for batch in batches(made, split, batch_size=16):
         assert isinstance(batch.teacher, Hidden)
         assert batch.teacher.states_ND.dtype == dtype
         ends = [gradient(modules[0], batch), gradient(modules[1], batch._replace(teacher=None))]
@@ -69,7 +74,7 @@ def test_hidden_states_teach_as_the_teacher_online(language, dtype, divergence):
 def test_hidden_states_are_those_of_the_batch_to_the_last_bit(language):
     """In batches that pad alike, nothing is rounded on the way."""
     tutor = language.model().bfloat16()
-    split = cached(language, "hidden", tutor)
+    split = cached(answering_in(language, torch.bfloat16), "hidden", tutor)
     for batch in batches(language, split, batch_size=language.run.evaluate.batch_size):
         online = models.rows(tutor, batch.inputs, lambda places, batch=batch: language.task.rows(places, batch), None, factors=True)
         assert torch.equal(batch.teacher.states_ND, online.hidden_ND)

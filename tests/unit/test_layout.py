@@ -20,7 +20,7 @@ RANKS = [
     {"terms", "compress", "launch", "sharding", "answers"},
     {"module", "packing"},
     {"evaluate"},
-    {"callbacks", "export"},
+    {"callbacks", "export", "pace"},
     {"fit"},
     {"teacher", "student"},
     {"train"},

@@ -138,9 +138,23 @@ def test_an_interrupted_fine_tuning_leaves_no_teacher(finetuning, tmp_path, monk
 
 
 def test_the_teacher_is_frozen_and_answers_in_its_dtype(online, tmp_path):
-    loaded = obtained(online, tmp_path, teacher=replace(online.run.teacher, dtype="bfloat16"))
-    assert not loaded.training
-    assert {(parameter.dtype, parameter.requires_grad) for parameter in loaded.parameters()} == {(torch.bfloat16, False)}
+    run = replace(online.run, teacher=replace(online.run.teacher, dtype="bfloat16"))
+    loaded = obtained(online, tmp_path, teacher=run.teacher)
+    answering = teacher.answering(run, loaded)
+    assert not answering.training
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in answering.parameters()} == {(torch.bfloat16, False)}
+    assert loaded.dtype == torch.float32  # for the student that is cut from it
+    assert student._answering(run, loaded).dtype == torch.bfloat16  # when it has been
+
+
+def test_the_teacher_answers_in_bf16_where_the_device_has_units_for_it(online, monkeypatch):
+    run = replace(online.run, teacher=replace(online.run.teacher, dtype="auto"), trainer=replace(online.run.trainer, accelerator="cpu"))
+    for has_units, dtype, precision in ((True, "bfloat16", "bf16-mixed"), (False, "float32", "32-true")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_units=has_units: has_units)
+        assert models.dtype_of(run) == dtype
+        decided = fit.decided(replace(run, trainer=replace(run.trainer, precision="auto")))
+        assert (decided.teacher.dtype, decided.trainer.precision) == (dtype, precision)
+    assert fit.decided(replace(run, teacher=None)).teacher is None
 
 
 def test_a_random_teacher_is_kept_in_the_run_folder(online, tmp_path):

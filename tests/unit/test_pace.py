@@ -1,0 +1,70 @@
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from distill import fit, models, pace, student
+from distill.errors import UserError
+from distill.models import blocks
+from tests.unit.test_student import distilled
+from tests.worlds import world
+
+
+@pytest.fixture(scope="module")
+def made(_module_store):
+    return world(teacher={"outputs": "online"}, trainer={"max_steps": 30})
+
+
+def test_an_online_teacher_is_told_with_its_bound(made, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="distill"):
+        distilled(made, tmp_path)
+    said = [record for record in caplog.records if "1 + F_T / (3 F_S)" in record.message]
+    assert len(said) == 1
+    measured, bound = said[0].args
+    assert float(measured) > 1
+    assert 1 < bound < 3
+
+
+def test_the_bound_is_that_of_the_layers(made):
+    """A student that is as large as its teacher: a forward costs a third of a step."""
+
+    class Module:
+        student, device = made.model(), torch.device("cpu")
+
+    train, _ = fit.loaders(made.run, made.examples["train"], made.examples["validation"], made.task, made.tokenizer.pad_token_id)
+    assert pace.bound(Module, made.model(), train) == pytest.approx(4 / 3)
+
+
+def test_a_compiled_student_has_the_names_and_nearly_the_weights_of_any_other(made, tmp_path, monkeypatch, caplog):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(type(self).__name__))
+    plain = distilled(made, tmp_path / "plain")
+    with caplog.at_level(logging.INFO, logger="distill"):
+        compiled = distilled(made, tmp_path / "compiled", replace(made.run, trainer=replace(made.run.trainer, compile=True)))
+    assert asked == [type(block).__name__ for block in blocks(plain)]
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    assert "compiling the student took" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_student_that_is_really_compiled_learns_the_same(made, tmp_path):
+    plain = distilled(made, tmp_path / "plain")
+    compiled = distilled(made, tmp_path / "compiled", replace(made.run, trainer=replace(made.run.trainer, compile=True)))
+    batch = next(iter(made.loader()))
+    torch.testing.assert_close(models.logits(compiled, batch.inputs), models.logits(plain, batch.inputs), rtol=0.05, atol=0.05)
+
+
+def test_what_restructures_the_student_is_not_compiled(made):
+    pruning = {"_target_": "distill.callbacks.PruneWeights", "sparsity": 0.5}
+    run = replace(made.run, callbacks={"prune": pruning}, trainer=replace(made.run.trainer, compile=True))
+    with pytest.raises(UserError, match=r"trainer\.compile is true, but callbacks\.prune changes the student"):
+        student.callbacks(run)
+    other = replace(run, callbacks={"own": {"_target_": f"{Callback.__module__}.{Callback.__name__}"}})
+    assert len(student.callbacks(other)) == 1
+
+
+def test_freed_memory_is_kept_or_left_to_the_system():
+    with pace.reused_memory():
+        assert torch.zeros(1 << 20).sum() == 0
