@@ -156,10 +156,12 @@ def main() -> None:
 
 def in_runtimes(given: Options, run: config.Run, names: dict[str, str], wanted: list[str]) -> None:
     """Measure the student in these runtimes, print and store."""
-    from distill.evaluate import runtimes
+    from distill.evaluate import ways
 
-    wanted = runtimes.possible(run) if wanted == ["auto"] else wanted
-    runtimes.check(run, wanted)
+    wanted = ways.possible(run) if wanted == ["auto"] else wanted
+    ways.check(run, wanted)
+    from distill.evaluate import runtimes  # imports torch: only once the command line holds
+
     task, raw, _, tokenizer = prepared(run, names, given.split)
     metrics = runtimes.measure(run, task, raw, tokenizer, names, wanted)
     if given.output is not None:

@@ -5,7 +5,6 @@ it; PyTorch is given the same tokens. One process times all, in turns; then each
 """
 
 import logging
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,59 +14,18 @@ import torch
 from datasets import Dataset
 
 from distill import config, formats, fresh, models, packing
-from distill.errors import RunFailed, UserError
+from distill.errors import RunFailed
 from distill.evaluate import cost, quality, serve, status
 from distill.evaluate.measure import finite, spread, trimmed_tokenizer
+from distill.evaluate.ways import TORCH, export_of
 from distill.models.loading import ours
 from distill.packing import served
 from distill.tasks.base import Task
 
 log = logging.getLogger("distill")
 
-TORCH = ("torch", "torch_bf16", "torch_compile", "torch_compile_bf16", "torch_compile_int8")  # compiled: with frozen weights
-AUTO = ("torch", "torch_bf16", "torch_compile_bf16", "torch_compile_int8", "onnx", "onnx_int8", "openvino", "openvino_int8")
 CORRECT = 0.97  # share of the trained student's predictions that a way must keep to be named the fastest
-HOW: dict[str, dict[str, str]] = {"": {}, "bf16": {"dtype": "bfloat16"}, **{how: {"quantize": how} for how in config.QUANTIZE}}
-
 Texts = list[list[str]]  # of each text one cell, or two for pairs
-
-
-def check(run: config.Run, names: list[str]) -> None:
-    """UserError where a runtime is unknown or not installed, or cannot hold the student's techniques."""
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"runtimes is [{', '.join(names)}], but it must name each once: give runtimes=[torch,onnx]")
-    for name in names:
-        check_one(run, name)
-
-
-def check_one(run: config.Run, name: str) -> None:
-    if name == "torch_compile_int8":
-        if formats.installed("torchao") is None:
-            raise UserError(f"runtimes has {name}, but torchao is not installed: pip install 'distill[torchao]'")
-        if any(spec.get("activations") for spec in run.callbacks.values()):
-            raise UserError(f"runtimes has {name}, but the student's inputs are rounded as it was trained already: leave it out")
-    if name not in TORCH:
-        wanted = export_of(name)
-        formats.check(run.callbacks, wanted.format, wanted.dtype, wanted.quantize, wanted.bits)
-
-
-def possible(run: config.Run) -> list[str]:
-    """What is worth trying here: of AUTO all that is installed and can hold the student's techniques."""
-    found = []
-    for name in (*AUTO, "executorch_int8"):
-        with suppress(UserError):
-            check_one(run, name)
-            found.append(name)
-    return found
-
-
-def export_of(name: str) -> config.Export:
-    """How the student is written for a runtime: `onnx_int8` is format=onnx quantize=int8."""
-    format, _, how = name.partition("_")
-    if format not in formats.RUNTIMES or how not in HOW:
-        known = ", ".join((*TORCH, *formats.RUNTIMES))
-        raise UserError(f"runtimes has {name}, but there is none of that name: choose from {known}, and add how, as in onnx_int8")
-    return config.Export(format=format, **HOW[how])  # type: ignore[arg-type]
 
 
 def measure(run: config.Run, task: Task, raw: Dataset, tokenizer: Any, names: dict[str, str], runtimes: list[str]) -> dict[str, Any]:

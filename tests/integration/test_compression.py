@@ -32,7 +32,9 @@ def small():
         "intermediate_size": 32,
         **STILL["bert"],
     }
-    return world(teacher={"config": teacher, "outputs": "online"}, trainer={"max_steps": STEPS}, data={"batch_size": 120})
+    return world(
+        teacher={"config": teacher, "outputs": "online", "dtype": "float32"}, trainer={"max_steps": STEPS}, data={"batch_size": 120}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from distill import config, formats, recipe
 from distill.errors import UserError
-from distill.evaluate import RUNTIMES, runtimes, serve, table
+from distill.evaluate import RUNTIMES, runtimes, serve, table, ways
 from tests.integration.commands import assert_one_sentence, call
 from tests.unit import tiny_runs
 
@@ -23,30 +23,30 @@ from tests.unit import tiny_runs
     ],
 )
 def test_a_name_says_how_the_student_is_written(name, settings):
-    assert runtimes.export_of(name) == config.Export(**settings)
+    assert ways.export_of(name) == config.Export(**settings)
 
 
 @pytest.mark.parametrize("names", [[], ["torch", "torch"], ["tensorrt"], ["onnx_int3"], ["dense"], ["torch_int8"]], ids=str)
 def test_what_is_no_runtime_is_refused(names, monkeypatch):
     monkeypatch.setattr(formats, "check", lambda *given: None)
     with pytest.raises(UserError, match="^runtimes (is|has) .*, but .*: "):
-        runtimes.check(tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])), names)
+        ways.check(tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])), names)
 
 
 def test_a_missing_package_is_said_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr(formats, "installed", lambda package: None)
     with pytest.raises(UserError, match=r"^export.format is onnx, but .* is not installed: pip install 'distill\[onnx\]'"):
-        runtimes.check(tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])), ["torch", "onnx_int8"])
+        ways.check(tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])), ["torch", "onnx_int8"])
 
 
 def test_what_is_likely_to_be_fast_is_tried_where_it_is_installed(monkeypatch):
     run = tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0]))
     monkeypatch.setattr(formats, "installed", lambda package: None)
-    assert runtimes.possible(run) == ["torch", "torch_bf16", "torch_compile_bf16"]
+    assert ways.possible(run) == ["torch", "torch_bf16", "torch_compile_bf16"]
     monkeypatch.setattr(formats, "installed", lambda package: "2099")
-    assert set(runtimes.possible(run)) == {*runtimes.AUTO, "executorch_int8"}
+    assert set(ways.possible(run)) == {*ways.AUTO}
     run.callbacks["q"] = {"_target_": "distill.callbacks.Quantize", "activations": "dynamic"}
-    assert "torch_compile_int8" not in runtimes.possible(run)
+    assert "torch_compile_int8" not in ways.possible(run)
 
 
 def test_the_fastest_must_be_correct():
