@@ -34,7 +34,7 @@ Keys and their defaults:
   split=test         train, validation or test
   output=            file for the metrics; run= with the test split writes metrics.json into the run folder
   runtimes=          torch, onnx, openvino, executorch; with how, as in torch_bf16, torch_compile, onnx_int8, onnx_static, openvino_bf16;
-                     [auto]: what is likely to be fast and is installed; the fastest that is correct is named
+                     [auto]: what is likely to be fast, is installed and can run the student; the fastest that is correct is named
   batch_size=        examples per batch; this key and those below: the recipe's, under evaluate
   bootstrap=         resamples behind each 95 % interval
   requests=          timed single requests
@@ -158,10 +158,11 @@ def in_runtimes(given: Options, run: config.Run, names: dict[str, str], wanted: 
     """Measure the student in these runtimes, print and store."""
     from distill.evaluate import runtimes
 
-    wanted = runtimes.possible(run) if wanted == ["auto"] else wanted
+    automatic = wanted == ["auto"]
+    wanted = runtimes.possible(run) if automatic else wanted
     runtimes.check(run, wanted)
     task, raw, _, tokenizer = prepared(run, names, given.split)
-    metrics = runtimes.measure(run, task, raw, tokenizer, names, wanted)
+    metrics = runtimes.measure(run, task, raw, tokenizer, names, wanted, tried=automatic)
     if given.output is not None:
         write(metrics, Path(given.output))
     elif given.run is not None and given.split == "test":
