@@ -80,6 +80,23 @@ def _check_runtime(format: str, trained: dict[str, Any], dtype: str, quantize: s
         if spec.get("bits", 8) != 8 and spec.get("layers") is None:
             way_out = f"{OTHERS}, or callbacks.{name}.bits=8; embeddings alone may have fewer"
             raise _refused(f"callbacks.{name}.bits is {spec['bits']}, and {runtime.name} multiplies by 8", way_out, format)
+        _check_grid(format, runtime, name, spec, quantize)
+
+
+def _check_grid(format: str, runtime: Runtime, name: str, spec: dict[str, Any], quantize: str | None) -> None:
+    """XNNPACK multiplies floats where a layer's inputs are not rounded, and rounds them to each token's range or not at all."""
+    where, inputs, floats = f"callbacks.{name}", spec.get("activations"), format == "executorch"
+    if floats and quantize is not None and inputs == "static":
+        reason = f"{where}.activations is static and export.quantize is {quantize}, and {runtime.name} rounds to each token's own range"
+        raise _refused(reason, f"leave export.quantize out, or choose {where}.activations=dynamic", format)
+    if spec.get("layers") is not None or (floats and quantize is None and inputs != "dynamic"):
+        return
+    if spec.get("symmetric") is False:
+        reason = f"{where}.symmetric is False, and {runtime.name} multiplies by codes that are centred on 0"
+        raise _refused(reason, f"{OTHERS}, or leave it out", format)
+    if (spec.get("group") or 0) > 0:
+        reason = f"{where}.group is {spec['group']}, and {runtime.name} multiplies by rows that have one grid each"
+        raise _refused(reason, f"{OTHERS}, or {where}.group=0", format)
 
 
 def _check_installed(format: str, runtime: Runtime) -> None:

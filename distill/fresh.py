@@ -6,6 +6,7 @@ whatever libraries print does no harm.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+
+
+ERROR = re.compile(r"[\w.]+(Error|Exception|Exit): ")
 
 
 class ProcessError(Exception):
@@ -49,4 +53,5 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
         return f"it was killed by signal {-done.returncode}"
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return said[-1] if said else f"exit code {done.returncode}"
+    errors = [line for line in said if ERROR.match(line)]  # some libraries go on with advice
+    return (errors or said)[-1] if said else f"exit code {done.returncode}"

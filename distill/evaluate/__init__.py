@@ -27,14 +27,14 @@ SPLITS = ("train", "validation", "test")
 USAGE = """Measures a student, and its teacher where there is one: quality, fidelity, latency, throughput, memory, bytes on disk.
 
   python -m distill.evaluate run=FOLDER [key=value ...]                             a finished run; writes FOLDER/metrics.json
-  python -m distill.evaluate run=FOLDER runtimes=[torch,onnx_int8,...]              the student in runtimes; writes FOLDER/runtimes.json
+  python -m distill.evaluate run=FOLDER runtimes=torch,onnx_int8,...                the student in runtimes; writes FOLDER/runtimes.json
   python -m distill.evaluate recipe=NAME student=FOLDER [teacher=FOLDER] [...]      other models on a recipe's data; folders or names
 
 Keys and their defaults:
   split=test         train, validation or test
   output=            file for the metrics; run= with the test split writes metrics.json into the run folder
   runtimes=          torch, onnx, openvino, executorch; with how, as in torch_bf16, torch_compile, onnx_int8, onnx_static, openvino_bf16;
-                     [auto]: what is likely to be fast and is installed; the fastest that is correct is named
+                     auto: what is likely to be fast, is installed and can run the student; the fastest that is correct is named
   batch_size=        examples per batch; this key and those below: the recipe's, under evaluate
   bootstrap=         resamples behind each 95 % interval
   requests=          timed single requests
@@ -53,7 +53,7 @@ class Options:
     student: str | None = None
     split: str = "test"
     output: str | None = None
-    runtimes: list[str] | None = None
+    runtimes: Any = None
     batch_size: int | None = None
     bootstrap: int | None = None
     requests: int | None = None
@@ -138,7 +138,7 @@ def main() -> None:
     given = cli.options(Options, USAGE)
     run, names = described(given)
     if given.runtimes is not None:
-        in_runtimes(given, run, names, given.runtimes)
+        in_runtimes(given, run, names, given.runtimes.split(",") if isinstance(given.runtimes, str) else list(given.runtimes))
         return
     from distill.evaluate.measure import measure  # imports torch: only once the command line holds
 
@@ -158,12 +158,13 @@ def in_runtimes(given: Options, run: config.Run, names: dict[str, str], wanted: 
     """Measure the student in these runtimes, print and store."""
     from distill.evaluate import ways
 
-    wanted = ways.possible(run) if wanted == ["auto"] else wanted
+    automatic = wanted == ["auto"]
+    wanted = ways.possible(run) if automatic else wanted
     ways.check(run, wanted)
     from distill.evaluate import runtimes  # imports torch: only once the command line holds
 
     task, raw, _, tokenizer = prepared(run, names, given.split)
-    metrics = runtimes.measure(run, task, raw, tokenizer, names, wanted)
+    metrics = runtimes.measure(run, task, raw, tokenizer, names, wanted, tried=automatic)
     if given.output is not None:
         write(metrics, Path(given.output))
     elif given.run is not None and given.split == "test":

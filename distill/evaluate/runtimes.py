@@ -5,6 +5,8 @@ it; PyTorch is given the same tokens. One process times all, in turns; then each
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +16,7 @@ import torch
 from datasets import Dataset
 
 from distill import config, formats, fresh, models, packing
-from distill.errors import RunFailed
+from distill.errors import RunFailed, UserError
 from distill.evaluate import cost, quality, serve, status
 from distill.evaluate.measure import finite, spread, trimmed_tokenizer
 from distill.evaluate.ways import TORCH, export_of
@@ -28,21 +30,28 @@ CORRECT = 0.97  # share of the trained student's predictions that a way must kee
 Texts = list[list[str]]  # of each text one cell, or two for pairs
 
 
-def measure(run: config.Run, task: Task, raw: Dataset, tokenizer: Any, names: dict[str, str], runtimes: list[str]) -> dict[str, Any]:
+def measure(
+    run: config.Run, task: Task, raw: Dataset, tokenizer: Any, names: dict[str, str], runtimes: list[str], tried: bool = False
+) -> dict[str, Any]:
     """What each runtime is worth and costs on a raw split; `names` are folders of the teacher, where there is one, and of the student.
 
-    `baseline` is what ratios are against: the teacher, or else the student, by PyTorch in float32.
+    `baseline` is what ratios are against: the teacher, or else the student, by PyTorch in float32. `tried`: a runtime that fails is left
+    out, and said so; an error otherwise.
     """
     own = trimmed_tokenizer(names["student"], tokenizer) or tokenizer
     baseline = "teacher" if "teacher" in names else "student"
     with TemporaryDirectory() as temporary:
         reads = {"student": own, "teacher": tokenizer}
         forms = {who: _torch(task, reads[who], names[who], Path(temporary, f"{who}.json")) for who in reads if who in names}
-        for name in runtimes:
-            forms[name] = _as(name, forms["student"]) if name in TORCH else _export(run, task, own, names, name, Path(temporary))
         texts = texts_of(run, task, raw)
+        answers = {who: _alone(run, task, texts, form) for who, form in forms.items()}
         log.info("measuring %s", ", ".join(runtimes))
-        answers = {name: _alone(run, task, texts, form) for name, form in forms.items()}
+        for name in runtimes:
+            with left_out(name) if tried else nullcontext():
+                form = _as(name, forms["student"]) if name in TORCH else _export(run, task, own, names, name, Path(temporary))
+                answers[name] = _alone(run, task, texts, form)
+                forms[name] = form
+        runtimes = [name for name in runtimes if name in forms]
         clocked = {name: form for name, form in forms.items() if name in (baseline, *runtimes)}
         timed = _timed(run, [_read(task, own, cells) for cells in texts], clocked)
     found = {
@@ -52,6 +61,15 @@ def measure(run: config.Run, task: Task, raw: Dataset, tokenizer: Any, names: di
     }
     said = {"examples": len(raw), "baseline": baseline, "metric": task.primary, "runtimes": found, "fastest": fastest(found, runtimes)}
     return finite(said | {"machine": timed["machine"]})
+
+
+@contextmanager
+def left_out(name: str) -> Iterator[None]:
+    """A runtime that cannot hold or run the student is one less, with a word about it."""
+    try:
+        yield
+    except (UserError, RunFailed) as error:
+        log.warning("%s is left out: %s", name, error)
 
 
 def fastest(found: dict[str, Any], runtimes: list[str]) -> dict[str, str]:

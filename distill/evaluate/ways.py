@@ -23,7 +23,7 @@ HOW: dict[str, dict[str, str]] = {"": {}, "bf16": {"dtype": "bfloat16"}, **{how:
 def check(run: config.Run, names: list[str]) -> None:
     """UserError where a runtime is unknown or not installed, or cannot hold the student's techniques."""
     if not names or len(set(names)) < len(names):
-        raise UserError(f"runtimes is [{', '.join(names)}], but it must name each once: give runtimes=[torch,onnx]")
+        raise UserError(f"runtimes is [{', '.join(names)}], but it must name each once: give runtimes=torch,onnx")
     for name in names:
         check_one(run, name)
 

@@ -212,6 +212,9 @@ def law(run: config.Run, scale: float, exact: bool) -> tuple[float, float | None
         return 1.0, TOLERANCE * max(1.0, scale), "report it, or set export.format=dense"
     if run.export.dtype != "float32":
         return AGREEMENT, None, "leave export.dtype at float32"
-    format = str(run.export.format)
-    others = [each for each in formats.RUNTIMES[format].quantize if each != formats.quantize_of(format, run.export.quantize)]
-    return AGREEMENT_INT8, None, f"try export.quantize={' or '.join(others)}, leave it out, or train with distill.callbacks.Quantize"
+    format, quantize = str(run.export.format), formats.quantize_of(str(run.export.format), run.export.quantize)
+    if quantize is None:  # rounded as it was trained
+        return AGREEMENT_INT8, None, "set export.format=packed or dense"
+    others = [each for each in formats.RUNTIMES[format].quantize if each != quantize]
+    first = f"try export.quantize={' or '.join(others)}, leave it out" if others else "leave export.quantize out"
+    return AGREEMENT_INT8, None, f"{first}, or train with distill.callbacks.Quantize"

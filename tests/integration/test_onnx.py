@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -242,6 +243,20 @@ def nudge(draft):
     head = next(each for each in model.graph.initializer if each.name == "model.classifier.weight")
     head.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) * 1.01, head.name))
     onnx.save(model, draft / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("format", "quantize", "said"),
+    [
+        ("onnx", "int8", "^try export.quantize=static or weights, leave it out, or train with distill.callbacks.Quantize$"),
+        ("executorch", "int8", "^leave export.quantize out, or train with distill.callbacks.Quantize$"),
+        ("onnx", None, "^set export.format=packed or dense$"),
+    ],
+)
+def test_the_way_out_is_one_that_there_is(ready, format, quantize, said):
+    ready[0].export = config.Export(format=format, quantize=quantize)
+    needed, tolerance, way_out = served.law(ready[0], 1.0, exact=False)
+    assert (needed, tolerance) == (served.AGREEMENT_INT8, None) and re.match(said, way_out)
 
 
 def test_a_program_that_needs_torch_is_refused(ready, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from distill import config, formats, recipe
-from distill.errors import UserError
+from distill.errors import RunFailed, UserError
 from distill.evaluate import RUNTIMES, runtimes, serve, table, ways
 from tests.integration.commands import assert_one_sentence, call
 from tests.unit import tiny_runs
@@ -47,6 +47,32 @@ def test_what_is_likely_to_be_fast_is_tried_where_it_is_installed(monkeypatch):
     assert set(ways.possible(run)) == {*ways.AUTO}
     run.callbacks["q"] = {"_target_": "distill.callbacks.Quantize", "activations": "dynamic"}
     assert "torch_compile_int8" not in ways.possible(run)
+
+
+def test_what_is_tried_and_fails_is_left_out(tmp_path, monkeypatch, caplog):
+    run, task, raw, tokenizer, folder = tiny_runs.made(tmp_path, tiny_runs.classifier("no", "yes"))
+    names = {who: str(folder / who) for who in ("teacher", "student")}
+
+    def refused(run, task, tokenizer, names, name, temporary):
+        raise UserError(f"export.format is {name}, but it cannot hold this: leave it out")
+
+    def alone(run, task, texts, form):
+        if form["form"] == "torch_compile_bf16":
+            raise RunFailed("there is no compiler, but each must answer: leave it out")
+        return {"said": [[0.0, 1.0]] * len(texts), "costs": {}}
+
+    def timed(run, texts, forms):
+        return {"costs": {name: {"latency_p50_ms": 1.0, "examples_per_s": 1.0} for name in forms}, "machine": {}}
+
+    for name, double in (("_export", refused), ("_alone", alone), ("_timed", timed)):
+        monkeypatch.setattr(runtimes, name, double)
+    monkeypatch.setattr(runtimes, "_worth", lambda *given: {"agreement": {"value": 1.0}, "quality": {}})
+    wanted = ["torch", "torch_compile_bf16", "onnx"]
+    metrics = runtimes.measure(run, task, raw, tokenizer, names, wanted, tried=True)
+    assert list(metrics["runtimes"]) == ["teacher", "torch"] and metrics["fastest"] == {"latency": "torch", "throughput": "torch"}
+    assert "torch_compile_bf16 is left out: there is no compiler" in caplog.text and "onnx is left out: " in caplog.text
+    with pytest.raises(RunFailed, match="no compiler"):
+        runtimes.measure(run, task, raw, tokenizer, names, wanted)
 
 
 def test_the_fastest_must_be_correct():

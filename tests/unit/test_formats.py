@@ -155,6 +155,18 @@ def test_an_extra_asks_for_what_its_format_needs():
             ("onnx", "float32", None, 8),
             "callbacks.q.bits is 4, and onnxruntime multiplies by 8: set export.format=packed",
         ),
+        (quantizer(symmetric=False), ("onnx", "float32", None, 8), "callbacks.q.symmetric is False, and onnxruntime multiplies by codes"),
+        (quantizer(group=64), ("openvino", "float32", "int8", 8), "callbacks.q.group is 64, and openvino multiplies by rows"),
+        (
+            quantizer(symmetric=False, activations="dynamic"),
+            ("executorch", "float32", None, 8),
+            "callbacks.q.symmetric is False, and executorch",
+        ),
+        (
+            quantizer(activations="static"),
+            ("executorch", "float32", "int8", 8),
+            "callbacks.q.activations is static and export.quantize is int8, and executorch rounds .*: leave export.quantize out",
+        ),
         ({}, ("packed", "float32", "int8", 8), "export.quantize is int8, but that is for onnx, openvino, executorch"),
     ],
 )
@@ -168,6 +180,8 @@ def test_a_runtime_takes_a_student_that_was_quantized_in_training(monkeypatch):
     monkeypatch.setattr(formats, "installed", lambda package: "9999.1")
     formats.check(quantizer(bits=8, activations="static"), "onnx", "float32", "static", 8)
     formats.check(quantizer(bits=4, layers=["*word_embeddings"]), "onnx", "float32", None, 8)
+    formats.check(quantizer(symmetric=False, layers=["*word_embeddings"]), "onnx", "float32", None, 8)
+    formats.check(quantizer(symmetric=False, group=64, activations="static"), "executorch", "float32", None, 8)  # floats, then
     assert [formats.quantize_of(format, "int8") for format in formats.RUNTIMES] == ["dynamic", "static", "dynamic"]
 
 
