@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from distill import config, data, fit, models, pace, packing, ranks, store, targets
 from distill.callbacks import Quantize
 from distill.callbacks.base import Before, Compression, arranged, compressions, named
+from distill.callbacks.quantize import inputs
+from distill.compress.quantize import Spec
 from distill.compress.rebuild import loosened
 from distill.errors import UserError
 from distill.module import Distillation
@@ -102,13 +104,13 @@ def _answering(run: config.Run, teacher: PreTrainedModel | None) -> nn.Module | 
     return {"online": teacher, "hidden": teacher.get_output_embeddings()}.get(run.teacher.outputs)
 
 
-def _quantized(student: PreTrainedModel, callbacks: list[Callback]) -> list[str]:
-    """The tensors that the callbacks will quantize."""
-    names: list[str] = []
+def _quantized(student: PreTrainedModel, callbacks: list[Callback]) -> dict[str, Spec]:
+    """The tensors that the callbacks will quantize, and how."""
+    specs: dict[str, Spec] = {}
     for technique in (each for each in callbacks if isinstance(each, Quantize)):
         with named(technique.name):
-            names += technique.tensors(student)
-    return names
+            specs |= {name: technique.spec(inputs(layer)) for name, layer in technique.tensors(student).items()}
+    return specs
 
 
 def _save(student: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

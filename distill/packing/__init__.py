@@ -15,7 +15,7 @@
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,18 +24,30 @@ import torch
 from transformers import PreTrainedModel
 
 from distill import config, formats, models
+from distill.compress.quantize import Spec
+from distill.compress.quantized import holders
 from distill.errors import UserError
-from distill.packing import packed, served, torchao
+from distill.packing import coded, packed, served, torchao
 from distill.packing.after import calibration, chosen, quantize_now
 from distill.runtime.modeling import recorded
 from distill.tasks.base import Task
 
 
-def check(run: config.Run, student: PreTrainedModel, tensors: Iterable[str]) -> None:
+def check(run: config.Run, student: PreTrainedModel, tensors: Mapping[str, Spec]) -> None:
     """UserError, before training, where the recipe's format cannot hold this student with these tensors quantized."""
-    if run.export.format == "torchao":  # the other formats hold everything
-        later = chosen(student) if run.export.quantize is not None else ()
+    later = _later(student, run.export.quantize) if run.export.quantize is not None else ()
+    if run.export.format == "torchao":
         torchao.check_layers(student, [*tensors, *(f"{name}.weight" for name in later)])
+    if run.export.format in ("onnx", "openvino"):  # dense and packed hold everything, ExecuTorch what its own module leaves in floats
+        for name, spec in tensors.items():
+            coded.check(name, holders(student, name), spec, run.export.format)
+
+
+def _later(student: PreTrainedModel, quantize: str) -> Iterable[str]:
+    try:
+        return chosen(student)
+    except UserError as error:
+        raise UserError(f"export.quantize is {quantize}, but {str(error).rpartition(': ')[0]}: leave export.quantize out") from error
 
 
 def artefact(run: config.Run, task: Task, tokenizer: Any, student: Path, target: Path) -> None:

@@ -77,6 +77,7 @@ def test_a_finished_run_is_exported_again_from_any_folder(finished, tmp_path):
     assert "export" in out
 
 
+@pytest.mark.slow
 def test_a_recipe_of_the_user_s_own_and_a_sweep(tmp_path, finished):
     source = finished[1] / "recipe.yaml"
     (tmp_path / "recipes").mkdir()

@@ -63,6 +63,7 @@ def assert_identical(results, jobs):
             assert attempt["different"] == [], (name, attempt)
 
 
+@pytest.mark.slow
 def test_killed_in_any_stage_a_run_ends_with_the_same_bytes(tmp_path):
     assert_identical(killed(tmp_path, ORDINARY), ORDINARY)
 

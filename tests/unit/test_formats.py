@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 
 import distill
 from distill import config, export, formats, fresh, models, packing, recipe
+from distill.compress.quantize import Spec
 from distill.errors import UserError
 from distill.evaluate import cost
 from distill.packing import after, packed
@@ -83,6 +85,29 @@ def test_what_torchao_cannot_hold_is_refused_in_a_sentence(tmp_path, model_type,
     with pytest.raises(UserError, match=f"^export.format is torchao, but .*{said}.*: .*") as error:
         shipped(tmp_path, ready, format="torchao")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize(
+    ("spec", "said"), [({"bits": 4}, "4 bits"), ({"symmetric": False}, "an affine grid"), ({"group": 16}, "for each group")], ids=str
+)
+def test_grids_that_a_runtime_cannot_multiply_by_are_refused_before_training(tmp_path, format, spec, said):
+    run, _, _, _, folder = made(tmp_path, classifier("no", "yes"), "distilbert")
+    student = models.load(str(folder / "student"), None, classifier("no", "yes"), "student")
+    name = next(name for name, _ in student.named_parameters() if name.endswith("lin1.weight"))
+    run = replace(run, export=config.Export(format=format))
+    with pytest.raises(UserError, match=f"^export.format is {format}, but {name} has .*{said}.*: set"):
+        packing.check(run, student, {name: Spec(**spec)})
+    packing.check(run, student, {name: Spec(), "distilbert.embeddings.word_embeddings.weight": Spec(**spec)})
+
+
+def test_an_architecture_of_unknown_layers_is_not_quantized_after_training(tmp_path):
+    run, *_ = made(tmp_path, classifier("no", "yes"), "distilbert")
+    other = transformers.OPTForCausalLM(
+        transformers.OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, vocab_size=9)
+    )
+    with pytest.raises(UserError, match="^export.quantize is weights, but the architecture is opt.*: leave export.quantize out$"):
+        packing.check(replace(run, export=config.Export(format="onnx", quantize="weights")), other, {})
 
 
 def quantizer(**arguments):
