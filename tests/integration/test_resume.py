@@ -74,11 +74,13 @@ def test_killed_in_mid_epoch_a_technique_ends_with_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_mid_epoch_every_technique_ends_with_the_same_bytes(tmp_path):
     assert_identical(killed(tmp_path, ROWS), ROWS)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", LONGER)
 def test_killed_more_often_in_more_ways(name, tmp_path):
     jobs = {name: LONGER[name]}
