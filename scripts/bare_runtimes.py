@@ -42,24 +42,20 @@ def main() -> None:
     task, raw, tokenizer = export.prepared(run, folder)
     raw = raw.select(spread(len(raw), int(asked["texts"])))
     run = replace(run, evaluate=replace(run.evaluate, batch_size=1))
-    expected = own(task, tokenizer, folder / "student", given(run, task, raw, tokenizer))
+    texts = given(run, task, raw, tokenizer)
+    expected = own(task, tokenizer, folder / "student", texts)
     print("\n".join(line(cells) for cells in (TITLES, ["---"] * len(TITLES))), flush=True)
     for format in asked["formats"].split(","):
         run = replace(run, export=config.Export(format=format, quantize=asked.get("quantize")))  # type: ignore[arg-type]
         formats.check(run.callbacks, format, run.export.dtype, run.export.quantize, run.export.bits)
         with TemporaryDirectory() as temporary:
-            print(line(row(run, task, tokenizer, folder, cells_of(run, task, raw), expected, Path(temporary))), flush=True)
+            print(line(row(run, task, tokenizer, folder, texts.cells, expected, Path(temporary))), flush=True)
 
 
 def own(task: Task, tokenizer: Any, student: Path, asked: Given) -> list[int]:
     """What the student answers, by torch."""
     model = models.load(str(student), None, task, "student", tokenizer, strict=True)
     return [int(row_C.argmax()) for row_C in torch.cat(list(student_rows(task, model, asked.batches)))]
-
-
-def cells_of(run: config.Run, task: Task, raw: Any) -> list[list[str]]:
-    columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
-    return [[cell or "" for cell in cells] for cells in zip(*(raw[column] for column in columns), strict=True)]
 
 
 def row(

@@ -1,6 +1,6 @@
 """`Run.data` -> batches: a source is opened, cut into splits, tokenised once, and handed out in an order fixed by (seed, epoch)."""
 
-from distill.data.batches import BatchPlan, Examples, Loader, MicroBatch, idle, loader
+from distill.data.batches import BatchPlan, Examples, Loader, MicroBatch, by_example, idle, loader
 from distill.data.encoding import encode, fingerprint, labelled_only
 from distill.data.sources import open_source
 from distill.data.splits import load
@@ -10,6 +10,7 @@ __all__ = [
     "Examples",
     "Loader",
     "MicroBatch",
+    "by_example",
     "encode",
     "fingerprint",
     "idle",

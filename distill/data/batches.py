@@ -5,7 +5,7 @@ Several processes (`world`, of which each has a `rank`) share every micro-batch 
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
@@ -127,6 +127,11 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
         return examples[np.argsort(-self.lengths[examples], kind="stable")] if self.group_by_length else examples
 
 
+def by_example(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Columns, as `Task.encode` returns them -> examples, as `Task.collate` takes them."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 class Examples(torch_data.Dataset[Batch]):
     """Collates the examples of a micro-batch, and carries its normalisers and the teacher's cached outputs along."""
 
@@ -139,9 +144,7 @@ class Examples(torch_data.Dataset[Batch]):
         self.split = split.with_format(None)
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
-        columns: dict[str, list[Any]] = self.split[micro.indices]
-        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        batch = self.task.collate(examples, self.pad_id)
+        batch = self.task.collate(by_example(self.split[micro.indices]), self.pad_id)
         cached = None if self.teacher is None else taught.outputs(self.teacher[micro.indices])
         return batch._replace(teacher=cached, rows=float(micro.rows), tokens=float(micro.tokens))
 

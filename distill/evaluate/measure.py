@@ -242,6 +242,12 @@ def requests(task: Task, examples: Dataset, pad_id: int, settings: config.Evalua
     return [inputs(places) for places in singles], [inputs(places) for places in groups]
 
 
+def texts_of(run: config.Run, task: Task, raw: Dataset) -> list[list[str]]:
+    """The cells of every text, two for pairs; a language model continues the first column."""
+    columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
+    return [[cell or "" for cell in row] for row in zip(*(raw[column] for column in columns), strict=True)]
+
+
 def spread(size: int, count: int) -> list[int]:
     """`count` places, at most all, spread evenly over `size`."""
     count = min(count, size)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from distill import config, formats, fresh, models, packing
+from distill import config, data, formats, fresh, models, packing
 from distill.errors import RunFailed, UserError
 from distill.evaluate import cost, quality, serve, status
-from distill.evaluate.measure import finite, spread, trimmed_tokenizer
+from distill.evaluate.measure import finite, spread, texts_of, trimmed_tokenizer
 from distill.evaluate.ways import TORCH, export_of
 from distill.models.loading import ours
 from distill.packing import served
@@ -105,12 +105,6 @@ def _export(run: config.Run, task: Task, tokenizer: Any, names: dict[str, str], 
     return {"form": name, "folder": str(folder), "program": served.program(str(wanted.format), task.pipeline), "bytes": size}
 
 
-def texts_of(run: config.Run, task: Task, raw: Dataset) -> Texts:
-    """The cells of every text; a language model continues the first column."""
-    columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
-    return [[cell or "" for cell in row] for row in zip(*(raw[column] for column in columns), strict=True)]
-
-
 def _read(task: Task, tokenizer: Any, cells: list[str]) -> list[str]:
     """What the model reads of a text: what is cut off would be a cost of tokenising alone."""
     if task.pipeline != "text-classification":
@@ -152,8 +146,7 @@ def _worth(run: config.Run, task: Task, raw: Dataset, tokenizer: Any, said: list
     rows, reference = torch.tensor(said), torch.tensor(student)
     if task.pipeline == "text-generation":
         return _agreed(rows == reference) | {"quality": {}}
-    columns = task.encode(raw[:], tokenizer, run.data)
-    batch = task.collate([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], tokenizer.pad_token_id)
+    batch = task.collate(data.by_example(task.encode(raw[:], tokenizer, run.data)), tokenizer.pad_token_id)
     drawn = quality.bootstrap(task, task.outcomes(rows, batch), run.evaluate.bootstrap, run.seed)
     measured = {metric: each._asdict() for metric, each in drawn.intervals().items()}
     return _agreed(task.agreement(rows, reference)) | {"quality": measured}

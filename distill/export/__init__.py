@@ -113,12 +113,11 @@ def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folde
     stored = told["answers"].pop("stored")
     answers = _equal(run, task, texts, tokenizer, folder, student, stored)
     sizes = smaller(run, folder, draft)
-    latency = {"latency_p50_ms": _median_ms(stored)}
-    faster = {}
+    latency: dict[str, Any] = {"latency_p50_ms": _median_ms(stored)}
     for dtype, others in told["answers"].items():
-        agreement = _compared(run, task, texts, tokenizer, student, others, folder).agreement
-        if agreement >= AGREEMENT and _median_ms(others) < _median_ms(stored):
-            faster = {"faster": {"dtype": dtype, "latency_p50_ms": _median_ms(others), "agreement": agreement}}
+        if (spent := _median_ms(others)) < latency["latency_p50_ms"]:
+            agreement = _compared(run, task, texts, tokenizer, student, others, folder).agreement
+            latency |= {"faster": {"dtype": dtype, "latency_p50_ms": spent, "agreement": agreement}} if agreement >= AGREEMENT else {}
     how: dict[str, Any] = {
         "format": run.export.format,
         "dtype": run.export.dtype,
@@ -126,15 +125,7 @@ def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folde
         "code": _auto_map(draft) is not None,
     }
     how |= {"threads": run.evaluate.threads, "device": models.device_of(run), "versions": told["versions"]}
-    return {
-        "texts": len(texts),
-        **answers,
-        **sizes,
-        "bits_per_weight": 8 * weight_bytes(draft) / told["parameters"],
-        **latency,
-        **faster,
-        **how,
-    }
+    return {"texts": len(texts), **answers, **sizes, "bits_per_weight": 8 * weight_bytes(draft) / told["parameters"], **latency, **how}
 
 
 def _median_ms(answers: list[dict[str, Any]]) -> float:
@@ -144,17 +135,17 @@ def _median_ms(answers: list[dict[str, Any]]) -> float:
 def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
     """What the draft answers in a fresh process that cannot import this library."""
     from distill import models
+    from distill.evaluate.measure import texts_of
     from distill.export import proof
     from distill.models.loading import best_attention
     from distill.tasks.language import start_token
 
-    columns = run.data.text if task.pipeline == "text-classification" else run.data.text[:1]
     plain = run.export.format == "dense" and run.export.dtype == "float32" and not _rounds(draft)
     question = {
         "folder": str(draft.resolve()),
         "auto_class": task.auto_class,
         "pipeline": task.pipeline,
-        "texts": [[cell or "" for cell in row] for row in zip(*(texts[column] for column in columns), strict=True)],
+        "texts": texts_of(run, task, texts),
         "start": start_token(tokenizer),
         "max_length": task.max_length,
         "threads": run.evaluate.threads,

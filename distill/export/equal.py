@@ -7,6 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from distill.config import Data
+from distill.data import by_example
 from distill.models import logits
 from distill.tasks.base import Task
 from distill.tasks.language import start_token
@@ -52,9 +53,7 @@ def tied(student_NC: Tensor, export_NC: Tensor, near: float) -> Tensor:
 
 
 def _trained(task: Task, model: Any, tokenizer: Any, texts: Dataset, data: Data) -> Tensor:
-    columns = task.encode(texts[:], tokenizer, data)
-    examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    batches = (task.collate([example], tokenizer.pad_token_id) for example in examples)
+    batches = (task.collate([example], tokenizer.pad_token_id) for example in by_example(task.encode(texts[:], tokenizer, data)))
     return torch.cat(
         [logits(model, {key: value.to(model.device) for key, value in batch.inputs.items()}).float().cpu() for batch in batches]
     )

@@ -15,9 +15,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from distill import config, formats, fresh, models
+from distill.data import by_example
 from distill.evaluate import quality
 from distill.evaluate.cost import disk_bytes
-from distill.evaluate.measure import finite
+from distill.evaluate.measure import finite, texts_of
 from distill.export import equal, program
 from distill.export.laws import check_equal, failed, smaller
 from distill.packing import served
@@ -45,18 +46,17 @@ class Student(NamedTuple):
 class Given(NamedTuple):
     """What is asked: raw texts in batches of one size, and what the student reads of them."""
 
-    texts: Dataset
+    cells: list[list[str]]  # of each text
     size: int
     batches: list[Batch]
 
-    def cells(self, columns: list[str]) -> list[list[list[str]]]:
-        """The texts of each batch, one or two cells for each."""
-        rows = [[cell or "" for cell in row] for row in zip(*(self.texts[column] for column in columns), strict=True)]
-        return [rows[first : first + self.size] for first in range(0, len(rows), self.size)]
+    def batched(self) -> list[list[list[str]]]:
+        """The texts of each batch."""
+        return [self.cells[first : first + self.size] for first in range(0, len(self.cells), self.size)]
 
-    def shortest(self, column: str) -> list[tuple[str, list[int]]]:
+    def shortest(self) -> list[tuple[str, list[int]]]:
         """The first texts to be continued, with their tokens: there is the most room behind short ones."""
-        texts = [text for batch in self.cells([column]) for (text,) in batch]
+        texts = [text for (text,) in self.cells]
         read = (batch.inputs for batch in self.batches)
         tokens = [ids[mask.bool()].tolist() for each in read for ids, mask in zip(each["input_ids"], each["attention_mask"], strict=True)]
         return sorted(zip(texts, tokens, strict=True), key=lambda one: len(one[1]))[:CONTINUED]
@@ -87,12 +87,12 @@ def given(run: config.Run, task: Task, texts: Dataset, tokenizer: Any) -> Given:
     size = run.evaluate.batch_size
     parts = (texts.select(range(first, min(first + size, len(texts)))) for first in range(0, len(texts), size))
     read = _last if task.pipeline == "text-generation" else _examples
-    return Given(texts, size, [task.collate(read(task, part, tokenizer, run.data), tokenizer.pad_token_id) for part in parts])
+    batches = [task.collate(read(task, part, tokenizer, run.data), tokenizer.pad_token_id) for part in parts]
+    return Given(texts_of(run, task, texts), size, batches)
 
 
 def _examples(task: Task, texts: Dataset, tokenizer: Any, data: config.Data) -> list[dict[str, Any]]:
-    columns = task.encode(texts[:], tokenizer, data)
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return by_example(task.encode(texts[:], tokenizer, data))
 
 
 def _last(task: Task, texts: Dataset, tokenizer: Any, data: config.Data) -> list[dict[str, Any]]:
@@ -113,9 +113,9 @@ def answered(run: config.Run, task: Task, asked: Given, draft: Path) -> dict[str
     question = {
         "folder": str(draft.resolve()),
         "program": served.program(format, task.pipeline),
-        "batches": asked.cells(run.data.text[:1] if continues else run.data.text),
+        "batches": asked.batched(),
         "every": not continues,
-        "continued": [text for text, _ in asked.shortest(run.data.text[0])] if continues else [],
+        "continued": [text for text, _ in asked.shortest()] if continues else [],
         "most": MOST,
         "threads": run.evaluate.threads,
         "libraries": runtime.libraries,
@@ -152,7 +152,7 @@ def compared(
     known = Student(sum(tensor.numel() for tensor in model.parameters()), bool(record.get("activations")))
     if task.pipeline == "text-generation":
         agreed, apart = _same_next(student_BC, told, scale)
-        went_on = generated(model, [ids for _, ids in asked.shortest(run.data.text[0])], program["written"], scale)
+        went_on = generated(model, [ids for _, ids in asked.shortest()], program["written"], scale)
         return _said(agreed, apart, scale, len(told)) | {"quality": None, "generated": went_on}, known
     export_BC = torch.tensor([answer["logits"] for answer in told])
     tied_BC = equal.tied(student_BC, export_BC, equal.NEAR * scale / 2)
