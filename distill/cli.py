@@ -21,6 +21,7 @@ from distill.recipe import sentence
 T = TypeVar("T")
 
 ENVIRONMENT = {  # what the user has not set
+    "MKL_CBWR": "AUTO,STRICT",  # a product is the same wherever its operands lie in memory, as on AMD it is not by itself
     "OMP_WAIT_POLICY": "passive",  # threads that wait for others sleep: much faster where other processes want the cores too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # of maps that take moments
     "HF_HUB_VERBOSITY": "error",  # one sentence of ours says what could not be reached, not a line per attempt

@@ -8,6 +8,7 @@ os.environ |= {
     "HF_DATASETS_OFFLINE": "1",
     "WANDB_MODE": "disabled",
     "OMP_NUM_THREADS": "1",
+    "MKL_CBWR": "AUTO,STRICT",  # as the commands set it
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
     "HF_MODULES_CACHE": tempfile.mkdtemp(),  # code that travels with exports

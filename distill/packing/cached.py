@@ -18,6 +18,7 @@ from distill.runtime.modeling import recorded
 log = logging.getLogger("distill")
 
 PAST, PRESENT = "past_key_values", "present"
+ARGUMENTS = ("cache", "past_key_values")  # what a forward calls what it keeps: from transformers 5.24 on, and before
 NEAR = 1e-4  # of the largest logit: how close answers by steps must be to those at once
 NEAR_ROUNDED = 0.05  # where inputs of layers are rounded, to this level or its neighbour
 
@@ -55,20 +56,20 @@ class Steps(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.argument = model, _argument(model)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         input_ids, attention_mask, *states = inputs
         layers = [Before(keys, values) for keys, values in zip(states[::2], states[1::2], strict=True)]
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, states[0].shape[2] :]
-        options = {"position_ids": positions, "past_key_values": Cache(layers=[*layers]), "use_cache": True}
+        options = {"position_ids": positions, self.argument: Cache(layers=[*layers]), "use_cache": True}
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
         return logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))
 
 
 def states(model: PreTrainedModel) -> list[State]:
     """What the model keeps of a text, where it can be handed back to it; nothing where not, or where its answers then change."""
-    if not {"past_key_values", "position_ids", "use_cache"} <= inspect.signature(type(model).forward).parameters.keys():
+    if not {_argument(model), "position_ids", "use_cache"} <= _accepted(model):
         return []
     try:
         with torch.no_grad():
@@ -79,9 +80,17 @@ def states(model: PreTrainedModel) -> list[State]:
         return []
 
 
+def _accepted(model: PreTrainedModel) -> set[str]:
+    return set(inspect.signature(type(model).forward).parameters)
+
+
+def _argument(model: PreTrainedModel) -> str:
+    return next((name for name in ARGUMENTS if name in _accepted(model)), ARGUMENTS[0])
+
+
 def _kept(model: PreTrainedModel) -> list[State]:
     tokens = _tokens(model, 3)
-    cache = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True).past_key_values
+    cache = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)[_argument(model)]
     if not isinstance(cache, Cache) or not all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in cache.layers):
         return []
     named = ((f"{place}.{name}", getattr(layer, f"{name}s")) for place, layer in enumerate(cache.layers) for name in ("key", "value"))
