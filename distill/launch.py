@@ -5,6 +5,7 @@ nothing. It passes signals on, shows what the first rank prints, and ends with t
 failed first. Ranks notice its death by their stdin, which closes.
 """
 
+import atexit
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,24 @@ def follow() -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True, name="follow").start()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Do it; one of several processes then ends without taking Python down around the threads that served its connections.
+
+    A thread of gloo that lets go of its last tensor meanwhile would end the process by SIGABRT, with everything done.
+    """
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code or 0)
 
 
 class Rank:

@@ -143,4 +143,4 @@ def _as_ranks(run: Run, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

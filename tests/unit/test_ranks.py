@@ -282,6 +282,30 @@ def test_a_request_to_end_reaches_every_rank_once_and_waits_until_they_have_save
     assert alive(tmp_path) == []
 
 
+DROPPED = """
+import torch
+from datetime import timedelta
+from torch import distributed
+class Held(torch.Tensor): ...
+def main():
+    distributed.init_process_group("gloo", timeout=timedelta(minutes=1))
+    kept.append(distributed.group.WORLD)  # as models that are split keep it
+    for size in (10, 30_000_000): distributed.all_reduce(torch.zeros(size).as_subclass(Held), async_op=True)
+    distributed.destroy_process_group()
+    print("done")
+    sys.exit(rank * 3)
+kept = []
+launch.run(main)
+"""
+
+
+def test_a_connection_at_work_is_no_reason_to_fail(tmp_path):
+    """Python's own end would be one of SIGABRT: the thread that adds up has the last reference to a tensor."""
+    code, out, err = finished(tmp_path, DROPPED)
+    assert (code, out) == (3, "done\n")
+    assert "terminate called" not in err
+
+
 def test_success_shows_what_the_first_rank_printed_and_logged(tmp_path):
     code, out, err = finished(tmp_path, "print('table', rank)\nsay(f'log {rank}')\nif rank: say('distill: a note')")
     assert (code, out, err) == (0, "table 0\n", "log 0\n")
