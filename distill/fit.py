@@ -210,7 +210,8 @@ class Narrator(Callback):
         self.metric = metric
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        loss, score = (float(trainer.callback_metrics[name]) for name in ("train/loss", self.metric))
+        assert isinstance(module, Distillation)
+        loss, score = float(module.latest()["loss"]), float(trainer.callback_metrics[self.metric])
         said = f"step {trainer.global_step} of {trainer.max_steps}: loss {loss:.4f}, {self.metric} {score:.4f}"
         bar = trainer.progress_bar_callback
         if isinstance(bar, Bar):

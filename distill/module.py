@@ -52,6 +52,7 @@ class Distillation(L.LightningModule):
         self._factors = self.chunked and isinstance(teacher, PreTrainedModel) and ends_in_head(teacher)
         self._divergence = divergence(task, loss)
         self._parts: dict[str, Tensor] = {}  # of the optimizer step under way
+        self._latest: dict[str, Tensor] = {}  # of the last one
         self._outcomes: list[dict[str, Tensor]] = []
         self._attach()
 
@@ -142,19 +143,32 @@ class Distillation(L.LightningModule):
             return rows(self._teacher[0], batch.inputs, self._pick(batch), self.classes, self._factors)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        summed = ranks.total(torch.stack([value.float() for value in self._parts.values()]))
-        values = dict(zip(self._parts, summed, strict=True)) | {"lr": torch.tensor(optimizer.param_groups[0]["lr"])}
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
-        self._parts = {}
+        self._latest, self._parts = self._parts, {}
+        if self._logged():
+            values = self.latest() | {"lr": torch.tensor(optimizer.param_groups[0]["lr"])}
+            self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
+
+    def latest(self) -> dict[str, Tensor]:
+        """The loss of the last optimizer step and its parts, over all ranks, which must all ask."""
+        return dict(zip(self._latest, ranks.total(torch.stack([value.float() for value in self._latest.values()])), strict=True))
+
+    def _logged(self) -> bool:
+        """Whether loggers write this optimizer step down: Lightning takes 2 ms for a step's values even where nobody does."""
+        number = self.trainer.global_step + 1
+        return number % self.trainer.log_every_n_steps == 0 or number >= self.steps  # type: ignore[attr-defined]
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip here: the Trainer's own clipping refuses a fused optimizer under mixed precision, and multiplies where nothing is cut."""
-        parameters, most = list(self.parameters()), self.settings.clip
+        most, logged = self.settings.clip, self._logged()
+        if most is None and not logged:
+            return
+        parameters = list(self.parameters())
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         whole = sharding.whole(norm)
         if most is not None and (whole.is_cuda or not whole <= most):  # a GPU is not asked: it would have to be waited for
             nn.utils.clip_grads_with_norm_(parameters, most, norm)
-        self.log("train/grad_norm", whole, batch_size=1)
+        if logged:
+            self.log("train/grad_norm", whole, batch_size=1)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         rows_NC = self.task.rows(logits(self.student, batch.inputs), batch)[:, : self.classes]

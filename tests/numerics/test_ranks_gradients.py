@@ -87,6 +87,7 @@ def trained(case, strategy="auto"):
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        log_every_n_steps=1,
     )
     with fit.quiet():
         trainer.fit(module, train, look)
