@@ -119,6 +119,8 @@ def _load_best(module: Distillation, folder: Path, best: "Best", rate: str) -> i
 
 
 def _trainer(settings: config.Trainer, steps: int, train: Loader, **options: Any) -> L.Trainer:
+    # `deterministic` would have it: NaN first in all memory that is about to be written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     trainer = L.Trainer(
         **sharding.strategy(settings),
         precision=precision(settings),  # type: ignore[arg-type]
