@@ -212,9 +212,9 @@ class Narrator(Callback):
         self.metric = metric
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, Distillation)
-        loss, score = float(module.latest()["loss"]), float(trainer.callback_metrics[self.metric])
-        said = f"step {trainer.global_step} of {trainer.max_steps}: loss {loss:.4f}, {self.metric} {score:.4f}"
+        values = {name: trainer.callback_metrics[name] for name in ("train/loss", self.metric) if name in trainer.callback_metrics}
+        told = ", ".join(f"{name.removeprefix('train/')} {float(value):.4f}" for name, value in values.items())
+        said = f"step {trainer.global_step} of {trainer.max_steps}: {told}"
         bar = trainer.progress_bar_callback
         if isinstance(bar, Bar):
             bar.say(said)

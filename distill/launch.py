@@ -84,17 +84,27 @@ def run(main: Callable[[], None]) -> None:
 
     A thread of gloo that lets go of its last tensor meanwhile would end the process by SIGABRT, with everything done.
     """
-    code: Any = 0
+    error: BaseException | None = None
     try:
         main()
-    except SystemExit as ended:
-        code = ended.code
-    if "RANK" not in os.environ:
-        sys.exit(code)
+    except BaseException as raised:  # noqa: BLE001  # whatever it is, the end is the same
+        error = raised
+    if "RANK" in os.environ:
+        _leave(error)
+    if error is not None:
+        raise error
+
+
+def _leave(error: BaseException | None) -> None:
+    """End as Python does after this error, but at once."""
+    code: Any = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error is not None and not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code or 0)
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 class Rank:

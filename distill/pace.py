@@ -26,18 +26,21 @@ log = logging.getLogger(__name__)
 WARM = 20  # optimizer steps after which nothing is compiled any more, and of which none is timed
 TIMED = 200  # steps that are, at the most
 TRIM, MMAP = -1, -3  # of malloc.h: from how many bytes on freed memory goes back to the system at once
-LARGE = 1 << 30
+LARGE, LARGE_ONCE = 1 << 30, 1 << 25  # the most that glibc takes since 2.35, and that it took before
 
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    """Keep what a step frees for the next one: glibc hands large blocks back, and the system must then fill new ones with zeros."""
+    """Keep what a step frees for the next one: glibc hands large blocks back, and the system must then fill new ones with zeros.
+
+    What is free at the end is given back; blocks that come later are kept as well.
+    """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
-    for setting in (TRIM, MMAP):
-        libc.mallopt(setting, LARGE)
+    if any(libc.mallopt(MMAP, size) for size in (LARGE, LARGE_ONCE)):
+        libc.mallopt(TRIM, LARGE)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill import config, data, fit, models, pace, packing, ranks, store, targets
+from distill import config, data, fit, models, pace, packing, ranks, sharding, store, targets
 from distill.callbacks import Quantize
 from distill.callbacks.base import Before, Compression, arranged, compressions, named
 from distill.callbacks.quantize import inputs
@@ -74,10 +74,10 @@ def distil(
     student.config.architectures = [type(student).__name__]  # as saving it does: checkpoints before and after that are alike
     learned = useful(examples["train"], task, run)
     train, validation = fit.loaders(run, learned, examples["validation"], task, tokenizer.pad_token_id)
-    packing.check(run, student, _quantized(student, callbacks))
+    packing.check(run, student, tokenizer, *_quantized(student, callbacks))
     steps = fit.steps(run.trainer, train.plan.steps)
     module = Distillation(task, student, _answering(run, teacher), run.loss, run.optimizer, steps, classes)
-    if module.chunked:
+    if module.chunked and not sharding.wanted(run.trainer) and fit.precision(run.trainer) != "16-mixed":
         log.info("logits are computed some at a time, the loss and its gradients with them")
     log.info("training the student on %d examples, %d steps, %s", len(learned), steps, fit.precision(run.trainer))
     techniques = compressions(callbacks)
@@ -104,13 +104,16 @@ def _answering(run: config.Run, teacher: PreTrainedModel | None) -> nn.Module | 
     return {"online": teacher, "hidden": teacher.get_output_embeddings()}.get(run.teacher.outputs)
 
 
-def _quantized(student: PreTrainedModel, callbacks: list[Callback]) -> dict[str, Spec]:
-    """The tensors that the callbacks will quantize, and how."""
+def _quantized(student: PreTrainedModel, callbacks: list[Callback]) -> tuple[dict[str, Spec], set[str]]:
+    """The tensors that the callbacks will quantize, and how; those whose layers will round their inputs to each token's range."""
     specs: dict[str, Spec] = {}
+    rounded: set[str] = set()
     for technique in (each for each in callbacks if isinstance(each, Quantize)):
         with named(technique.name):
-            specs |= {name: technique.spec(inputs(layer)) for name, layer in technique.tensors(student).items()}
-    return specs
+            found = {name: technique.spec(inputs(layer)) for name, layer in technique.tensors(student).items()}
+        specs |= found
+        rounded |= {*found} if technique.activations == "dynamic" else set()
+    return specs, rounded
 
 
 def _save(student: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -74,10 +74,13 @@ def watched(work: Callable[[], Any]) -> tuple[Any, float, int, int]:
 
 def stages(size: int, folder: Path, changes: dict[str, str]) -> Iterator[tuple[str, float, int, int]]:
     """Name, seconds and memory of each stage."""
+    import torch
     from measured import composed, prepared
 
     from distill import student, teacher
     from distill.tracking import Tracker
+
+    torch.set_num_threads(1)
 
     given = {f"teacher.config.{key}": value for key, value in TINY.items()} | RECIPE | changes
     run = composed({"data.source": str(folder / "corpus"), **given})

@@ -12,6 +12,7 @@ Seconds are those of the process's one thread on a CPU, wall time on a GPU, wher
 
 import os
 import pty
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class Timed(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == 0:
             self.began = seconds(self.device)
-        if trainer.global_step == WARM:
+        if trainer.global_step == WARM and not self.start:
             self.start = seconds(self.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -91,7 +92,8 @@ class Bench:
         return self.of(run, self.labelled, self.labelled.examples["train"], "plain")
 
     def bare(self) -> float:
-        """The same steps with nothing but PyTorch around them."""
+        """The same steps with nothing but PyTorch around them, as it is by itself: not held to the same bits in every run."""
+        torch.use_deterministic_algorithms(False)
         run, steps = self.run, WARM + self.steps
         assert self.tutor is not None
         learner, _ = student.build(run, self.made.task, self.made.tokenizer, self.tutor.float())
@@ -187,6 +189,8 @@ def _drained(terminal: int) -> None:
 def main() -> None:
     own, changes = options({"steps": 25, "rounds": 5, "compile": 0, "peak": 0.0})
     run = composed(changes)
+    if run.trainer.accumulate > 1:
+        sys.exit("trainer.accumulate must be 1 here: the bare loop takes whole batches")
     device = models.device_of(run)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(run, Path(folder), own["steps"], device)

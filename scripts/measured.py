@@ -13,8 +13,9 @@ import torch
 from datasets import DatasetDict
 from omegaconf import OmegaConf
 
-from distill import config, data, fit, models, recipe, targets
+from distill import cli, config, data, fit, models, recipe, targets
 
+os.environ |= cli.ENVIRONMENT | os.environ  # as the commands have it
 SILENT = {"tracking.wandb": "disabled", "trainer.progress": False}
 
 

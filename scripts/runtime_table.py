@@ -13,7 +13,8 @@ from typing import Any
 
 from distill.evaluate import RUNTIMES, table
 
-WANTED = "torch,torch_bf16,torch_compile,onnx,onnx_int8,onnx_static,openvino,openvino_int8,executorch,executorch_int8"
+FORMS = "torch,torch_bf16,torch_compile_bf16,torch_compile_int8"
+WANTED = f"{FORMS},onnx,onnx_int8,onnx_static,openvino,openvino_int8,executorch,executorch_int8"
 
 
 def main() -> None:
@@ -26,7 +27,8 @@ def main() -> None:
 def measured(folder: Path, wanted: str, options: dict[str, str]) -> dict[str, Any]:
     """runtimes.json of a run, made where it holds other runtimes or none."""
     file = folder / RUNTIMES
-    if not file.is_file() or [name for name in json.loads(file.read_text())["runtimes"] if name != "teacher"] != wanted.split(","):
+    known = json.loads(file.read_text()) if file.is_file() else {"runtimes": {}, "baseline": None}
+    if [name for name in known["runtimes"] if name != known["baseline"]] != wanted.split(","):
         arguments = [f"run={folder}", f"runtimes=[{wanted}]", *(f"{key}={value}" for key, value in options.items())]
         subprocess.run([sys.executable, "-m", "distill.evaluate", *arguments], check=True, stdout=sys.stderr)
     return json.loads(file.read_text())

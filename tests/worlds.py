@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from datasets import DatasetDict
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
 
 from distill import config, data, models, recipe, targets
@@ -96,6 +97,21 @@ def few(**changes: Any) -> World:
     made = world(**changes)
     made.examples["train"] = made.examples["train"].select(range(64))
     return made
+
+
+class Rows(Logger):
+    """What a Trainer has its loggers write, row by row."""
+
+    name = version = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, Any]] = []
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append({**metrics, "step": step})
 
 
 def trainer(steps: int, *callbacks: Any, **options: Any) -> L.Trainer:

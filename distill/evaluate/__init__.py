@@ -138,7 +138,7 @@ def main() -> None:
     given = cli.options(Options, USAGE)
     run, names = described(given)
     if given.runtimes is not None:
-        in_runtimes(given, run, names, given.runtimes.split(",") if isinstance(given.runtimes, str) else list(given.runtimes))
+        in_runtimes(given, run, names, _listed(given.runtimes))
         return
     from distill.evaluate.measure import measure  # imports torch: only once the command line holds
 
@@ -152,6 +152,11 @@ def main() -> None:
         write(metrics | {key: earlier[key] for key in OF_TRAINING if key in earlier}, folder)
         report(metrics, folder)
     show(metrics)
+
+
+def _listed(given: Any) -> list[str]:
+    """`a,b` or `[a,b]`, as a command line has them."""
+    return [str(name) for name in (given if isinstance(given, list) else str(given).split(","))]
 
 
 def in_runtimes(given: Options, run: config.Run, names: dict[str, str], wanted: list[str]) -> None:

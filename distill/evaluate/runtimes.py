@@ -1,7 +1,7 @@
 """A student in the runtimes that could serve it, beside its teacher: bytes, agreement, quality, latency, throughput, memory.
 
 A runtime gets the student through its own export, written for the measurement, and answers raw texts by the program that travels with
-it; PyTorch is given the same tokens. One process times all, in turns; then each says, alone in a process, what it answers and needs.
+it; PyTorch is given the same tokens. Each says, alone in a process, what it answers and needs; then one process times all, in turns.
 """
 
 import logging
@@ -49,7 +49,7 @@ def measure(
         for name in runtimes:
             with left_out(name) if tried else nullcontext():
                 form = _as(name, forms["student"]) if name in TORCH else _export(run, task, own, names, name, Path(temporary))
-                answers[name] = _alone(run, task, texts, form)
+                answers[name] = answers["student"] if form == forms["student"] else _alone(run, task, texts, form)
                 forms[name] = form
         runtimes = [name for name in runtimes if name in forms]
         clocked = {name: form for name, form in forms.items() if name in (baseline, *runtimes)}
@@ -84,7 +84,8 @@ def fastest(found: dict[str, Any], runtimes: list[str]) -> dict[str, str]:
 def _torch(task: Task, tokenizer: Any, name: str, file: Path) -> dict[str, Any]:
     """A model as transformers loads it, and the tokenizer that a runtime's program would have."""
     folder = models.files(name, "model")
-    served.tokenizer_of(task, tokenizer, "torch").save(str(file))
+    served.check_fast(tokenizer, "runtimes is given")
+    served.tokenizer_of(task, tokenizer).save(str(file))
     options = {"auto_class": task.auto_class, "coded": ours(folder), "tokenizer": str(file)}
     return {"form": "torch", "folder": str(folder.resolve()), "program": None, "bytes": cost.weight_bytes(folder)} | options
 

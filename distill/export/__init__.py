@@ -38,7 +38,7 @@ USAGE = """Exports the student of a finished run as a folder that plain transfor
   python -m distill.export run=FOLDER [key=value ...]     a finished run; writes FOLDER/export
   python -m distill.export packed=FOLDER to=FOLDER        an export of format=packed, as a folder of ordinary weights
 
-Keys, which default to the recipe's, under export:
+Keys, which default to the recipe's, under export; beside format= to what is usual for it:
   format=            dense: one float a weight; torchao: int8, loads where torchao is installed; packed: 2 to 8 bits a weight
                      onnx, openvino, executorch: for these runtimes, without torch and transformers
   dtype=             of what is stored unquantized: float32, bfloat16, float16
@@ -243,7 +243,8 @@ def main() -> None:
     folder = evaluate.finished(given.run)
     run = recipe.load_recipe(str(folder / "recipe.yaml"))
     chosen = {key.name: getattr(given, key.name) for key in fields(config.Export) if getattr(given, key.name) is not None}
-    run = replace(run, export=replace(run.export, **({"format": run.export.format or "dense"} | chosen)))
+    asked = run.export if given.format is None else config.Export(examples=run.export.examples)
+    run = replace(run, export=replace(asked, **({"format": asked.format or "dense"} | chosen)))
     formats.check(run.callbacks, run.export.format, run.export.dtype, run.export.quantize, run.export.bits)
     task, texts, tokenizer = prepared(run, folder)
     artefact = export(run, task, texts, tokenizer, folder, evaluate.read(folder))

@@ -71,7 +71,7 @@ def prove(run: config.Run, task: Task, texts: Dataset, tokenizer: Any, folder: P
     except UnusableError as error:
         raise failed("loadable", str(error), "its program must run on its runtime alone", folder) from error
     found, model = compared(run, task, tokenizer, folder / "student", asked, told)
-    needed, tolerance, way_out = law(run, found["max_logit"], exact=quantize is None and run.export.dtype == "float32" and not model.rounds)
+    needed, tolerance, way_out = law(run, found["max_logit"], model.rounds)
     check_equal(found["agreement"], found["max_difference"], needed, tolerance, folder, way_out)
     if found.get("generated"):
         check_generated(found["generated"], needed, folder, way_out)
@@ -206,13 +206,16 @@ def _quality(run: config.Run, task: Task, rows_BC: Tensor, batches: list[Batch])
     return {metric: [finite(edge) for edge in each] for metric, each in found.items()}
 
 
-def law(run: config.Run, scale: float, exact: bool) -> tuple[float, float | None, str]:
-    """The least agreement, the largest difference (null: any), and what to do where they do not hold."""
-    if exact:
+def law(run: config.Run, scale: float, rounds: bool) -> tuple[float, float | None, str]:
+    """The least agreement, the largest difference (null: any), and what to do where they do not hold.
+
+    `rounds`: the student's inputs of layers are rounded as they were in training.
+    """
+    if run.export.dtype == "float32" and run.export.quantize is None and not rounds:
         return 1.0, TOLERANCE * max(1.0, scale), "report it, or set export.format=dense"
-    if run.export.dtype != "float32":
-        return AGREEMENT, None, "leave export.dtype at float32"
     format, quantize = str(run.export.format), formats.quantize_of(str(run.export.format), run.export.quantize)
+    if not rounds and quantize is None:
+        return AGREEMENT, None, "leave export.dtype at float32"
     if quantize is None:  # rounded as it was trained
         return AGREEMENT_INT8, None, "set export.format=packed or dense"
     others = [each for each in formats.RUNTIMES[format].quantize if each != quantize]

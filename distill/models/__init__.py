@@ -11,7 +11,7 @@
 """
 
 from distill.models.architectures import attention_projections, blocks, embeddings
-from distill.models.forward import device_of, dtype_of, ends_in_head, fast_in_bf16, logits, on, projected, rows, states
+from distill.models.forward import accepted, device_of, dtype_of, ends_in_head, fast_in_bf16, logits, on, projected, rows, states
 from distill.models.loading import complete, files, load, save
 from distill.models.preflight import (
     adopt_labels,
@@ -20,6 +20,7 @@ from distill.models.preflight import (
     check_length,
     check_tokens,
     fingerprint,
+    positions,
     shared_vocabulary,
     tokens,
     width,
@@ -29,6 +30,7 @@ from distill.models.tokenizers import load_tokenizer, tokenizer_for, train_token
 
 __all__ = [
     "Account",
+    "accepted",
     "adopt_labels",
     "attention_projections",
     "blocks",
@@ -50,6 +52,7 @@ __all__ = [
     "load_tokenizer",
     "logits",
     "on",
+    "positions",
     "projected",
     "rows",
     "save",

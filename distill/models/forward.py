@@ -53,7 +53,7 @@ def on(device: str, *models: Any) -> Iterator[None]:
 
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The model's logits, (B, C) or (B, L, C). Inputs that it does not know (token types, for DistilBERT) are left out."""
-    known = _parameters(type(model).forward)
+    known = accepted(model)
     options = {"use_cache": False} if "use_cache" in known else {}
     return model(**{name: tensor for name, tensor in inputs.items() if name in known}, **options).logits
 
@@ -105,6 +105,11 @@ def _answering(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Itera
         yield
     finally:
         del module.forward
+
+
+def accepted(model: nn.Module) -> frozenset[str]:
+    """The names of what its forward takes."""
+    return _parameters(type(model).forward)
 
 
 @lru_cache

@@ -15,7 +15,7 @@
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,20 +27,29 @@ from distill import config, formats, models
 from distill.compress.quantize import Spec
 from distill.compress.quantized import holders
 from distill.errors import UserError
-from distill.packing import coded, packed, served, torchao
+from distill.packing import coded, executorch, packed, served, torchao
 from distill.packing.after import calibration, chosen, quantize_now
-from distill.runtime.modeling import recorded
+from distill.runtime.modeling import LINEAR, recorded
 from distill.tasks.base import Task
 
 
-def check(run: config.Run, student: PreTrainedModel, tensors: Mapping[str, Spec]) -> None:
-    """UserError, before training, where the recipe's format cannot hold this student with these tensors quantized."""
-    later = _later(student, run.export.quantize) if run.export.quantize is not None else ()
-    if run.export.format == "torchao":
+def check(run: config.Run, student: PreTrainedModel, tokenizer: Any, tensors: Mapping[str, Spec], rounded: Collection[str] = ()) -> None:
+    """UserError, before training, where the recipe's format cannot hold this student with these tensors quantized.
+
+    `rounded`: those of them whose layers round their inputs to each token's own range.
+    """
+    format, quantize = str(run.export.format), run.export.quantize
+    later = _later(student, quantize) if quantize is not None else ()
+    if format in formats.RUNTIMES:
+        served.check(format, student, tokenizer)
+    if format == "torchao":
         torchao.check_layers(student, [*tensors, *(f"{name}.weight" for name in later)])
-    if run.export.format in ("onnx", "openvino"):  # dense and packed hold everything, ExecuTorch what its own module leaves in floats
-        for name, spec in tensors.items():
-            coded.check(name, holders(student, name), spec, run.export.format)
+    for name, spec in tensors.items():  # dense and packed hold everything
+        layers = holders(student, name)
+        if format in ("onnx", "openvino"):
+            coded.check(name, layers, spec, format)
+        if format == "executorch" and (quantize is not None or name in rounded) and isinstance(layers[0], LINEAR):
+            executorch.check(name, spec)  # any other layer stays in floats
 
 
 def _later(student: PreTrainedModel, quantize: str) -> Iterable[str]:

@@ -3,7 +3,6 @@
 B = texts, N = new tokens, P = tokens before them, H = heads of keys, W = their width.
 """
 
-import inspect
 import logging
 from typing import NamedTuple
 
@@ -69,7 +68,7 @@ class Steps(nn.Module):
 
 def states(model: PreTrainedModel) -> list[State]:
     """What the model keeps of a text, where it can be handed back to it; nothing where not, or where its answers then change."""
-    if not {_argument(model), "position_ids", "use_cache"} <= _accepted(model):
+    if not {_argument(model), "position_ids", "use_cache"} <= models.accepted(model):
         return []
     try:
         with torch.no_grad():
@@ -80,17 +79,13 @@ def states(model: PreTrainedModel) -> list[State]:
         return []
 
 
-def _accepted(model: PreTrainedModel) -> set[str]:
-    return set(inspect.signature(type(model).forward).parameters)
-
-
 def _argument(model: PreTrainedModel) -> str:
-    return next((name for name in ARGUMENTS if name in _accepted(model)), ARGUMENTS[0])
+    return next((name for name in ARGUMENTS if name in models.accepted(model)), ARGUMENTS[0])
 
 
 def _kept(model: PreTrainedModel) -> list[State]:
     tokens = _tokens(model, 3)
-    cache = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)[_argument(model)]
+    cache = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True).get(_argument(model))
     if not isinstance(cache, Cache) or not all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in cache.layers):
         return []
     named = ((f"{place}.{name}", getattr(layer, f"{name}s")) for place, layer in enumerate(cache.layers) for name in ("key", "value"))

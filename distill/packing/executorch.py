@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from distill.compress.quantize import Spec, codes
 from distill.errors import RunFailed, UserError
-from distill.models.forward import logits
 from distill.packing.after import chosen
-from distill.packing.served import inputs_of
+from distill.packing.served import Answers, inputs_of
 from distill.packing.torchao import PER_TOKEN
 from distill.runtime.modeling import RoundedConv1D, recorded, round_input
 from distill.tasks.base import Task
@@ -82,12 +81,17 @@ def put_codes(model: PreTrainedModel, quantize: str | None) -> None:
             model.set_submodule(name, CodedEmbedding(layer.weight, spec, name))
 
 
+def check(name: str, spec: Spec) -> None:
+    """UserError where XNNPACK cannot multiply integers by codes of this grid."""
+    if spec.method != "linear" or not spec.symmetric or spec.group > 0:
+        raise _refused(f"{name} is quantized with {spec.as_dict()}, and XNNPACK multiplies by symmetric rows only")
+
+
 def int8(weight_OI: Tensor, spec: Spec, name: str) -> Tensor:
     """The weight of a linear layer as torchao's tensor of 8-bit integers, which ExecuTorch reads; fewer bits take as much."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    if spec.method != "linear" or not spec.symmetric or spec.group > 0:
-        raise _refused(f"{name} is quantized with {spec.as_dict()}, and XNNPACK multiplies by symmetric rows only")
+    check(name, spec)
     (rows, columns), (codes_OI, parts) = weight_OI.shape, codes(weight_OI, spec)
     integers_OI, zero_O1 = (codes_OI.short() - spec.levels // 2).to(torch.int8), torch.zeros(rows, 1, dtype=torch.int8)
     return IntxUnpackedToInt8Tensor(integers_OI, by_row(parts["scale"], rows), zero_O1, torch.int8, (1, columns), torch.float32, PER_TOKEN)
@@ -125,17 +129,6 @@ class CodedEmbedding(nn.Module):
         return look_up(self.codes, self.scale, self.zero, low, -low - 1, input)
 
 
-class Answering(nn.Module):
-    """Inputs by their place -> logits."""
-
-    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return logits(self.model, dict(zip(self.names, inputs, strict=True)))
-
-
 def _lowered(model: PreTrainedModel, task: Task, tokenizer: Any) -> Any:
     """The program, of any number of texts and tokens up to what its memory is planned for; RunFailed where an operator is unknown."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -149,9 +142,7 @@ def _lowered(model: PreTrainedModel, task: Task, tokenizer: Any) -> Any:
     sample = torch.ones(2, min(8, task.max_length), dtype=torch.long).tril(1)  # not all of it counts
     sizes = {0: torch.export.Dim("batch", min=1, max=most), 1: torch.export.Dim("tokens", min=1, max=task.max_length)}
     try:
-        exported = torch.export.export(
-            Answering(model, names), tuple(sample.clone() for _ in names), dynamic_shapes=((sizes,) * len(names),)
-        )
+        exported = torch.export.export(Answers(model, names), tuple(sample.clone() for _ in names), dynamic_shapes=((sizes,) * len(names),))
         return to_edge_transform_and_lower(
             exported, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=False)
         ).to_executorch()

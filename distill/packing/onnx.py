@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import models
 from distill.errors import UserError
 from distill.packing import after, cached, coded, norms
-from distill.packing.served import inputs_of
+from distill.packing.served import Answers, inputs_of
 from distill.runtime.modeling import recorded
 from distill.tasks.base import Task
 
@@ -75,17 +74,6 @@ def integers(model: PreTrainedModel, quantize: str | None, calibration: list[dic
     if quantize in (None, "static"):
         inputs |= {name: coded.rounding(None, span, trained=True) for name, span in ranges.items()}
     coded.replace(model, weights, inputs, format)
-
-
-class Answers(nn.Module):
-    """Named inputs -> logits, as a graph has them."""
-
-    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return models.logits(self.model, dict(zip(self.names, inputs, strict=True)))
 
 
 class Sketch(NamedTuple):

@@ -1,15 +1,15 @@
 """A student -> the folder that a runtime answers from: the model by its format's module, the tokenizer and what labels mean."""
 
-import inspect
 import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, processors
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import config, formats
+from distill import config, formats, models
 from distill.errors import UserError
 from distill.packing.after import calibration
 from distill.tasks.base import Task
@@ -19,10 +19,30 @@ PROGRAMS = Path(__file__).parent / "programs"
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # as OpenVINO calls them
 
 
+def check(format: str, student: PreTrainedModel, tokenizer: Any) -> None:
+    """UserError where a program without transformers could not ask the student as training does."""
+    if "attention_mask" not in models.accepted(student):
+        raise UserError(
+            f"export.format is {format}, but a {type(student).__name__} takes no attention_mask, and its program pads texts: "
+            "set export.format=dense"
+        )
+    check_fast(tokenizer, f"export.format is {format}")
+
+
+def check_fast(tokenizer: Any, asked: str) -> None:
+    """UserError where only transformers can run the tokenizer; `asked` is what wants another to."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{asked}, but the tokenizer is {type(tokenizer).__name__}, which only transformers can run: "
+            "use a fast tokenizer, or set export.format=dense"
+        )
+
+
 def save(run: config.Run, task: Task, tokenizer: Any, student: PreTrainedModel, target: Path) -> None:
     """The model file, tokenizer.json and config.json. `export.quantize` is applied here, as the runtime computes."""
     settings, format = run.export, str(run.export.format)
-    told = tokenizer_of(task, tokenizer, format)
+    check(format, student, tokenizer)
+    told = tokenizer_of(task, tokenizer)
     pairs = task.pipeline == "text-classification" and len(run.data.text) == 2 and "token_type_ids" in tokenizer.model_input_names
     tokenizer.model_input_names = ["input_ids", "attention_mask", *(["token_type_ids"] if pairs else [])]  # what training gave it
     quantize = formats.quantize_of(format, settings.quantize)
@@ -35,8 +55,18 @@ def save(run: config.Run, task: Task, tokenizer: Any, student: PreTrainedModel, 
 
 def inputs_of(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     """What the model is given: the columns that it knows, of those that :func:`save` leaves."""
-    known = inspect.signature(type(model).forward).parameters
-    return [name for name in tokenizer.model_input_names if name in known]
+    return [name for name in tokenizer.model_input_names if name in models.accepted(model)]
+
+
+class Answers(nn.Module):
+    """Inputs by their place -> logits, as a graph or a program has them."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return models.logits(self.model, dict(zip(self.names, inputs, strict=True)))
 
 
 def program(format: str, pipeline: str) -> str:
@@ -56,7 +86,7 @@ def described(task: Task, tokenizer: Any, student: PreTrainedModel, dtype: str, 
         "id2label": dict(enumerate(task.names)) or student.config.id2label if classifies else {},
         "problem_type": getattr(task, "problem_type", None),
         "max_length": task.max_length,
-        "positions": getattr(student.config, "max_position_embeddings", None),
+        "positions": models.positions(student),
         "cached": cached,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -64,16 +94,11 @@ def described(task: Task, tokenizer: Any, student: PreTrainedModel, dtype: str, 
     }
 
 
-def tokenizer_of(task: Task, tokenizer: Any, format: str) -> Tokenizer:
+def tokenizer_of(task: Task, tokenizer: Any) -> Tokenizer:
     """One whose `encode_batch` gives what the student was trained on: marked, cut and padded.
 
     Of a text that is too long a language model reads the end, where it is to go on.
     """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"export.format is {format}, but the tokenizer is {type(tokenizer).__name__}, which only transformers can run: "
-            "use a fast tokenizer, or set export.format=dense"
-        )
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     continues = task.pipeline == "text-generation"
     if continues:

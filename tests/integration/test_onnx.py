@@ -255,8 +255,17 @@ def nudge(draft):
 )
 def test_the_way_out_is_one_that_there_is(ready, format, quantize, said):
     ready[0].export = config.Export(format=format, quantize=quantize)
-    needed, tolerance, way_out = served.law(ready[0], 1.0, exact=False)
+    needed, tolerance, way_out = served.law(ready[0], 1.0, rounds=True)
     assert (needed, tolerance) == (served.AGREEMENT_INT8, None) and re.match(said, way_out)
+
+
+def test_what_rounds_less_must_agree_more(ready):
+    def needed(rounds, **settings):
+        ready[0].export = config.Export(format="openvino", **settings)
+        return served.law(ready[0], 1.0, rounds)[0]
+
+    assert needed(False) == 1 > needed(False, dtype="bfloat16") == served.AGREEMENT > needed(True) == served.AGREEMENT_INT8
+    assert {needed(rounds, dtype="bfloat16", quantize="int8") for rounds in (False, True)} == {served.AGREEMENT_INT8}
 
 
 def test_a_program_that_needs_torch_is_refused(ready, monkeypatch):
@@ -282,7 +291,7 @@ def test_the_tokenizer_gives_what_training_gave(tmp_path, task, pairs):
     run, task, raw, tokenizer, _ = made(tmp_path, task, "gpt2" if task is LANGUAGE else "bert", columns=columns)
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     long = {name: [*raw[name], " ".join(raw[name]), ""] for name in columns}
-    told = served_files.tokenizer_of(task, tokenizer, "onnx")
+    told = served_files.tokenizer_of(task, tokenizer)
     texts = type(raw).from_dict(long)
     rows = told.encode_batch([row[0] if not pairs else row for row in zip(*long.values(), strict=True)])
     batch = served.given(replace(run, evaluate=config.Evaluate(batch_size=99)), task, texts, tokenizer).batches[0]
@@ -297,7 +306,7 @@ def test_a_tokenizer_of_transformers_alone_is_refused(ready):
         is_fast = False
 
     with pytest.raises(UserError, match="export.format is onnx, but the tokenizer is Slow, which only transformers can run"):
-        served_files.tokenizer_of(ready[1], Slow(), "onnx")
+        served_files.check_fast(Slow(), "export.format is onnx")
 
 
 def test_a_calibrated_range_is_symmetric_and_a_trained_one_is_kept():

@@ -9,7 +9,7 @@ import torch
 from distill import config, data, fit, ranks, sharding
 from distill.module import Distillation
 from tests.processes import on_ranks
-from tests.worlds import LANGUAGE, world
+from tests.worlds import LANGUAGE, Rows, world
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ class Seen(L.Callback):
     """The gradient and the log of each optimizer step, and the metrics of each look at the validation split."""
 
     def __init__(self):
-        self.gradients, self.logged, self.metrics, self.wrapped = [], [], [], []
+        self.gradients, self.metrics, self.wrapped = [], [], []
 
     def on_train_start(self, trainer, module):
         self.wrapped = sorted(name for name, _ in trainer.strategy.model.named_parameters())
@@ -51,10 +51,6 @@ class Seen(L.Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer):
         found = [sharding.whole(parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
         self.gradients.append(torch.cat([gradient.flatten() for gradient in found]))
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step > len(self.logged):
-            self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")})
 
     def on_validation_epoch_end(self, trainer, module):
         self.metrics.append({name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
@@ -74,14 +70,14 @@ def trained(case, strategy="auto"):
     cut = {"pad_id": made.pad_id, "rank": ranks.rank(), "world": ranks.world()}
     train = data.loader(made.examples["train"].select(range(examples)), made.task, batch_size=BATCH, accumulate=accumulate, seed=0, **cut)
     look = data.loader(made.examples["validation"].select(range(validation)), made.task, batch_size=16, **cut)
-    seen = Seen()
+    seen, written = Seen(), Rows()
     trainer = L.Trainer(
         **sharding.strategy(config.Trainer(accelerator="cpu", strategy=strategy)),
         precision="64-true" if strategy == "auto" else "32-true",  # which leaves the models in float64, as they are
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         callbacks=[seen],
-        logger=False,
+        logger=[written],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -91,7 +87,8 @@ def trained(case, strategy="auto"):
     )
     with fit.quiet():
         trainer.fit(module, train, look)
-    kept = {name: getattr(seen, name) for name in ("gradients", "logged", "metrics", "wrapped")}
+    kept = {name: getattr(seen, name) for name in ("gradients", "metrics", "wrapped")}
+    kept["logged"] = [row for row in written.rows if "train/loss" in row]
     return kept | {"steps": trainer.global_step, "own": sorted(name for name, _ in module.named_parameters())}
 
 

@@ -92,22 +92,54 @@ def test_what_torchao_cannot_hold_is_refused_in_a_sentence(tmp_path, model_type,
     ("spec", "said"), [({"bits": 4}, "4 bits"), ({"symmetric": False}, "an affine grid"), ({"group": 16}, "for each group")], ids=str
 )
 def test_grids_that_a_runtime_cannot_multiply_by_are_refused_before_training(tmp_path, format, spec, said):
-    run, _, _, _, folder = made(tmp_path, classifier("no", "yes"), "distilbert")
+    run, _, _, tokenizer, folder = made(tmp_path, classifier("no", "yes"), "distilbert")
     student = models.load(str(folder / "student"), None, classifier("no", "yes"), "student")
     name = next(name for name, _ in student.named_parameters() if name.endswith("lin1.weight"))
     run = replace(run, export=config.Export(format=format))
     with pytest.raises(UserError, match=f"^export.format is {format}, but {name} has .*{said}.*: set"):
-        packing.check(run, student, {name: Spec(**spec)})
-    packing.check(run, student, {name: Spec(), "distilbert.embeddings.word_embeddings.weight": Spec(**spec)})
+        packing.check(run, student, tokenizer, {name: Spec(**spec)})
+    packing.check(run, student, tokenizer, {name: Spec(), "distilbert.embeddings.word_embeddings.weight": Spec(**spec)})
+
+
+@pytest.mark.parametrize(("quantize", "rounded"), [(None, True), ("int8", False)])
+def test_executorch_multiplies_integers_by_symmetric_rows(tmp_path, quantize, rounded):
+    run, _, _, tokenizer, folder = made(tmp_path, classifier("no", "yes"), "distilbert")
+    student = models.load(str(folder / "student"), None, classifier("no", "yes"), "student")
+    names = [name for name, _ in student.named_parameters() if name.endswith(("lin1.weight", "word_embeddings.weight"))]
+    tensors = dict.fromkeys(sorted(names), Spec(group=8))
+    run = replace(run, export=config.Export(format="executorch", quantize=quantize))
+    with pytest.raises(UserError, match=f"^export.format is executorch, but {names[1]} is quantized with .*symmetric rows only: choose"):
+        packing.check(run, student, tokenizer, tensors, names if rounded else ())
+    packing.check(replace(run, export=config.Export(format="executorch")), student, tokenizer, tensors)  # all stays in floats
+
+
+def test_a_student_that_takes_no_mask_is_refused_before_training(ready):
+    run, _, _, tokenizer, _ = ready
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    other = transformers.FNetForSequenceClassification(transformers.FNetConfig(**sizes))
+    with pytest.raises(UserError, match="^export.format is onnx, but a FNetForSequenceClassification takes no attention_mask.*: set"):
+        packing.check(replace(run, export=config.Export(format="onnx")), other, tokenizer, {})
+
+
+@pytest.mark.parametrize(("asked", "expected"), [([], ("packed", 4)), (["format=packed"], ("packed", 8)), (["bits=2"], ("packed", 2))])
+def test_another_format_is_not_given_what_the_recipe_s_was(ready, monkeypatch, asked, expected):
+    run, task, raw, tokenizer, folder = ready
+    recipe.save(replace(run, export=config.Export(format="packed", quantize="weights", bits=4)), folder / "recipe.yaml")
+    monkeypatch.setattr(export, "prepared", lambda *_: (task, raw, tokenizer))
+    monkeypatch.setattr(export, "export", lambda run, *_: found.append(run.export))
+    monkeypatch.setattr("sys.argv", ["distill.export", f"run={folder}", *asked])
+    found = []
+    export.main()
+    assert (found[0].format, found[0].bits) == expected and (found[0].quantize is None) == ("format=packed" in asked)
 
 
 def test_an_architecture_of_unknown_layers_is_not_quantized_after_training(tmp_path):
-    run, *_ = made(tmp_path, classifier("no", "yes"), "distilbert")
+    run, _, _, tokenizer, _ = made(tmp_path, classifier("no", "yes"), "distilbert")
     other = transformers.OPTForCausalLM(
         transformers.OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, vocab_size=9)
     )
     with pytest.raises(UserError, match="^export.quantize is weights, but the architecture is opt.*: leave export.quantize out$"):
-        packing.check(replace(run, export=config.Export(format="onnx", quantize="weights")), other, {})
+        packing.check(replace(run, export=config.Export(format="onnx", quantize="weights")), other, tokenizer, {})
 
 
 def quantizer(**arguments):

@@ -9,7 +9,7 @@ import torch
 from distill import config, fit, losses, teacher
 from distill.errors import UserError
 from distill.module import Distillation
-from tests.worlds import LANGUAGE, world
+from tests.worlds import LANGUAGE, Rows, world
 
 TASKS = {"classification": {}, "language": LANGUAGE}
 
@@ -156,13 +156,13 @@ def halfway(student_NC, teacher_NC, temperature, beta):
 # ---- under the Trainer
 
 
-def fitted(made, path, module, callbacks=(), **trainer):
+def fitted(made, path, module, callbacks=(), loggers=(), **trainer):
     settings = config.Trainer(
         **{"max_steps": 6, "validations": 3, "precision": "32-true", "accelerator": "cpu", "progress": False} | trainer
     )
     module.steps = settings.max_steps
     train = made.loader(seed=0, accumulate=settings.accumulate)
-    fit.fit(module, train, made.loader("validation"), settings, path, [], list(callbacks))
+    fit.fit(module, train, made.loader("validation"), settings, path, list(loggers), list(callbacks))
     return module
 
 
@@ -241,17 +241,36 @@ def test_patience_ends_a_training_that_does_not_improve(small, tmp_path):
 def test_the_gradient_is_clipped_and_its_norm_logged(small, tmp_path):
     module = module_of(small)
     module.settings.clip = 1e-3
-    norms = []
+    norms, written = [], Rows()
 
     class Norms(L.Callback):
         def on_before_zero_grad(self, trainer, module, optimizer):
             grads = [parameter.grad.norm() for parameter in module.parameters() if parameter.grad is not None]
             if grads:
-                norms.append((torch.stack(grads).norm().item(), trainer.callback_metrics["train/grad_norm"].item()))
+                norms.append((torch.stack(grads).norm().item(), written.rows[-1]["train/grad_norm"]))
 
-    fitted(small, tmp_path, module, [Norms()])
+    fitted(small, tmp_path, module, [Norms()], [written])
     assert norms
     assert all(clipped <= 1.01e-3 < logged for clipped, logged in norms)
+
+
+def test_a_step_is_written_once_whoever_ends_the_training(small, tmp_path):
+    """And no step but every n-th and the last; a callback that decides by the loss finds that of the step before its look."""
+    seen = {}
+
+    class Ends(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 45
+
+        def on_validation_end(self, trainer, module):
+            seen[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
+
+    written = Rows()
+    fitted(small, tmp_path, module_of(small), [Ends()], [written], max_steps=60, validations=10)
+    rows = [row for row in written.rows if "train/loss" in row]
+    assert [row["step"] + 1 for row in rows] == list(range(3, 46, 3))
+    assert [*seen] == [*range(6, 46, 6), 45]
+    assert {row["step"] + 1: row["train/loss"] for row in rows}.items() >= seen.items()
 
 
 def test_the_rate_warms_up_and_falls(small, tmp_path):

@@ -335,7 +335,7 @@ def test_the_optimizer_lists_what_the_student_has(bert):
 def test_a_loss_term_goes_on_after_a_removal(bert):
     terms = {"hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {0: 1}}}
     module = module_of(bert, terms=terms)
-    values = Watch(lambda module: float(module.latest()["hidden"]))
+    values = Watch(lambda module: float(module.latest()["train/hidden"]))
     trained(bert, module, PruneLayers([1], start=3), PruneNeurons(0.5, **RAMP), values)
     assert all(value > 0 for value in values.seen.values())
 

@@ -28,5 +28,6 @@ def answer(texts):
 if __name__ == "__main__":
     with open("config.json") as file:
         names = json.load(file)["id2label"]
-    for text, row in zip(sys.argv[1:], answer(sys.argv[1:]), strict=True):
+    texts = sys.argv[1:] or ["a text"]
+    for text, row in zip(texts, answer(texts), strict=True):
         print(text, names.get(str(row.argmax())) or tokenizer.decode([row.argmax()]), row.max(), sep=" | ")
