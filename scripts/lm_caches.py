@@ -1,6 +1,6 @@
 """What each way of keeping a language model teacher's outputs takes and gives: bytes, seconds, and the angle of its gradient.
 
-    python scripts/lm_caches.py recipe=gpt2_half [tokens=12,25,50] [batches=8] [steps=0,200,1000] [key=value ...]
+    python scripts/lm_caches.py [recipe=gpt2_half] [tokens=12,25,50] [batches=8] [steps=0,200,1000] [key=value ...]
 
 The angle is that between the gradient of the recipe's loss with the whole divergence and with what is kept of it, over all parameters of
 the student and one batch; mean and largest of `batches`. `loss.alpha=0` leaves the divergence alone. `steps`: after so many of training
@@ -9,7 +9,6 @@ on the whole divergence, for a student that is near its teacher leaves less to m
 
 import logging
 import math
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -17,42 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from measured import composed, conditions, options, prepared, table
 
-from distill import config, data, models, recipe, student, targets, teacher
+from distill import config, data, student, teacher
 from distill.module import Distillation
 from distill.tracking import Tracker
 
-SILENT = {"tracking.wandb": "disabled", "trainer.progress": False, "teacher.dtype": "float32"}
 
-
-def main(arguments: list[str]) -> None:
+def main() -> None:
     logging.basicConfig(level=logging.WARNING)
-    given = dict(argument.split("=", 1) for argument in arguments)
-    tokens, steps = (numbers(given.pop(name, default)) for name, default in (("tokens", "12,25,50"), ("steps", "0,200,1000")))
-    batches = int(given.pop("batches", 8))
-    changes = [f"{key}={value}" for key, value in (SILENT | given).items() if key != "recipe"]
-    composed = OmegaConf.merge(
-        OmegaConf.structured(config.Run), recipe.read(recipe.files()[given["recipe"]]), OmegaConf.from_dotlist(changes)
-    )
-    run = recipe.checked(composed)
+    own, changes = options({"tokens": "12,25,50", "steps": "0,200,1000", "batches": 8})
     with tempfile.TemporaryDirectory() as folder:
-        table(run, Path(folder), tokens, steps, batches)
+        run = composed({"recipe": "gpt2_half", "teacher.dtype": "float32"} | changes)
+        show(run, Path(folder), numbers(own["tokens"]), numbers(own["steps"]), own["batches"])
+    print(f"\n{conditions()}")
 
 
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def table(run: config.Run, folder: Path, tokens: list[int], steps: list[int], batches: int) -> None:
-    task = targets.build(run.task)
-    raw = data.load(run.data, task, run.seed)
-    tokenizer = models.tokenizer_for(run, task, raw["train"])
-    examples = data.encode(raw, task, tokenizer, run.data)
+def show(run: config.Run, folder: Path, tokens: list[int], steps: list[int], batches: int) -> None:
+    task, tokenizer, examples = prepared(run)
     tutor = teacher.obtain(run, task, tokenizer, examples, folder, Tracker(run, folder))
     learner, classes = student.build(run, task, tokenizer, tutor)
-    print("| outputs | bytes a token | seconds | " + " | ".join(f"angle after {step} steps" for step in steps) + " |")
-    print("|---|---:|---:|" + "---:|" * len(steps))
     ways = [("hidden", 50), *(("sampled", count) for count in tokens), *(("top_k", count) for count in tokens[:1])]
     kept = [cached(run, way, count, examples["train"], task, tokenizer, tutor) for way, count in ways]
     angles: list[list[str]] = [[] for _ in kept]
@@ -62,9 +49,11 @@ def table(run: config.Run, folder: Path, tokens: list[int], steps: list[int], ba
         done = step
         for shown, (split, *_) in zip(angles, kept, strict=True):
             shown.append(angle(run, learner, tutor, task, split, tokenizer, batches, classes))
+    rows = []
     for (way, count), (_, size, seconds), shown in zip(ways, kept, angles, strict=True):
         name = way if way == "hidden" else f"{way}, tokens={count}"
-        print(f"| {name} | {size:.1f} | {seconds:.1f} | {' | '.join(shown)} |")
+        rows.append([name, f"{size:.1f}", f"{seconds:.1f}", *shown])
+    print(table(["outputs", "bytes a token", "seconds", *(f"angle after {step} steps" for step in steps)], rows))
 
 
 def cached(run: config.Run, way: str, count: int, split: Any, task: Any, tokenizer: Any, tutor: Any) -> tuple[Any, float, float]:
@@ -116,4 +105,4 @@ def train(run: config.Run, learner: Any, tutor: Any, task: Any, split: Any, toke
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
