@@ -211,13 +211,13 @@ def law(run: config.Run, scale: float, rounds: bool) -> tuple[float, float | Non
 
     `rounds`: the student's inputs of layers are rounded as they were in training.
     """
-    if run.export.dtype == "float32" and run.export.quantize is None and not rounds:
-        return 1.0, TOLERANCE * max(1.0, scale), "report it, or set export.format=dense"
     format, quantize = str(run.export.format), formats.quantize_of(str(run.export.format), run.export.quantize)
-    if not rounds and quantize is None:
-        return AGREEMENT, None, "leave export.dtype at float32"
-    if quantize is None:  # rounded as it was trained
+    if quantize is None and rounds:
         return AGREEMENT_INT8, None, "set export.format=packed or dense"
+    if quantize is None and run.export.dtype != "float32":
+        return AGREEMENT, None, "leave export.dtype at float32"
+    if quantize is None:
+        return 1.0, TOLERANCE * max(1.0, scale), "report it, or set export.format=dense"
     others = [each for each in formats.RUNTIMES[format].quantize if each != quantize]
     first = f"try export.quantize={' or '.join(others)}, leave it out" if others else "leave export.quantize out"
     return AGREEMENT_INT8, None, f"{first}, or train with distill.callbacks.Quantize"

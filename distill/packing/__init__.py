@@ -40,15 +40,16 @@ def check(run: config.Run, student: PreTrainedModel, tokenizer: Any, tensors: Ma
     """
     format, quantize = str(run.export.format), run.export.quantize
     later = _later(student, quantize) if quantize is not None else ()
-    if format in formats.RUNTIMES:
-        served.check(format, student, tokenizer)
     if format == "torchao":
         torchao.check_layers(student, [*tensors, *(f"{name}.weight" for name in later)])
-    for name, spec in tensors.items():  # dense and packed hold everything
+    if format not in formats.RUNTIMES:
+        return  # dense and packed hold everything
+    served.check(format, student, tokenizer)
+    for name, spec in tensors.items():
         layers = holders(student, name)
-        if format in ("onnx", "openvino"):
+        if format != "executorch":
             coded.check(name, layers, spec, format)
-        if format == "executorch" and (quantize is not None or name in rounded) and isinstance(layers[0], LINEAR):
+        elif (quantize is not None or name in rounded) and isinstance(layers[0], LINEAR):
             executorch.check(name, spec)  # any other layer stays in floats
 
 
