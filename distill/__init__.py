@@ -49,12 +49,12 @@ from typing import Any
 _PUBLIC = {
     "Batch": "tasks.base",
     "Distillation": "module",
-    "Run": "config",
+    "Run": "recipe.config",
     "RunFailed": "errors",
     "Task": "tasks.base",
     "Term": "terms",
     "UserError": "errors",
-    "load_recipe": "recipe",
+    "load_recipe": "recipe.compose",
 }
 __all__ = sorted(_PUBLIC)
 
@@ -62,5 +62,7 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: `import distill` itself costs nothing."""
     if name not in _PUBLIC:
-        raise AttributeError(f"module distill has no attribute {name}: choose from {', '.join(__all__)}")
+        raise AttributeError(
+            f"module distill has no attribute {name}: choose from {', '.join(__all__)}"
+        )
     return getattr(import_module(f"distill.{_PUBLIC[name]}"), name)

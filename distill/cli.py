@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill.errors import Stopped, UserError
-from distill.recipe import sentence
+from distill.recipe.compose import explain_error
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ CHATTY = ("torchao", "torch.utils._pytree")  # loggers that warn about torchao's
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
 
-def command(main: Callable[..., None]) -> Callable[..., None]:
+def cli_command(main: Callable[..., None]) -> Callable[..., None]:
     """Turn what the user can mend into one sentence; `HYDRA_FULL_ERROR=1` shows the traceback in its place."""
 
     @functools.wraps(main)
@@ -57,13 +57,16 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             print(f"distill: {asked}", file=sys.stderr)
             sys.exit(asked.exit_code)
         except KeyboardInterrupt:
-            print("distill: interrupted: what was finished is kept, and the same command uses it again", file=sys.stderr)
+            print(
+                "distill: interrupted: what was finished is kept, and the same command uses it again",
+                file=sys.stderr,
+            )
             sys.exit(130)
 
     return answered
 
 
-def options(schema: type[T], usage: str) -> T:
+def parse_options(schema: type[T], usage: str) -> T:
     """`key=value` arguments of the smaller commands -> a typed dataclass, without Hydra and without torch.
 
     `--help` prints the usage and ends. Unknown keys and wrong types are refused.
@@ -81,17 +84,19 @@ def options(schema: type[T], usage: str) -> T:
         raise UserError(
             f"{' '.join(arguments)} is given, but a value in it is no YAML ({' '.join(str(error).split())}): quote it"
         ) from error
-    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
-    assert isinstance(options, schema)
+    parse_options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    assert isinstance(parse_options, schema)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("distill").setLevel(logging.INFO)
-    return options
+    return parse_options
 
 
 def _of_the_disk(error: OSError) -> str:
     what = error.filename or "the disk"
     way_out = "mend that, or choose another place with hydra.run.dir (runs) or DISTILL_CACHE (what is used again)"
-    return f"{what} cannot be used ({error.strerror}), but the run must read and write it: {way_out}"
+    return (
+        f"{what} cannot be used ({error.strerror}), but the run must read and write it: {way_out}"
+    )
 
 
 def _one_line(error: BaseException) -> str:
@@ -100,5 +105,5 @@ def _one_line(error: BaseException) -> str:
     while known is not None and not isinstance(known, OmegaConfBaseException | UserError):
         known = known.__cause__ or known.__context__
     if isinstance(known, OmegaConfBaseException):
-        return sentence(known)
+        return explain_error(known)
     return " ".join(str(known or error).split())

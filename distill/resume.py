@@ -11,16 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distill import recipe, store
-from distill.config import Run
+from distill import store
 from distill.errors import UserError
+from distill.recipe import compose
+from distill.recipe.config import Run
 from distill.stages import PROGRESS, Stages
 
 log = logging.getLogger("distill")
 
-RECIPE = "recipe.yaml"
-LOG = "train.log"
-OWN = (RECIPE, PROGRESS, LOG)  # of a run that has made nothing yet
+RECIPE_FILE = "recipe.yaml"
+LOG_FILE = "train.log"
+OWN = (RECIPE_FILE, PROGRESS, LOG_FILE)  # of a run that has made nothing yet
 RUNS = "runs"
 ALL = ("student", "evaluate", "export")
 # beginnings of keys -> the stages that are done again where such a key differs; where any other differs, the run is another one
@@ -43,40 +44,59 @@ HARMLESS: dict[str, tuple[str, ...]] = {
 LENGTHS = ("trainer.epochs", "trainer.max_steps")  # may grow
 
 
-def arguments(given: list[str]) -> list[str]:
+def expand_resume(given: list[str]) -> list[str]:
     """A command line in which `resume=FOLDER` is replaced by the folder and the recipe in it."""
-    named = [argument.removeprefix("resume=") for argument in given if argument.startswith("resume=")]
+    named = [
+        argument.removeprefix("resume=") for argument in given if argument.startswith("resume=")
+    ]
     if not named:
         return given
     others = [argument for argument in given if not argument.startswith("resume=")]
     for argument in others:
         if argument.startswith(("recipe=", "hydra.run.dir=")) or argument in ("-m", "--multirun"):
-            raise UserError(f"resume is {named[0]} and {argument} is given too, but the folder has its own recipe: leave {argument} out")
+            raise UserError(
+                f"resume is {named[0]} and {argument} is given too, but the folder has its own recipe: leave {argument} out"
+            )
     folder = _last() if named[-1] == "last" else Path(named[-1]).expanduser()
     if not folder.is_dir():
-        raise UserError(f"resume is {named[-1]}, but there is no such folder: give the folder of a run, such as runs/NAME/TIME, or last")
-    if not (folder / RECIPE).is_file():
-        raise UserError(f"resume is {folder}, but it holds no {RECIPE}: give the folder of a run, or start one with recipe=")
-    return [f"recipe={folder / RECIPE}", *others, f"hydra.run.dir={recipe.quoted(str(folder))}"]
+        raise UserError(
+            f"resume is {named[-1]}, but there is no such folder: give the folder of a run, such as runs/NAME/TIME, or last"
+        )
+    if not (folder / RECIPE_FILE).is_file():
+        raise UserError(
+            f"resume is {folder}, but it holds no {RECIPE_FILE}: give the folder of a run, or start one with recipe="
+        )
+    return [
+        f"recipe={folder / RECIPE_FILE}",
+        *others,
+        f"hydra.run.dir={compose.quote_override(str(folder))}",
+    ]
 
 
 def _last() -> Path:
     """The run that was worked in last."""
-    found = [file.parent for file in Path(RUNS).rglob(RECIPE)]
+    found = [file.parent for file in Path(RUNS).rglob(RECIPE_FILE)]
     if not found:
-        raise UserError(f"resume is last, but there is no run under {Path(RUNS).absolute()}: give the folder of a run")
-    return max(found, key=lambda folder: max((folder / name).stat().st_mtime for name in OWN if (folder / name).is_file()))
+        raise UserError(
+            f"resume is last, but there is no run under {Path(RUNS).absolute()}: give the folder of a run"
+        )
+    return max(
+        found,
+        key=lambda folder: max(
+            (folder / name).stat().st_mtime for name in OWN if (folder / name).is_file()
+        ),
+    )
 
 
-def command(folder: Path) -> str:
+def resume_command(folder: Path) -> str:
     """What a user types to go on."""
     return f"python -m distill.train resume={shlex.quote(str(folder))}"
 
 
-def tidy(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process has left half-written; an earlier export that it had put aside comes back."""
-    for left in sorted(folder.rglob(f"{store.WRITING}*"), reverse=True):
-        store.sweep(left.parent, owned=True)
+    for left in sorted(folder.rglob(f"{store.TEMPORARY_PREFIX}*"), reverse=True):
+        store.remove_abandoned(left.parent, owned=True)
     for draft in folder.glob(".export-*"):
         if draft.name.endswith("-old") and not (folder / "export").exists():
             draft.replace(folder / "export")
@@ -84,45 +104,55 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(draft)
 
 
-def is_new(folder: Path) -> bool:
+def is_unused(folder: Path) -> bool:
     """Whether nothing is there, but for the log if Hydra has opened it."""
-    return all((file.name, file.stat().st_size) == (LOG, 0) for file in folder.iterdir())
+    return all((file.name, file.stat().st_size) == (LOG_FILE, 0) for file in folder.iterdir())
 
 
-def clear(folder: Path) -> None:
+def remove_if_unused(folder: Path) -> None:
     """Remove what a run has left that ended before it made anything; a folder in which anything else is, or anybody at work, stays."""
-    with suppress(UserError, OSError), store.alone(folder, patience=0):
+    with suppress(UserError, OSError), store.exclusive_access(folder, patience=0):
         if not Stages(folder).done("data") and {file.name for file in folder.iterdir()} <= {*OWN}:
             for name in OWN:
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
 
 
-def take_up(run: Run, folder: Path, writes: bool = True) -> Stages:
+def open_run_folder(run: Run, folder: Path, writes: bool = True) -> Stages:
     """What is done in this folder: nothing where it is new. UserError where it holds another run, or no run but other files.
 
     Only one process of a run writes.
     """
-    file = folder / RECIPE
-    others = sorted(name for other in folder.glob("*") if (name := other.name) not in OWN and not name.startswith(store.WRITING))
+    file = folder / RECIPE_FILE
+    others = sorted(
+        name
+        for other in folder.glob("*")
+        if (name := other.name) not in OWN and not name.startswith(store.TEMPORARY_PREFIX)
+    )
     if others and not file.is_file():
         listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        raise UserError(f"hydra.run.dir is {folder}, but it holds {listed} and no {RECIPE}: name an empty folder, or that of a run")
-    changed = differences(recipe.load_recipe(str(file)), recipe.portable(run)) if file.is_file() else {}
+        raise UserError(
+            f"hydra.run.dir is {folder}, but it holds {listed} and no {RECIPE_FILE}: name an empty folder, or that of a run"
+        )
+    changed = (
+        differences(compose.load_recipe(str(file)), compose.with_absolute_paths(run))
+        if file.is_file()
+        else {}
+    )
     again = _judged(folder, changed)
     stage = Stages(folder, writes)
     if again:
         stage.again(again)
     if writes:
-        tidy(folder)
+        remove_leftovers(folder)
         if not file.is_file():
-            recipe.save(run, file)
+            compose.save_recipe(run, file)
     return stage
 
 
-def same_examples(run: Run, stage: Stages, fingerprint: str) -> None:
+def check_same_examples(run: Run, stage: Stages, fingerprint: str) -> None:
     """UserError where a run goes on with other examples than it began with."""
-    if stage.found.setdefault("examples", fingerprint) != fingerprint:
+    if stage.results.setdefault("examples", fingerprint) != fingerprint:
         raise UserError(
             f"data.source is {run.data.source}, but its examples are not those with which the run began: "
             "bring them back, or start a new run"
@@ -133,13 +163,19 @@ def differences(earlier: Run, now: Run) -> dict[str, tuple[Any, Any]]:
     """Key -> value then and now, of those keys that differ."""
     before, after = (_flat("", asdict(run)) for run in (earlier, now))
     keys = sorted(before.keys() | after.keys())
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+    return {
+        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    }
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    return {key: inner for name, part in value.items() for key, inner in _flat(f"{prefix}.{name}" if prefix else str(name), part).items()}
+    return {
+        key: inner
+        for name, part in value.items()
+        for key, inner in _flat(f"{prefix}.{name}" if prefix else str(name), part).items()
+    }
 
 
 def _judged(folder: Path, changed: dict[str, tuple[Any, Any]]) -> list[str]:
@@ -152,7 +188,10 @@ def _judged(folder: Path, changed: dict[str, tuple[Any, Any]]) -> list[str]:
             "leave them as they were, or start a new run"
         )
     if changed:
-        log.info("the recipe has changed: %s", ", ".join(_said(key, values) for key, values in changed.items()))
+        log.info(
+            "the recipe has changed: %s",
+            ", ".join(_said(key, values) for key, values in changed.items()),
+        )
     return [name for name in ALL if any(name in (again or ()) for again in stages.values())]
 
 

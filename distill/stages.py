@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 
 
-def watched(progress: bool) -> bool:
+def show_progress(progress: bool) -> bool:
     """Whether progress is wanted, and somebody may be looking: it is drawn on terminals alone."""
     return progress and sys.stdout.isatty()
 
@@ -32,7 +32,7 @@ class Stages:
         self.writes = writes
         told = _read(self.file)
         self.seconds: dict[str, float] = told.get("seconds", {})
-        self.found: dict[str, Any] = told.get("found", {})
+        self.results: dict[str, Any] = told.get("found", {})
         self.finished: bool = told.get("finished", False)
 
     @contextmanager
@@ -49,7 +49,9 @@ class Stages:
 
     def again(self, names: Iterable[str]) -> None:
         """These stages are not done any more; written down when the next one is."""
-        self.seconds = {name: seconds for name, seconds in self.seconds.items() if name not in names}
+        self.seconds = {
+            name: seconds for name, seconds in self.seconds.items() if name not in names
+        }
         self.finished = False
 
     def finish(self) -> None:
@@ -59,8 +61,8 @@ class Stages:
 
     def _write(self) -> None:
         if self.file is not None and self.writes:
-            told = {"seconds": self.seconds, "found": self.found, "finished": self.finished}
-            store.put(self.file, (json.dumps(told, indent=1) + "\n").encode())
+            told = {"seconds": self.seconds, "found": self.results, "finished": self.finished}
+            store.write_file(self.file, (json.dumps(told, indent=1) + "\n").encode())
 
 
 def _read(file: Path | None) -> dict[str, Any]:

@@ -23,23 +23,23 @@ from distill.errors import UserError
 log = logging.getLogger(__name__)
 
 MANIFEST, LOCK = "manifest.json", "lock"
-WRITING = ".writing-"  # begins what is not whole yet
+TEMPORARY_PREFIX = ".writing-"  # begins what is not whole yet
 OLD = 24 * 3600  # seconds after which also what has no lock belongs to nobody
 PATIENCE = 15  # seconds that the helpers of a killed process may outlive it
 
 
-def root() -> Path:
+def cache_root() -> Path:
     """DISTILL_CACHE, or ~/.cache/distill."""
     return Path(os.environ.get("DISTILL_CACHE") or Path.home() / ".cache" / "distill")
 
 
-def entry(kind: str, ingredients: dict[str, Any]) -> Path:
+def entry_path(kind: str, ingredients: dict[str, Any]) -> Path:
     """The folder in which something made of exactly these ingredients is, or will be."""
     text = json.dumps(ingredients, sort_keys=True, default=str)
-    return root() / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
+    return cache_root() / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def intact(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether an entry is there and every file is as it was written."""
     if not folder.is_dir():
         return False
@@ -54,31 +54,35 @@ def intact(folder: Path) -> bool:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[Path]:
+def write_entry(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill; it takes its name only when all of it is there.
 
     Where another process has made the same entry meanwhile, that one stays: somebody may be reading it.
     """
-    with drafting(folder.parent) as temporary:
+    with temporary_folder(folder.parent) as temporary:
         inside = temporary / folder.name
         inside.mkdir()
         yield inside
-        manifest = {str(file.relative_to(inside)): sha256(file) for file in sorted(inside.rglob("*")) if file.is_file()}
+        manifest = {
+            str(file.relative_to(inside)): sha256(file)
+            for file in sorted(inside.rglob("*"))
+            if file.is_file()
+        }
         (inside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        sync_all(inside)
+        fsync_tree(inside)
         while not _published(inside, folder, temporary / "earlier"):
             pass
-        sync(folder.parent)
+        fsync(folder.parent)
 
 
 @contextmanager
-def drafting(parent: Path) -> Iterator[Path]:
+def temporary_folder(parent: Path) -> Iterator[Path]:
     """A temporary folder that is gone afterwards; should this process be killed, the next one that comes here removes it.
 
     It is told from those of living processes by a lock, which the system opens when a process ends, however it ends.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    sweep(parent)
+    remove_abandoned(parent)
     temporary, lock = _held(parent)
     try:
         yield temporary
@@ -90,7 +94,7 @@ def drafting(parent: Path) -> Iterator[Path]:
 def _held(parent: Path) -> tuple[Path, int]:
     """A new folder and its lock, taken; a process that swept at this very moment may have removed the first one."""
     while True:
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=WRITING))
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=TEMPORARY_PREFIX))
         with suppress(FileNotFoundError):
             lock = os.open(temporary / LOCK, os.O_CREAT | os.O_RDWR)
             if _lock(lock) and (temporary / LOCK).exists():
@@ -101,7 +105,7 @@ def _held(parent: Path) -> tuple[Path, int]:
 def _published(inside: Path, folder: Path, aside: Path) -> bool:
     """Give the folder its name; False where another process was faster, whose folder is to be looked at first."""
     if folder.exists():
-        if _manifest(folder) == _manifest(inside) and intact(folder):
+        if _manifest(folder) == _manifest(inside) and is_intact(folder):
             return True
         shutil.rmtree(aside, ignore_errors=True)
         with suppress(FileNotFoundError):  # another process has put it aside
@@ -122,9 +126,9 @@ def _manifest(folder: Path) -> str:
         return ""
 
 
-def sweep(parent: Path, owned: bool = False) -> None:
+def remove_abandoned(parent: Path, owned: bool = False) -> None:
     """Remove what killed processes have left half-written in a folder; `owned`: no living process writes there."""
-    for left in parent.glob(f"{WRITING}*"):
+    for left in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if (left / LOCK).exists() and not owned:
             _remove_abandoned(left)
         elif owned or _old(left):
@@ -163,7 +167,7 @@ def _lock(handle: int) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, patience: float | None = None) -> Iterator[None]:
+def exclusive_access(folder: Path, patience: float | None = None) -> Iterator[None]:
     """Inside, no other process is at work in this folder; UserError where one still is after so many seconds."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -171,17 +175,19 @@ def alone(folder: Path, patience: float | None = None) -> Iterator[None]:
         while not _lock(handle):
             if time.monotonic() > waiting:
                 way_out = "wait for its end, or name another with hydra.run.dir"
-                raise UserError(f"the run folder is {folder}, but another process is at work in it: {way_out}")
+                raise UserError(
+                    f"the run folder is {folder}, but another process is at work in it: {way_out}"
+                )
             time.sleep(0.2)
         yield
     finally:
         os.close(handle)
 
 
-def put(file: Path, content: bytes | memoryview) -> None:
+def write_file(file: Path, content: bytes | memoryview) -> None:
     """Write a file whole: it has its name only when every byte is on the disk, and after an error nothing is left of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{WRITING}{file.name}")
+    draft = file.with_name(f"{TEMPORARY_PREFIX}{file.name}")
     try:
         with draft.open("wb") as stream:
             stream.write(content)
@@ -191,10 +197,10 @@ def put(file: Path, content: bytes | memoryview) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    sync(file.parent)
+    fsync(file.parent)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Returns when the disk has what was written to a file, or which names a folder has."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -203,10 +209,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def sync_all(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Returns when the disk has a folder and everything in it."""
     for path in [*folder.rglob("*"), folder]:
-        sync(path)
+        fsync(path)
 
 
 def sha256(file: Path) -> str:
@@ -214,16 +220,16 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def link(source: Path, target: Path) -> None:
+def link_tree(source: Path, target: Path) -> None:
     """The same files under a second name: hard links where the file system has them, copies elsewhere."""
     for file in (file for file in source.rglob("*") if file.is_file()):
-        alias(file, target / file.relative_to(source))
+        link_file(file, target / file.relative_to(source))
 
 
-def alias(file: Path, name: Path) -> None:
+def link_file(file: Path, name: Path) -> None:
     """A second name for a file, in the place of what had it before."""
     name.parent.mkdir(parents=True, exist_ok=True)
-    draft = name.with_name(f"{WRITING}{name.name}")
+    draft = name.with_name(f"{TEMPORARY_PREFIX}{name.name}")
     draft.unlink(missing_ok=True)
     try:
         os.link(file, draft)

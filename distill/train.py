@@ -12,10 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distill import launch, recipe, resume, signals, store
-from distill.cli import command
-from distill.config import Run
+from distill import resume, store
+from distill.cli import cli_command
 from distill.errors import Stopped, UserError
+from distill.processes import launch, signals
+from distill.recipe import compose
+from distill.recipe.config import Run
 from distill.stages import Stages
 
 
@@ -24,26 +26,33 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
 
     In a folder in which this run was cut short it goes on from there.
     """
-    from distill import data, evaluate, fit, models, ranks, student, targets, teacher
-    from distill.tracking import Tracker
+    from distill import data, evaluate, models, student, teacher
+    from distill.processes import ranks
+    from distill.recipe import targets
+    from distill.training import loop
+    from distill.training.loggers import Tracker
 
-    fit.check_device(run.trainer)
-    run = fit.decided(run)
-    callbacks = student.callbacks(run)
-    with ranks.first_then_others():
-        stage = resume.take_up(run, folder, ranks.is_first())
+    loop.check_device(run.trainer)
+    run = loop.resolve_auto(run)
+    callbacks = student.build_callbacks(run)
+    with ranks.rank_zero_first():
+        stage = resume.open_run_folder(run, folder, ranks.is_rank_zero())
     if stage.finished:
         print(f"{folder} is finished: nothing is left to do")
         return evaluate.read(folder)
-    with stage("data"), ranks.first_then_others():
-        task = targets.build(run.task)
+    with stage("data"), ranks.rank_zero_first():
+        task = targets.instantiate(run.task)
         raw = data.load(run.data, task, run.seed)
-        tokenizer = models.tokenizer_for(run, task, raw["train"])
+        tokenizer = models.build_tokenizer(run, task, raw["train"])
         examples = data.encode(raw, task, tokenizer, run.data)
-        callbacks = student.informed(run, task, tokenizer, callbacks, raw["train"], examples["train"])
-        resume.same_examples(run, stage, data.fingerprint(examples["train"]))
-    if ranks.is_first():
-        recipe.save(run, folder / resume.RECIPE)  # where keys have changed, they hold from here on
+        callbacks = student.bind_callbacks(
+            run, task, tokenizer, callbacks, raw["train"], examples["train"]
+        )
+        resume.check_same_examples(run, stage, data.fingerprint(examples["train"]))
+    if ranks.is_rank_zero():
+        compose.save_recipe(
+            run, folder / resume.RECIPE_FILE
+        )  # where keys have changed, they hold from here on
     tracker = Tracker(run, folder)
     if not stage.done("student"):
         with stage("teacher"):
@@ -51,14 +60,22 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         with stage("cache"):
             examples["train"] = teacher.with_outputs(run, tutor, examples["train"], task, tokenizer)
         with stage("student"):
-            stage.found["training"] = student.distil(run, task, tokenizer, examples, tutor, callbacks, folder, tracker)
-    metrics = _outcome(run, task, raw["test"], examples["test"], tokenizer, folder, stage) if ranks.is_first() else {}
+            stage.results["training"] = student.distil(
+                run, task, tokenizer, examples, tutor, callbacks, folder, tracker
+            )
+    metrics = (
+        _outcome(run, task, raw["test"], examples["test"], tokenizer, folder, stage)
+        if ranks.is_rank_zero()
+        else {}
+    )
     tracker.finish(metrics)
     stage.finish()
-    return ranks.share(metrics)
+    return ranks.broadcast(metrics)
 
 
-def _outcome(run: Run, task: Any, raw: Any, examples: Any, tokenizer: Any, folder: Path, stage: Stages) -> dict[str, Any]:
+def _outcome(
+    run: Run, task: Any, raw: Any, examples: Any, tokenizer: Any, folder: Path, stage: Stages
+) -> dict[str, Any]:
     """Measure the run's models and export its student; `raw` and `examples` are the test split."""
     from distill import evaluate, export, models
 
@@ -67,7 +84,7 @@ def _outcome(run: Run, task: Any, raw: Any, examples: Any, tokenizer: Any, folde
     if not (stage.done("evaluate") and metrics):
         with stage("evaluate"):
             metrics = evaluate.evaluate(run, task, raw, examples, tokenizer, folder)
-            metrics |= {"training": stage.found["training"], "stages": stage.seconds}
+            metrics |= {"training": stage.results["training"], "stages": stage.seconds}
             evaluate.write(metrics, folder)  # kept even if the export should fail
             evaluate.report(metrics, folder)
     if not stage.done("export"):
@@ -80,67 +97,73 @@ def _outcome(run: Run, task: Any, raw: Any, examples: Any, tokenizer: Any, folde
     return metrics
 
 
-@command
+@cli_command
 def main() -> None:
-    launch.follow()
+    launch.exit_with_parent()
     try:
-        with signals.answered():
-            launch.ARGUMENTS[:] = resume.arguments(sys.argv[1:])
-            sys.argv[1:] = recipe.register(list(launch.ARGUMENTS))
+        with signals.raise_on_stop_signals():
+            launch.ARGUMENTS[:] = resume.expand_resume(sys.argv[1:])
+            sys.argv[1:] = compose.register_recipes(list(launch.ARGUMENTS))
             hydra.main(version_base="1.3", config_path=None, config_name="run")(_one_run)()
-    except signals.Asked as asked:
-        raise Stopped(f"{asked} came before the run had begun: the same command begins it", 75) from None
+    except signals.StopRequested as asked:
+        raise Stopped(
+            f"{asked} came before the run had begun: the same command begins it", 75
+        ) from None
 
 
-@command
+@cli_command
 def _one_run(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())  # as the user would type it
-    fresh = resume.is_new(folder)
+    fresh = resume.is_unused(folder)
     try:
-        _as_ranks(recipe.checked(composed), folder)
-    except (KeyboardInterrupt, signals.Asked) as asked:
+        _as_ranks(compose.validate(composed), folder)
+    except (KeyboardInterrupt, signals.StopRequested) as asked:
         raise _stopped(folder, fresh, getattr(asked, "number", signal.SIGINT)) from None
     except Exception:
         if fresh and os.environ.get("RANK", "0") == "0":
-            resume.clear(folder)  # a refused recipe leaves nothing behind, and takes nothing away
+            resume.remove_if_unused(
+                folder
+            )  # a refused recipe leaves nothing behind, and takes nothing away
         raise
 
 
 def _stopped(folder: Path, fresh: bool, number: int) -> Stopped:
     """What is said to somebody who asked for the end."""
-    if (folder / resume.RECIPE).exists():
-        way_on = f"go on with {resume.command(folder)}"
+    if (folder / resume.RECIPE_FILE).exists():
+        way_on = f"go on with {resume.resume_command(folder)}"
     else:
         way_on = "that was before the run had begun, and the same command begins it"
         if fresh:
-            resume.clear(folder)
-    said, code = signals.ending(number)
+            resume.remove_if_unused(folder)
+    said, code = signals.exit_status(number)
     return Stopped(f"{said}: {way_on}", code)
 
 
 def _as_ranks(run: Run, folder: Path) -> None:
     """Train in this process, or in the processes that it starts, or as one of those that others have started."""
-    count = launch.devices(run.trainer)
+    count = launch.processes_to_start(run.trainer)
     if count and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise UserError(f"trainer.devices is {count}, but a sweep has one process for each of its runs: start the runs one by one")
+        raise UserError(
+            f"trainer.devices is {count}, but a sweep has one process for each of its runs: start the runs one by one"
+        )
     if count:
         code = launch.launch("distill.train", folder, count)
         sys.exit(code)
-    from distill import ranks
+    from distill.processes import ranks
 
-    ranks.start(run.trainer)
-    shared = Path(ranks.share(str(folder)))
+    ranks.join_process_group(run.trainer)
+    shared = Path(ranks.broadcast(str(folder)))
     if shared != folder:
         with suppress(OSError):
             folder.rmdir()  # Hydra names one for each process
     try:
-        with store.alone(shared) if ranks.is_first() else nullcontext():
+        with store.exclusive_access(shared) if ranks.is_rank_zero() else nullcontext():
             train(run, shared)
     finally:
-        ranks.end()
+        ranks.leave_process_group()
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run_and_exit(main)

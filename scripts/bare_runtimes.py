@@ -20,13 +20,20 @@ from typing import Any
 
 import torch
 
-from distill import config, evaluate, export, formats, models, packing, recipe
-from distill.evaluate.measure import spread
-from distill.export.served import Given, given, student_rows
-from distill.packing import served
+from distill import evaluate, export, models, packing
+from distill.evaluate.measure import evenly_spaced
+from distill.export.runtime_proof import Given, given, student_rows
+from distill.packing import runtime_folder
+from distill.recipe import capabilities, compose, config
 from distill.tasks.base import Task
 
-TITLES = ("format", "packages in the environment", "MB installed", "answer to the first text", "same as the student's")
+TITLES = (
+    "format",
+    "packages in the environment",
+    "MB installed",
+    "answer to the first text",
+    "same as the student's",
+)
 ASK = """import json, runpy, sys
 program = runpy.run_path("program.py")
 answer, write = program["answer"], program.get("write")
@@ -36,38 +43,57 @@ print(json.dumps({"said": said, "written": write(texts[0], 8) if write else said
 
 
 def main() -> None:
-    asked = {"formats": ",".join(formats.RUNTIMES), "texts": "4"} | dict(argument.split("=", 1) for argument in sys.argv[1:])
+    asked = {"formats": ",".join(capabilities.RUNTIMES), "texts": "4"} | dict(
+        argument.split("=", 1) for argument in sys.argv[1:]
+    )
     folder = evaluate.finished(asked["run"])
-    run = recipe.load_recipe(str(folder / "recipe.yaml"))
+    run = compose.load_recipe(str(folder / "recipe.yaml"))
     task, raw, tokenizer = export.prepared(run, folder)
-    raw = raw.select(spread(len(raw), int(asked["texts"])))
+    raw = raw.select(evenly_spaced(len(raw), int(asked["texts"])))
     run = replace(run, evaluate=replace(run.evaluate, batch_size=1))
     texts = given(run, task, raw, tokenizer)
     expected = own(task, tokenizer, folder / "student", texts)
     print("\n".join(line(cells) for cells in (TITLES, ["---"] * len(TITLES))), flush=True)
     for format in asked["formats"].split(","):
         run = replace(run, export=config.Export(format=format, quantize=asked.get("quantize")))  # type: ignore[arg-type]
-        formats.check(run.callbacks, format, run.export.dtype, run.export.quantize, run.export.bits)
+        capabilities.check(
+            run.callbacks, format, run.export.dtype, run.export.quantize, run.export.bits
+        )
         with TemporaryDirectory() as temporary:
-            print(line(row(run, task, tokenizer, folder, texts.cells, expected, Path(temporary))), flush=True)
+            print(
+                line(row(run, task, tokenizer, folder, texts.cells, expected, Path(temporary))),
+                flush=True,
+            )
 
 
 def own(task: Task, tokenizer: Any, student: Path, asked: Given) -> list[int]:
     """What the student answers, by torch."""
     model = models.load(str(student), None, task, "student", tokenizer, strict=True)
-    return [int(row_C.argmax()) for row_C in torch.cat(list(student_rows(task, model, asked.batches)))]
+    return [
+        int(row_C.argmax()) for row_C in torch.cat(list(student_rows(task, model, asked.batches)))
+    ]
 
 
 def row(
-    run: config.Run, task: Task, tokenizer: Any, folder: Path, texts: list[list[str]], expected: list[int], temporary: Path
+    run: config.Run,
+    task: Task,
+    tokenizer: Any,
+    folder: Path,
+    texts: list[list[str]],
+    expected: list[int],
+    temporary: Path,
 ) -> list[str]:
     """One format: made, asked, compared."""
     format, target = str(run.export.format), temporary / "export"
     target.mkdir()
-    packing.artefact(run, task, tokenizer, folder / "student", target)
-    (target / "program.py").write_text(served.program(format, task.pipeline))
-    python, packages, size = environment(formats.RUNTIMES[format].libraries, temporary / "environment")
-    answered = json.loads(called([python, "-I", "-c", ASK, json.dumps(texts)], target).splitlines()[-1])
+    packing.write_artefact(run, task, tokenizer, folder / "student", target)
+    (target / "program.py").write_text(runtime_folder.runtime_program(format, task.pipeline))
+    python, packages, size = environment(
+        capabilities.RUNTIMES[format].libraries, temporary / "environment"
+    )
+    answered = json.loads(
+        called([python, "-I", "-c", ASK, json.dumps(texts)], target).splitlines()[-1]
+    )
     told = answered["said"]
     names = json.loads((target / "config.json").read_text())["id2label"]
     first = names[str(told[0])] if names else repr(tokenizer.decode(answered["written"]))
@@ -82,15 +108,27 @@ def environment(libraries: list[str], folder: Path) -> tuple[Path, list[str], in
     wanted = [f"{library}=={metadata.version(library).partition('+')[0]}" for library in libraries]
     called([python, "-I", "-m", "pip", "install", "--quiet", *wanted], folder)
     found = json.loads(called([python, "-I", "-m", "pip", "list", "--format=json"], folder))
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
-    return python, [each["name"] for each in found if each["name"] not in ("pip", "setuptools")], size
+    size = sum(
+        file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file() and not file.is_symlink()
+    )
+    return (
+        python,
+        [each["name"] for each in found if each["name"] not in ("pip", "setuptools")],
+        size,
+    )
 
 
 def called(command: list[Any], folder: Path) -> str:
     """What it prints; what it says on its other stream is shown where it fails."""
-    done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=folder, capture_output=True, text=True
+    )
     if done.returncode:
-        sys.exit(f"{' '.join(str(part) for part in command[:4])} failed: {done.stderr.strip()[-2000:]}")
+        sys.exit(
+            f"{' '.join(str(part) for part in command[:4])} failed: {done.stderr.strip()[-2000:]}"
+        )
     return done.stdout
 
 

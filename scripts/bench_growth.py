@@ -20,7 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 64}
+TINY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
 RECIPE = {
     "recipe": "tiny",
     "data.batch_size": 32,
@@ -37,13 +43,18 @@ WORDS = 2000
 def corpus(folder: Path, size: int) -> None:
     """Sentences whose first word tells their label."""
     drawn = random.Random(0)
-    words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=drawn.randint(2, 9))) for _ in range(WORDS)]
+    words = [
+        "".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=drawn.randint(2, 9)))
+        for _ in range(WORDS)
+    ]
     for split, count in (("train", size), ("validation", CONSTANT), ("test", CONSTANT)):
         with (folder / f"{split}.csv").open("w") as file:
             file.write("text,label\n")
             for _ in range(count):
                 label = drawn.randrange(4)
-                file.write(f"{words[label]} {' '.join(drawn.choices(words, k=drawn.randint(3, 39)))},topic {label}\n")
+                file.write(
+                    f"{words[label]} {' '.join(drawn.choices(words, k=drawn.randint(3, 39)))},topic {label}\n"
+                )
 
 
 def resident() -> tuple[int, int]:
@@ -72,13 +83,15 @@ def watched(work: Callable[[], Any]) -> tuple[Any, float, int, int]:
     return answer, seconds, *most
 
 
-def stages(size: int, folder: Path, changes: dict[str, str]) -> Iterator[tuple[str, float, int, int]]:
+def stages(
+    size: int, folder: Path, changes: dict[str, str]
+) -> Iterator[tuple[str, float, int, int]]:
     """Name, seconds and memory of each stage."""
     import torch
     from measured import composed, prepared
 
     from distill import student, teacher
-    from distill.tracking import Tracker
+    from distill.training.loggers import Tracker
 
     torch.set_num_threads(1)
 
@@ -88,10 +101,16 @@ def stages(size: int, folder: Path, changes: dict[str, str]) -> Iterator[tuple[s
     yield "data", *told
     tracker = Tracker(run, folder)
     tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
-    taught, *told = watched(lambda: teacher.with_outputs(run, tutor, made.examples["train"], made.task, made.tokenizer))
+    taught, *told = watched(
+        lambda: teacher.with_outputs(run, tutor, made.examples["train"], made.task, made.tokenizer)
+    )
     yield "cache", *told
     made.examples["train"] = taught
-    _, *told = watched(lambda: student.distil(run, made.task, made.tokenizer, made.examples, tutor, [], folder, tracker))
+    _, *told = watched(
+        lambda: student.distil(
+            run, made.task, made.tokenizer, made.examples, tutor, [], folder, tracker
+        )
+    )
     yield "training", *told
 
 
@@ -109,10 +128,26 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             (Path(name) / "corpus").mkdir()
             corpus(Path(name) / "corpus", size)
-            command = [sys.executable, __file__, f"size={size}", f"folder={name}", *(f"{key}={value}" for key, value in given.items())]
-            answer = subprocess.check_output(command, text=True, env=os.environ | {"DISTILL_CACHE": f"{name}/store"})
+            command = [
+                sys.executable,
+                __file__,
+                f"size={size}",
+                f"folder={name}",
+                *(f"{key}={value}" for key, value in given.items()),
+            ]
+            answer = subprocess.check_output(
+                command, text=True, env=os.environ | {"DISTILL_CACHE": f"{name}/store"}
+            )
         for stage, seconds, anonymous, files in json.loads(answer.splitlines()[-1]):
-            rows.append([stage, f"{size:,}", f"{1e3 * seconds / size:.3f}", f"{anonymous / 1e6:.0f}", f"{files / 1e6:.0f}"])
+            rows.append(
+                [
+                    stage,
+                    f"{size:,}",
+                    f"{1e3 * seconds / size:.3f}",
+                    f"{anonymous / 1e6:.0f}",
+                    f"{files / 1e6:.0f}",
+                ]
+            )
             print(rows[-1], file=sys.stderr, flush=True)
     rows.sort(key=lambda row: ["data", "cache", "training"].index(row[0]))
     print(table(["stage", "examples", "ms an example", "own memory, MB", "mapped files, MB"], rows))

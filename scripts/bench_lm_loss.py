@@ -19,10 +19,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill import chunked, losses
-from distill.chunked import Projected
+from distill import losses
+from distill.losses import chunked
+from distill.losses.chunked import FactoredLogits
 
-DEFAULTS = {"tokens": "1024,4096", "vocabulary": "50257,128256", "width": "768", "precisions": "float32,bfloat16", "rounds": "5"}
+DEFAULTS = {
+    "tokens": "1024,4096",
+    "vocabulary": "50257,128256",
+    "width": "768",
+    "precisions": "float32,bfloat16",
+    "rounds": "5",
+}
 WAYS = ("whole", "chunked")
 DAMPED = 0.02  # spread of the numbers in a head
 
@@ -30,25 +37,41 @@ DAMPED = 0.02  # spread of the numbers in a head
 def sums(student_NC: Tensor, teacher_NC: Tensor, labels: Tensor) -> Tensor:
     supervised_N = losses.cross_entropy(student_NC, labels)
     divergence_N = losses.forward_kl(student_NC, teacher_NC, 2.0)
-    return torch.stack([losses.distillation(supervised_N, divergence_N, 0.5).sum(), supervised_N.sum(), divergence_N.sum()])
+    return torch.stack(
+        [
+            losses.distillation(supervised_N, divergence_N, 0.5).sum(),
+            supervised_N.sum(),
+            divergence_N.sum(),
+        ]
+    )
 
 
 def steps(tokens: int, vocabulary: int, width: int, precision: str) -> Callable[[str], None]:
     """One forward and backward, in the way that is named."""
     torch.manual_seed(0)
     low = precision == "bfloat16"
-    student = Projected(torch.randn(tokens, width).requires_grad_(), torch.randn(vocabulary, width).mul_(DAMPED).requires_grad_(), None)
-    teacher = Projected(torch.randn(tokens, width), torch.randn(vocabulary, width).mul_(DAMPED), None)
+    student = FactoredLogits(
+        torch.randn(tokens, width).requires_grad_(),
+        torch.randn(vocabulary, width).mul_(DAMPED).requires_grad_(),
+        None,
+    )
+    teacher = FactoredLogits(
+        torch.randn(tokens, width), torch.randn(vocabulary, width).mul_(DAMPED), None
+    )
     if low:
-        teacher = Projected(teacher.hidden_ND.bfloat16(), teacher.weight_VD.bfloat16(), None)
+        teacher = FactoredLogits(teacher.hidden_ND.bfloat16(), teacher.weight_VD.bfloat16(), None)
     labels = torch.randint(vocabulary, (tokens,))
     for tensor in student[:2]:
         tensor.grad = torch.ones_like(tensor)
 
     def step(way: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            given = (student, teacher) if way == "chunked" else (student.logits(), chunked.taught(teacher, slice(None)))
-            loss = chunked.summed(sums, *given, (labels,))[0] / tokens
+            given = (
+                (student, teacher)
+                if way == "chunked"
+                else (student.logits(), chunked.teacher_chunk(teacher, slice(None)))
+            )
+            loss = chunked.sum_in_chunks(sums, *given, (labels,))[0] / tokens
         loss.backward()
 
     return step
@@ -78,7 +101,12 @@ def memory(way: str, *problem: str) -> float:
 
 
 def row(problem: list[str], rounds: int) -> str:
-    extra = [float(subprocess.check_output([sys.executable, __file__, "memory", way, *problem], text=True)) for way in WAYS]
+    extra = [
+        float(
+            subprocess.check_output([sys.executable, __file__, "memory", way, *problem], text=True)
+        )
+        for way in WAYS
+    ]
     step = steps(*map(int, problem[:3]), problem[3])
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds + 1):
@@ -98,12 +126,17 @@ def main() -> None:
         print(memory(*sys.argv[2:]))
         return
     given = {**DEFAULTS, **dict(argument.split("=", 1) for argument in sys.argv[1:])}
-    print("| tokens | vocabulary | width | precision | whole, s | chunked, s | ratio | whole, MB | chunked, MB | ratio |")
+    print(
+        "| tokens | vocabulary | width | precision | whole, s | chunked, s | ratio | whole, MB | chunked, MB | ratio |"
+    )
     print("|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|")
     for vocabulary in given["vocabulary"].split(","):
         for tokens in given["tokens"].split(","):
             for precision in given["precisions"].split(","):
-                print(row([tokens, vocabulary, given["width"], precision], int(given["rounds"])), flush=True)
+                print(
+                    row([tokens, vocabulary, given["width"], precision], int(given["rounds"])),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 from measured import composed, conditions, options, prepared, table
 
 from distill import models, student, teacher
-from distill.tracking import Tracker
+from distill.training.loggers import Tracker
 
 PEERS = Path(__file__).parent / "peers"
 PACKAGES = ["accelerate>=1.12", "psutil", "pillow", "torchvision", "torchdistill==1.1.5"]
@@ -44,7 +44,17 @@ def environment(folder: Path) -> Path:
         venv.create(folder, symlinks=True)
         inside = next(folder.glob("lib/python*/site-packages"))
         (inside / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *PACKAGES]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "--quiet",
+            "--no-deps",
+            *PACKAGES,
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return python
 
@@ -53,14 +63,27 @@ def lay_out(changes: dict[str, Any], folder: Path) -> int:
     """Teacher, untrained student and encoded examples, for every driver alike; returns the examples of all epochs."""
     run = composed(changes)
     made = prepared(run)
-    tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, Tracker(run, folder))
-    learner, _ = student.build(run, made.task, made.tokenizer, tutor)
+    tutor = teacher.obtain(
+        run, made.task, made.tokenizer, made.examples, folder, Tracker(run, folder)
+    )
+    learner, _ = student.build_student(run, made.task, made.tokenizer, tutor)
     for name, model in (("teacher", tutor), ("start", learner)):
         models.save(model, made.tokenizer, folder / name)  # type: ignore[arg-type]
     for name, split in made.examples.items():
-        (folder / f"{name}.json").write_text(json.dumps(split.select_columns(["input_ids", "labels"]).to_list()))
-    told = {"lr": run.optimizer.lr, "epochs": round(run.trainer.epochs), "batch_size": run.data.batch_size, "seed": run.seed}
-    told |= {"alpha": run.loss.alpha, "temperature": run.loss.temperature, "pad_id": made.tokenizer.pad_token_id}
+        (folder / f"{name}.json").write_text(
+            json.dumps(split.select_columns(["input_ids", "labels"]).to_list())
+        )
+    told = {
+        "lr": run.optimizer.lr,
+        "epochs": round(run.trainer.epochs),
+        "batch_size": run.data.batch_size,
+        "seed": run.seed,
+    }
+    told |= {
+        "alpha": run.loss.alpha,
+        "temperature": run.loss.temperature,
+        "pad_id": made.tokenizer.pad_token_id,
+    }
     (folder / "job.json").write_text(json.dumps(told))
     return told["epochs"] * len(made.examples["train"])
 
@@ -81,29 +104,61 @@ def main() -> None:
         os.environ["DISTILL_CACHE"] = str(folder / "store")
         python = str(environment(Path(own["environment"] or folder / "environment")))
         examples = lay_out(changes, folder)
-        WAYS["ours"] += [f"{key}={value}" for key, value in ({"tracking.wandb": "offline"} | changes).items()]
+        WAYS["ours"] += [
+            f"{key}={value}" for key, value in ({"tracking.wandb": "offline"} | changes).items()
+        ]
         found: dict[str, list[dict[str, Any]]] = {title: [] for title in WAYS}
         for number in range(own["rounds"]):
             for title, arguments in WAYS.items():
                 shutil.rmtree(folder / "store" / "outputs", ignore_errors=True)
-                found[title].append(trained(sys.executable if title == "ours" else python, arguments, folder))
-                print(f"round {number + 1}: {title} {found[title][-1]}", file=sys.stderr, flush=True)
+                found[title].append(
+                    trained(sys.executable if title == "ours" else python, arguments, folder)
+                )
+                print(
+                    f"round {number + 1}: {title} {found[title][-1]}", file=sys.stderr, flush=True
+                )
     show(found, examples)
     print(f"\nMedians of {own['rounds']} rounds, {examples:,} examples each. {conditions()}")
 
 
 def show(found: dict[str, list[dict[str, Any]]], examples: int) -> None:
     """Examples a second of each way, and ours against it."""
-    whole = [[sum(parts) for parts in zip(told["seconds"], told["filling"], strict=True)] for told in found["ours"]]
-    ways = {title: [told["seconds"] for told in answers] for title, answers in found.items() if title != "ours"}
-    ways |= {"ours, the cache filled": whole, "ours, the cache there": [told["seconds"] for told in found["ours"]]}
-    medians = {title: [statistics.median(column) for column in zip(*seconds, strict=True)] for title, seconds in ways.items()}
+    whole = [
+        [sum(parts) for parts in zip(told["seconds"], told["filling"], strict=True)]
+        for told in found["ours"]
+    ]
+    ways = {
+        title: [told["seconds"] for told in answers]
+        for title, answers in found.items()
+        if title != "ours"
+    }
+    ways |= {
+        "ours, the cache filled": whole,
+        "ours, the cache there": [told["seconds"] for told in found["ours"]],
+    }
+    medians = {
+        title: [statistics.median(column) for column in zip(*seconds, strict=True)]
+        for title, seconds in ways.items()
+    }
     rows = []
     for title, seconds in medians.items():
-        ratios = [f"{theirs / mine:.2f}" for theirs, mine in zip(seconds, medians["ours, the cache filled"], strict=True)]
+        ratios = [
+            f"{theirs / mine:.2f}"
+            for theirs, mine in zip(seconds, medians["ours, the cache filled"], strict=True)
+        ]
         answers = found.get(title, found["ours"])
-        quality = [f"{statistics.median(told[split] for told in answers):.3f}" for split in ("validation", "test")]
-        rows.append([title, *(f"{examples / each:.0f}" for each in reversed(seconds)), *reversed(ratios), *quality])
+        quality = [
+            f"{statistics.median(told[split] for told in answers):.3f}"
+            for split in ("validation", "test")
+        ]
+        rows.append(
+            [
+                title,
+                *(f"{examples / each:.0f}" for each in reversed(seconds)),
+                *reversed(ratios),
+                *quality,
+            ]
+        )
     titles = [
         "examples a CPU second",
         "examples a second",

@@ -35,25 +35,38 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ |= {"DISTILL_CACHE": str(folder / "store")}
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+        )
         called(first, folder / "filling")
         ways = {
             "--help": lambda: called(["--help"], None),
             "a misspelt key": lambda: called([*recipe, "optimizer.lrr=1"], None),
             "a value out of range": lambda: called([*recipe, "loss.alpha=2"], None),
-            "keys that do not go together": lambda: called([*recipe, "trainer.accumulate=4096"], None),
+            "keys that do not go together": lambda: called(
+                [*recipe, "trainer.accumulate=4096"], None
+            ),
             "the first optimizer step": lambda: called(first, Path(tempfile.mkdtemp(dir=folder))),
         }
         found = turns(ways, own["rounds"])
     goals = [1, 1, 1, 1, 15]
-    rows = [[name, f"{seconds:.2f}", f"< {goal}"] for (name, seconds), goal in zip(found.items(), goals, strict=True)]
+    rows = [
+        [name, f"{seconds:.2f}", f"< {goal}"]
+        for (name, seconds), goal in zip(found.items(), goals, strict=True)
+    ]
     print(table(["", "seconds", "goal"], rows))
     print(f"\nMedians of {own['rounds']} rounds. {conditions()}")
 
 
 def called(arguments: list[str], folder: Path | None) -> float:
     """Seconds until the command has answered, or until its first step where it runs in a folder."""
-    command = [sys.executable, "-m", "distill.train", *arguments, *([f"hydra.run.dir={folder}"] if folder else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "distill.train",
+        *arguments,
+        *([f"hydra.run.dir={folder}"] if folder else []),
+    ]
     began = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     ended = time.time()

@@ -30,8 +30,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_scheduler
 
-from distill import config, data, fit, models, pace, student, teacher
-from distill.tracking import Tracker
+from distill import data, models, student, teacher
+from distill.recipe import config
+from distill.training import loop, performance
+from distill.training.loggers import Tracker
 
 WARM = 3  # steps that do not count
 
@@ -62,20 +64,35 @@ class Bench:
         self.made = prepared(run)
         self.labelled = prepared(replace(run, data=replace(run.data, labelled=None)))
         self.tracker = Tracker(run, folder)
-        self.tutor = teacher.obtain(run, self.made.task, self.made.tokenizer, self.made.examples, folder, self.tracker)
-        self.taught = teacher.with_outputs(run, self.tutor, self.made.examples["train"], self.made.task, self.made.tokenizer)
+        self.tutor = teacher.obtain(
+            run, self.made.task, self.made.tokenizer, self.made.examples, folder, self.tracker
+        )
+        self.taught = teacher.with_outputs(
+            run, self.tutor, self.made.examples["train"], self.made.task, self.made.tokenizer
+        )
         self.numbers = count()
         self.warmed: dict[str, float] = {}
 
     def of(self, run: config.Run, made: Prepared, train: Any, name: str) -> float:
         """Seconds per example of our student stage."""
         steps = WARM + self.steps
-        run = replace(run, trainer=replace(run.trainer, max_steps=steps, validations=1, progress=True))
+        run = replace(
+            run, trainer=replace(run.trainer, max_steps=steps, validations=1, progress=True)
+        )
         timed = Timed(self.steps, self.device)
         with tempfile.TemporaryDirectory(dir=self.folder) as inside, on_a_terminal():
             examples = type(made.examples)(made.examples | {"train": train})
             tutor = None if self.tutor is None else self.tutor.float()
-            student.distil(run, made.task, made.tokenizer, examples, tutor, [timed], Path(inside), Tracker(run, Path(inside)))
+            student.distil(
+                run,
+                made.task,
+                made.tokenizer,
+                examples,
+                tutor,
+                [timed],
+                Path(inside),
+                Tracker(run, Path(inside)),
+            )
         self.warmed[name] = timed.start - timed.began
         return timed.taken / self.steps / run.data.batch_size
 
@@ -96,23 +113,40 @@ class Bench:
         torch.use_deterministic_algorithms(False)
         run, steps = self.run, WARM + self.steps
         assert self.tutor is not None
-        learner, _ = student.build(run, self.made.task, self.made.tokenizer, self.tutor.float())
+        learner, _ = student.build_student(
+            run, self.made.task, self.made.tokenizer, self.tutor.float()
+        )
         learner.to(self.device).train()
-        train, _ = fit.loaders(run, self.taught, self.made.examples["validation"], self.made.task, self.made.tokenizer.pad_token_id)
+        train, _ = loop.make_loaders(
+            run,
+            self.taught,
+            self.made.examples["validation"],
+            self.made.task,
+            self.made.tokenizer.pad_token_id,
+        )
         decayed = [parameter for parameter in learner.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in learner.parameters() if parameter.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": run.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": run.optimizer.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=run.optimizer.lr, fused=True)
-        schedule = get_scheduler(run.optimizer.schedule, optimizer, round(run.optimizer.warmup * steps), steps)
-        with pace.reused_memory():
+        schedule = get_scheduler(
+            run.optimizer.schedule, optimizer, round(run.optimizer.warmup * steps), steps
+        )
+        with performance.keep_freed_memory():
             for number, batch in enumerate(islice(epochs(train), steps)):
                 if number == WARM:
                     start = seconds(self.device)
                 batch = move_data_to_device(batch, self.device)
-                with torch.autocast(self.device, torch.bfloat16, enabled=run.trainer.precision == "bf16-mixed"):
+                with torch.autocast(
+                    self.device, torch.bfloat16, enabled=run.trainer.precision == "bf16-mixed"
+                ):
                     loss = self._loss(models.logits(learner, batch.inputs), batch)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(learner.parameters(), run.optimizer.clip or float("inf"))
+                torch.nn.utils.clip_grad_norm_(
+                    learner.parameters(), run.optimizer.clip or float("inf")
+                )
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
@@ -121,9 +155,13 @@ class Bench:
     def _loss(self, answers: torch.Tensor, batch: Any) -> torch.Tensor:
         """alpha * CE + (1 - alpha) * T^2 * KL, each a mean over the batch, unlabelled examples counting as 0."""
         alpha, temperature = self.run.loss.alpha, self.run.loss.temperature
-        told = [F.log_softmax(logits.float() / temperature, -1) for logits in (answers, batch.teacher)]
+        told = [
+            F.log_softmax(logits.float() / temperature, -1) for logits in (answers, batch.teacher)
+        ]
         divergence = F.kl_div(*told, log_target=True, reduction="sum")
-        supervised = F.cross_entropy(answers.float(), batch.labels, reduction="sum", ignore_index=-100)
+        supervised = F.cross_entropy(
+            answers.float(), batch.labels, reduction="sum", ignore_index=-100
+        )
         return (alpha * supervised + (1 - alpha) * temperature**2 * divergence) / batch.rows
 
     def filled(self) -> float:
@@ -132,9 +170,17 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as store:
             os.environ["DISTILL_CACHE"] = store
             start = seconds(self.device)
-            teacher.with_outputs(self.run, self.tutor, self.made.examples["train"], self.made.task, self.made.tokenizer)
+            teacher.with_outputs(
+                self.run,
+                self.tutor,
+                self.made.examples["train"],
+                self.made.task,
+                self.made.tokenizer,
+            )
             taken = seconds(self.device) - start
-        os.environ.pop("DISTILL_CACHE") if before is None else os.environ.update(DISTILL_CACHE=before)
+        os.environ.pop("DISTILL_CACHE") if before is None else os.environ.update(
+            DISTILL_CACHE=before
+        )
         return taken / len(self.made.examples["train"])
 
     @torch.inference_mode()
@@ -144,9 +190,12 @@ class Bench:
         tutor = teacher.answering(self.run, self.tutor).to(self.device)
         train, pad_id = self.made.examples["train"], self.made.tokenizer.pad_token_id
         batches = [
-            move_data_to_device(batch, self.device) for batch in data.loader(train, self.made.task, pad_id, self.run.evaluate.batch_size)
+            move_data_to_device(batch, self.device)
+            for batch in data.make_loader(
+                train, self.made.task, pad_id, self.run.evaluate.batch_size
+            )
         ]
-        with pace.reused_memory():
+        with performance.keep_freed_memory():
             start = seconds(self.device)
             for batch in batches:
                 models.logits(tutor, batch.inputs).float()
@@ -154,8 +203,12 @@ class Bench:
 
     def flops(self) -> list[int]:
         """Operations of a forward for one example, of student and teacher."""
-        learner, _ = student.build(self.run, self.made.task, self.made.tokenizer, self.tutor)
-        batch = next(iter(data.loader(self.taught, self.made.task, self.made.tokenizer.pad_token_id, 1)))
+        learner, _ = student.build_student(
+            self.run, self.made.task, self.made.tokenizer, self.tutor
+        )
+        batch = next(
+            iter(data.make_loader(self.taught, self.made.task, self.made.tokenizer.pad_token_id, 1))
+        )
         found = []
         for model in (learner, self.tutor):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -165,7 +218,9 @@ class Bench:
 
 
 def epochs(train: Any) -> Iterator[Any]:
-    return chain.from_iterable(train for _ in iter(lambda: train.plan.set_epoch(train.plan.epoch + 1), 0))
+    return chain.from_iterable(
+        train for _ in iter(lambda: train.plan.set_epoch(train.plan.epoch + 1), 0)
+    )
 
 
 @contextmanager
@@ -191,15 +246,23 @@ def main() -> None:
     run = composed(changes)
     if run.trainer.accumulate > 1:
         sys.exit("trainer.accumulate must be 1 here: the bare loop takes whole batches")
-    device = models.device_of(run)
+    device = models.resolve_device(run)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(run, Path(folder), own["steps"], device)
-        ways: dict[str, Any] = {"plain": bench.plain, "cached": bench.cached, "online": bench.online, "bare": bench.bare}
+        ways: dict[str, Any] = {
+            "plain": bench.plain,
+            "cached": bench.cached,
+            "online": bench.online,
+            "bare": bench.bare,
+        }
         ways |= {"forward": bench.forward, "filled": bench.filled}
         if own["compile"]:
             ways["compiled"] = lambda: bench.cached(compile=True)
         peaks: dict[str, float] = {}
-        found = turns({name: remembered(name, way, peaks, device) for name, way in ways.items()}, own["rounds"])
+        found = turns(
+            {name: remembered(name, way, peaks, device) for name, way in ways.items()},
+            own["rounds"],
+        )
         ours, theirs = bench.flops()
         show(bench, found, peaks, 1 + theirs / (3 * ours), 3 * ours, own)
 
@@ -218,7 +281,14 @@ def remembered(name: str, way: Any, peaks: dict[str, float], device: str) -> Any
     return done
 
 
-def show(bench: Bench, found: dict[str, float], peaks: dict[str, float], bound: float, step: int, own: dict[str, Any]) -> None:
+def show(
+    bench: Bench,
+    found: dict[str, float],
+    peaks: dict[str, float],
+    bound: float,
+    step: int,
+    own: dict[str, Any],
+) -> None:
     goals = [
         ("plain fine-tuning", "plain", "plain", ""),
         ("cached teacher", "cached", "plain", "<= 1.02"),
@@ -234,14 +304,22 @@ def show(bench: Bench, found: dict[str, float], peaks: dict[str, float], bound: 
     for title, name, against, goal in goals:
         if name in found:
             cells = [title, f"{1e3 * found[name]:.2f}", f"{found[name] / found[against]:.3f}", goal]
-            used = f"{step / found[name] / own['peak'] / 1e12:.1%}" if own["peak"] and name not in ("forward", "filled") else ""
+            used = (
+                f"{step / found[name] / own['peak'] / 1e12:.1%}"
+                if own["peak"] and name not in ("forward", "filled")
+                else ""
+            )
             rows.append([*cells, *([f"{peaks[name]:.0f}", used] if peaks else [])])
     print(table(["", "ms an example", "ratio", "goal", *extra], rows))
-    padding = data.loader(bench.taught, bench.made.task, 0, bench.run.data.batch_size, seed=bench.run.seed).plan.padding()
+    padding = data.make_loader(
+        bench.taught, bench.made.task, 0, bench.run.data.batch_size, seed=bench.run.seed
+    ).plan.padding()
     print(f"\n{100 * padding:.1f} % of the tokens of an epoch are padding (goal: below 5 %).")
     if "compiled" in found:
-        print(f"The first {WARM} steps took {bench.warmed['compiled']:.0f} s compiled, {bench.warmed['cached']:.1f} s otherwise.")
-    in_what = f"{bench.run.trainer.precision}, teacher in {models.dtype_of(bench.run)}"
+        print(
+            f"The first {WARM} steps took {bench.warmed['compiled']:.0f} s compiled, {bench.warmed['cached']:.1f} s otherwise."
+        )
+    in_what = f"{bench.run.trainer.precision}, teacher in {models.resolve_teacher_dtype(bench.run)}"
     print(f"Medians of {own['rounds']} rounds of {own['steps']} steps; {in_what}.\n")
     print(conditions(bench.device))
 

@@ -15,16 +15,37 @@ import sys
 import tempfile
 from pathlib import Path
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # quantile of t, by number of seeds
-UNTOUCHED = ["teacher.finetune.epochs=0.01", "teacher.finetune.lr=1e-12"]  # one step that moves nothing: the model as it was
-QUICK = ["export.format=null", "evaluate.requests=1", "evaluate.batches=1", "evaluate.bootstrap=1", "tracking.wandb=disabled"]
+T_975 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # quantile of t, by number of seeds
+UNTOUCHED = [
+    "teacher.finetune.epochs=0.01",
+    "teacher.finetune.lr=1e-12",
+]  # one step that moves nothing: the model as it was
+QUICK = [
+    "export.format=null",
+    "evaluate.requests=1",
+    "evaluate.batches=1",
+    "evaluate.bootstrap=1",
+    "tracking.wandb=disabled",
+]
 
 
 def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     seeds = [int(seed) for seed in given.pop("seeds", "0,1,2").split(",")]
     if len(seeds) not in T_975:
-        sys.exit(f"seeds is {len(seeds)} seeds, but an interval needs 2 to {max(T_975)}: give as many, with commas")
+        sys.exit(
+            f"seeds is {len(seeds)} seeds, but an interval needs 2 to {max(T_975)}: give as many, with commas"
+        )
     metric = given.pop("metric", "accuracy")
     options = [f"{key}={value}" for key, value in given.items()]
     found: dict[str, list[float]] = {"teacher": []}
@@ -34,20 +55,33 @@ def main() -> None:
         arms = {
             "student, with teacher": with_teacher,
             "student, labels alone": trained(alone)[0],
-            "student, labels alone, lr / 4": trained([*alone, f"optimizer.lr={learning_rate(options) / 4}"])[0],
+            "student, labels alone, lr / 4": trained(
+                [*alone, f"optimizer.lr={learning_rate(options) / 4}"]
+            )[0],
             "student, labels alone, cut before fine-tuning": trained([*alone, *UNTOUCHED])[0],
         }
         found["teacher"].append(with_teacher["teacher"]["quality"][metric]["value"])
         for name, metrics in arms.items():
             found.setdefault(name, []).append(metrics["student"]["quality"][metric]["value"])
-        print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()), file=sys.stderr)
+        print(
+            f"seed {seed}: "
+            + ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()),
+            file=sys.stderr,
+        )
     show(found, metric)
 
 
 def trained(options: list[str]) -> tuple[dict, int]:
     """metrics.json of one run, and the optimizer steps of its student."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "distill.train", *QUICK, *options, f"hydra.run.dir={folder}"]
+        command = [
+            sys.executable,
+            "-m",
+            "distill.train",
+            *QUICK,
+            *options,
+            f"hydra.run.dir={folder}",
+        ]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(done.stderr)

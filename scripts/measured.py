@@ -13,7 +13,9 @@ import torch
 from datasets import DatasetDict
 from omegaconf import OmegaConf
 
-from distill import cli, config, data, fit, models, recipe, targets
+from distill import cli, data, models
+from distill.recipe import compose, config, targets
+from distill.training import loop
 
 os.environ |= cli.ENVIRONMENT | os.environ  # as the commands have it
 SILENT = {"tracking.wandb": "disabled", "trainer.progress": False}
@@ -30,7 +32,15 @@ def composed(changes: dict[str, Any]) -> config.Run:
     name = changes.get("recipe", "bert_to_distil")
     lines = [f"{key}={value}" for key, value in (SILENT | changes).items() if key != "recipe"]
     schema = OmegaConf.structured(config.Run)
-    return fit.decided(recipe.checked(OmegaConf.merge(schema, recipe.read(recipe.files()[name]), OmegaConf.from_dotlist(lines))))  # type: ignore[arg-type]
+    return loop.resolve_auto(
+        compose.validate(
+            OmegaConf.merge(
+                schema,
+                compose.read_recipe(compose.available_recipes()[name]),
+                OmegaConf.from_dotlist(lines),
+            )
+        )
+    )  # type: ignore[arg-type]
 
 
 class Prepared(NamedTuple):
@@ -42,9 +52,9 @@ class Prepared(NamedTuple):
 
 
 def prepared(run: config.Run) -> Prepared:
-    task = targets.build(run.task)
+    task = targets.instantiate(run.task)
     raw = data.load(run.data, task, run.seed)
-    tokenizer = models.tokenizer_for(run, task, raw["train"])
+    tokenizer = models.build_tokenizer(run, task, raw["train"])
     return Prepared(task, tokenizer, data.encode(raw, task, tokenizer, run.data))
 
 
@@ -78,6 +88,10 @@ def conditions(device: str = "cpu") -> str:
     if device == "cuda":
         where = torch.cuda.get_device_name()
     else:
-        named = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        named = [
+            line.partition(": ")[2]
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         where = f"{named[0] if named else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
     return f"`{command}`\n\n{where}; torch {torch.__version__}; load when it ended {os.getloadavg()[0]:.1f}."

@@ -21,7 +21,10 @@ def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     folders, wanted = given.pop("run").split(","), given.pop("runtimes", WANTED)
     for folder in folders:
-        print(f"\n{Path(folder).name}\n\n{markdown(measured(Path(folder), wanted, given))}", flush=True)
+        print(
+            f"\n{Path(folder).name}\n\n{markdown(measured(Path(folder), wanted, given))}",
+            flush=True,
+        )
 
 
 def measured(folder: Path, wanted: str, options: dict[str, str]) -> dict[str, Any]:
@@ -29,15 +32,23 @@ def measured(folder: Path, wanted: str, options: dict[str, str]) -> dict[str, An
     file = folder / RUNTIMES
     known = json.loads(file.read_text()) if file.is_file() else {"runtimes": {}, "baseline": None}
     if [name for name in known["runtimes"] if name != known["baseline"]] != wanted.split(","):
-        arguments = [f"run={folder}", f"runtimes=[{wanted}]", *(f"{key}={value}" for key, value in options.items())]
-        subprocess.run([sys.executable, "-m", "distill.evaluate", *arguments], check=True, stdout=sys.stderr)
+        arguments = [
+            f"run={folder}",
+            f"runtimes=[{wanted}]",
+            *(f"{key}={value}" for key, value in options.items()),
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "distill.evaluate", *arguments], check=True, stdout=sys.stderr
+        )
     return json.loads(file.read_text())
 
 
 def markdown(metrics: dict[str, Any]) -> str:
     titles = table.RUNTIME_COLUMNS
     lines = [titles, ["---", *("---:" for _ in titles[1:])], *table.runtime_rows(metrics)]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", table.runtime_conditions(metrics)])
+    return "\n".join(
+        [*(f"| {' | '.join(cells)} |" for cells in lines), "", table.runtime_conditions(metrics)]
+    )
 
 
 if __name__ == "__main__":

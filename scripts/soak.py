@@ -23,13 +23,24 @@ sys.path.insert(0, str(ROOT))
 from tests.integration.killed import contents  # noqa: E402
 
 STAGES = ("data", "teacher", "cache", "student", "evaluate", "export")
-SIZES = ["trainer.accumulate=2", "trainer.checkpoint.steps=5", "evaluate.bootstrap=20", "evaluate.requests=1", "evaluate.batches=1"]
+SIZES = [
+    "trainer.accumulate=2",
+    "trainer.checkpoint.steps=5",
+    "evaluate.bootstrap=20",
+    "evaluate.requests=1",
+    "evaluate.batches=1",
+]
 TOOK = re.compile(r"^(\w+) took ([\d.]+) s$")
 
 
 def command(folder, *arguments):
     """The command, running in a process group of its own."""
-    own = {"DISTILL_CACHE": str(folder / "cache"), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = {
+        "DISTILL_CACHE": str(folder / "cache"),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "distill.train", *arguments],
         cwd=folder,
@@ -79,7 +90,10 @@ def resumed(folder):
 def main():
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     kills, folder = int(given.pop("kills", 40)), Path(given.pop("folder", "/tmp/soak"))
-    rng, arguments = random.Random(int(given.pop("seed", 0))), [f"trainer.devices={given.pop('devices', 1)}"]
+    rng, arguments = (
+        random.Random(int(given.pop("seed", 0))),
+        [f"trainer.devices={given.pop('devices', 1)}"],
+    )
     arguments += [f"{key}={value}" for key, value in given.items()]
     shutil.rmtree(folder, ignore_errors=True)
     seconds = left_alone(folder / "whole", arguments)
@@ -92,14 +106,23 @@ def main():
             shutil.rmtree(place)
             continue
         failure, ended = resumed(place), contents(place)
-        different = sorted(name for name in expected.keys() | ended.keys() if expected.get(name) != ended.get(name))
+        different = sorted(
+            name for name in expected.keys() | ended.keys() if expected.get(name) != ended.get(name)
+        )
         table[stage][0] += 1
         table[stage][1] += failure is None and not different
-        print(f"{number + 1} of {kills}: {stage}: {failure or different or 'identical'}", file=sys.stderr, flush=True)
+        print(
+            f"{number + 1} of {kills}: {stage}: {failure or different or 'identical'}",
+            file=sys.stderr,
+            flush=True,
+        )
         if failure is None and not different:
             shutil.rmtree(place)
     print(f"| stage ({arguments[0]}) | kills tried | identical endings |\n|---|---|---|")
-    for stage, (tried, same) in [*table.items(), ("all", [sum(column) for column in zip(*table.values(), strict=True)])]:
+    for stage, (tried, same) in [
+        *table.items(),
+        ("all", [sum(column) for column in zip(*table.values(), strict=True)]),
+    ]:
         print(f"| {stage} | {tried} | {same} |")
 
 

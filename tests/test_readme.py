@@ -7,9 +7,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from distill import config, evaluate, export, losses, recipe, targets
+from distill import evaluate, export, losses
+from distill.recipe import compose, config, targets
 
-README = (recipe.PACKAGE.parent / "README.md").read_text()
+README = (compose.PACKAGE.parent / "README.md").read_text()
 YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"python -m distill\.(\w+)((?: +-?[\w.\-/<>=,]+)*)", README)
@@ -37,7 +38,7 @@ def test_the_two_commands_are_there():
 
 
 def test_every_recipe_is_in_the_table():
-    for file in recipe.SHIPPED.glob("*.yaml"):
+    for file in compose.SHIPPED.glob("*.yaml"):
         assert re.search(rf"^\| `{file.stem}` \|", README, re.MULTILINE), file.stem
 
 
@@ -48,7 +49,9 @@ def test_every_divergence_is_named():
 
 def test_the_recipe_of_one_s_own_is_accepted():
     own = next(block for block in YAML if "_target_: distill.tasks" in block)
-    run = recipe.checked(OmegaConf.merge(OmegaConf.structured(config.Run), {"name": "mine"}, yaml.safe_load(own)))
+    run = compose.validate(
+        OmegaConf.merge(OmegaConf.structured(config.Run), {"name": "mine"}, yaml.safe_load(own))
+    )
     assert run.data.source == "reviews.csv"
 
 
@@ -57,7 +60,7 @@ def test_every_target_takes_its_arguments(block):
     def check(where, value):
         if isinstance(value, dict):
             if "_target_" in value:
-                targets.check(where, value)
+                targets.check_target(where, value)
             for key, inner in value.items():
                 check(f"{where}.{key}", inner)
 
@@ -77,4 +80,4 @@ def test_the_keys_of_every_command_exist(module, arguments):
             key, value = argument.split("=", 1)
             OmegaConf.update(OmegaConf.structured(schema), key, yaml.safe_load(value.split(",")[0]))
         elif argument.startswith("recipe=") and argument not in ("recipe=mine", "recipe=NAME"):
-            assert argument.removeprefix("recipe=") in recipe.files()
+            assert argument.removeprefix("recipe=") in compose.available_recipes()

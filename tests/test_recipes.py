@@ -3,19 +3,20 @@
 import pytest
 import yaml
 
-from distill import data, models, recipe, targets
+from distill import data, models
 from distill.errors import UserError
+from distill.recipe import compose, targets
 
-RECIPES = sorted(recipe.SHIPPED.glob("*.yaml"))
+RECIPES = sorted(compose.SHIPPED.glob("*.yaml"))
 OFFLINE = ["bert_to_distil", "gpt2_half", "tiny"]
 named = pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 
 
 @named
 def test_a_recipe_is_checked_and_builds_its_task(file):
-    run = recipe.load_recipe(file.stem)
+    run = compose.load_recipe(file.stem)
     assert run.name == file.stem
-    targets.build(run.task)
+    targets.instantiate(run.task)
 
 
 @named
@@ -29,23 +30,23 @@ def test_a_recipe_says_how_to_run_it(file):
 def test_a_recipe_is_one_screen_in_the_order_of_the_data(file):
     text = file.read_text()
     assert len(text.splitlines()) <= 40
-    order = list(recipe.Run.__dataclass_fields__)
+    order = list(compose.Run.__dataclass_fields__)
     places = [order.index(key) for key in yaml.safe_load(text)]
     assert places == sorted(places)
 
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_an_offline_recipe_has_its_data_and_models_here(name):
-    run = recipe.load_recipe(name)
-    task = targets.build(run.task)
+    run = compose.load_recipe(name)
+    task = targets.instantiate(run.task)
     raw = data.load(run.data, task, run.seed)
-    tokenizer = models.tokenizer_for(run, task, raw["train"])
+    tokenizer = models.build_tokenizer(run, task, raw["train"])
     models.load(run.teacher.model, run.teacher.config, task, "teacher", tokenizer)
 
 
 def test_a_recipe_of_the_hub_says_what_could_not_be_reached():
-    run = recipe.load_recipe("bert_to_distil_sst2")
+    run = compose.load_recipe("bert_to_distil_sst2")
     with pytest.raises(UserError) as refused:
-        data.load(run.data, targets.build(run.task), run.seed)
+        data.load(run.data, targets.instantiate(run.task), run.seed)
     assert "nyu-mll/glue" in str(refused.value)
     assert "local" in str(refused.value)

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
 
-from distill import config, data, models, recipe, targets
+from distill import data, models
+from distill.recipe import compose, config, targets
 from distill.tasks.base import Task
 
 TINY = {
@@ -20,12 +21,24 @@ TINY = {
     "data": {"source": "distill.corpora.generated", "batch_size": 16},
     "tokenizer": {"vocab_size": 300},
     "teacher": {
-        "config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32},
+        "config": {
+            "model_type": "bert",
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        },
         "dtype": "float32",
     },
     "student": {"layers": [0, 2]},
     "optimizer": {"lr": 2e-3},
-    "trainer": {"max_steps": 6, "validations": 2, "precision": "32-true", "accelerator": "cpu", "progress": False},
+    "trainer": {
+        "max_steps": 6,
+        "validations": 2,
+        "precision": "32-true",
+        "accelerator": "cpu",
+        "progress": False,
+    },
     "tracking": {"wandb": "disabled"},
     "evaluate": {"bootstrap": 20, "requests": 2, "batches": 2},
     "export": {"examples": 20},
@@ -34,7 +47,13 @@ LANGUAGE = {
     "task": {"_target_": "distill.tasks.CausalLanguageModelling", "max_length": 24},
     "data": {"label": None},
     "teacher": {
-        "config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32},
+        "config": {
+            "model_type": "gpt2",
+            "n_embd": 16,
+            "n_layer": 3,
+            "n_head": 2,
+            "n_positions": 32,
+        },
         "outputs": "online",
         "dtype": "float32",
     },
@@ -44,11 +63,14 @@ LANGUAGE = {
 def tiny(**changes: Any) -> config.Run:
     """The recipe above with changes laid over it; a section that is null is left out, and another teacher replaces this one."""
     replaced = {
-        key for key, value in changes.items() if value is None or (isinstance(value, dict) and "model_type" in (value.get("config") or {}))
+        key
+        for key, value in changes.items()
+        if value is None
+        or (isinstance(value, dict) and "model_type" in (value.get("config") or {}))
     }
     kept = {key: value for key, value in TINY.items() if key not in replaced}
     changes = {key: value for key, value in changes.items() if value is not None}
-    return recipe.checked(OmegaConf.merge(OmegaConf.structured(config.Run), kept, changes))
+    return compose.validate(OmegaConf.merge(OmegaConf.structured(config.Run), kept, changes))
 
 
 @dataclass
@@ -67,21 +89,25 @@ class World:
         """A random model of the teacher's config; spread out, so that its answers differ from text to text."""
         assert self.run.teacher is not None
         torch.manual_seed(seed)
-        made = models.load(None, (self.run.teacher.config or {}) | changes, self.task, what, self.tokenizer)
+        made = models.load(
+            None, (self.run.teacher.config or {}) | changes, self.task, what, self.tokenizer
+        )
         with torch.no_grad():
             for parameter in made.parameters():
                 parameter.mul_(2)
         return made
 
     def loader(self, split: str = "train", **options: Any) -> Any:
-        return data.loader(self.examples[split], self.task, self.pad_id, **({"batch_size": 16} | options))
+        return data.make_loader(
+            self.examples[split], self.task, self.pad_id, **({"batch_size": 16} | options)
+        )
 
 
 def world(**changes: Any) -> World:
     run = tiny(**changes)
-    task = targets.build(run.task)
+    task = targets.instantiate(run.task)
     raw = data.load(run.data, task, run.seed)
-    tokenizer = models.tokenizer_for(run, task, raw["train"])
+    tokenizer = models.build_tokenizer(run, task, raw["train"])
     return World(run, task, raw, tokenizer, data.encode(raw, task, tokenizer, run.data))
 
 
@@ -116,15 +142,26 @@ class Rows(Logger):
 
 def trainer(steps: int, *callbacks: Any, **options: Any) -> L.Trainer:
     """Lightning's Trainer with these callbacks alone, silent; it stores checkpoints where one of them is a ModelCheckpoint."""
-    settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
     silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     stores = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    return L.Trainer(max_steps=steps, callbacks=list(callbacks), enable_checkpointing=stores, **silent, **(settings | options))
+    return L.Trainer(
+        max_steps=steps,
+        callbacks=list(callbacks),
+        enable_checkpointing=stores,
+        **silent,
+        **(settings | options),
+    )
 
 
 def folder_of(path: Path, made: World, **saved: Any) -> Path:
     """A run folder with these models in it."""
     for name, model in saved.items():
         models.save(model, made.tokenizer, path / name)
-    recipe.save(made.run, path / "recipe.yaml")
+    compose.save_recipe(made.run, path / "recipe.yaml")
     return path

@@ -17,6 +17,15 @@ from distill.callbacks.prune_layers import PruneLayers
 from distill.callbacks.prune_structure import PruneHeads, PruneNeurons
 from distill.callbacks.prune_weights import PruneWeights
 from distill.callbacks.quantize import Quantize
-from distill.callbacks.vocabulary import TrimVocabulary
+from distill.callbacks.trim_vocabulary import TrimVocabulary
 
-__all__ = ["Compression", "Factorize", "PruneHeads", "PruneLayers", "PruneNeurons", "PruneWeights", "Quantize", "TrimVocabulary"]
+__all__ = [
+    "Compression",
+    "Factorize",
+    "PruneHeads",
+    "PruneLayers",
+    "PruneNeurons",
+    "PruneWeights",
+    "Quantize",
+    "TrimVocabulary",
+]

@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import ranks
 from distill.compress.schedule import Schedule
 from distill.errors import RunFailed, UserError
-from distill.models import blocks, gathered
+from distill.models import blocks, group_names
 from distill.module import Distillation
-from distill.runtime.modeling import LINEAR
+from distill.processes import ranks
+from distill.remote_code.modeling import LINEAR
 
 log = logging.getLogger("distill")
 
@@ -40,32 +40,34 @@ class Compression(Callback):
     name = ""  # in the recipe
 
     def __init__(self, start: float, end: float, shape: str, every: int) -> None:
-        with self.refusing():
+        with self.prefix_errors():
             self.schedule = Schedule(start, end, shape)
         if not (isinstance(every, int) and every >= 1):
-            raise self.wrong(f"every is {every}, but it is a number of optimizer steps: 1 acts at each of them")
+            raise self.error(
+                f"every is {every}, but it is a number of optimizer steps: 1 acts at each of them"
+            )
         self.every = every
         self.reached = 0.0  # share of the target that the student has come to
         self._seen = 0  # optimizer steps
 
-    def wrong(self, sentence: str) -> UserError:
+    def error(self, sentence: str) -> UserError:
         """A refusal that says whose arguments it is about."""
         return UserError(f"{type(self).__name__}: {sentence}")
 
     @contextmanager
-    def refusing(self) -> Iterator[None]:
+    def prefix_errors(self) -> Iterator[None]:
         """What a function refuses is said as :meth:`wrong` says it."""
         try:
             yield
         except UserError as error:
-            raise self.wrong(str(error)) from error
+            raise self.error(str(error)) from error
 
     def check(self, total: int) -> None:
         """UserError where the schedule does not fit a training of `total` steps."""
-        with self.refusing():
+        with self.prefix_errors():
             self.schedule.check(total)
 
-    def read(self, tokenizer: Any, texts: Iterable[str]) -> None:
+    def bind_to_data(self, tokenizer: Any, texts: Iterable[str]) -> None:
         """Learn what there is to know of the training texts, in their whole length, before any training."""
 
     @abstractmethod
@@ -79,7 +81,7 @@ class Compression(Callback):
     def after_step(self, module: Distillation) -> None:
         """What must hold after every optimizer step, such as zeros that stay zero."""
 
-    def decided(self) -> dict[str, Tensor]:
+    def rank_synced_state(self) -> dict[str, Tensor]:
         """What was chosen from numbers that may differ between ranks, and must not: masks, say."""
         return {}
 
@@ -98,13 +100,13 @@ class Compression(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reached, self._seen = state["reached"], state["seen"]
 
-    def others(self, trainer: L.Trainer) -> list["Compression"]:
+    def other_techniques(self, trainer: L.Trainer) -> list["Compression"]:
         """The other techniques of this training."""
         return [technique for technique in compressions(trainer.callbacks) if technique is not self]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Distillation)
-        with named(self.name):
+        with prefix_with_key(self.name):
             self.check(trainer.max_steps)
             self.prepare(module)
 
@@ -125,11 +127,11 @@ class Compression(Callback):
         if amount > self.reached and due:
             self.reached = amount
             self.change(module, amount)
-            _same_on_all_ranks(type(self).__name__, self.decided())
+            _same_on_all_ranks(type(self).__name__, self.rank_synced_state())
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
+def prefix_with_key(name: str) -> Iterator[None]:
     """A refusal that begins with the recipe's key of the callback."""
     try:
         yield
@@ -137,11 +139,15 @@ def named(name: str) -> Iterator[None]:
         raise UserError(f"callbacks.{name}: {error}" if name else str(error)) from error
 
 
-class Before(Callback):
+class SaveDense(Callback):
     """Saves the student as it is before the first technique changes it: what compression costs is told from it."""
 
-    def __init__(self, techniques: Iterable[Compression], total: int, save: Callable[[], None]) -> None:
-        steps = [technique.schedule.first(total) for technique in techniques if technique.reached < 1]  # the others wait for the end
+    def __init__(
+        self, techniques: Iterable[Compression], total: int, save: Callable[[], None]
+    ) -> None:
+        steps = [
+            technique.schedule.first(total) for technique in techniques if technique.reached < 1
+        ]  # the others wait for the end
         self.step, self.save, self.saved = min(steps, default=total + 1), save, False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -168,14 +174,19 @@ def compressions(callbacks: Iterable[Callback]) -> list[Compression]:
     return [callback for callback in callbacks if isinstance(callback, Compression)]
 
 
-def arranged(callbacks: list[Callback], total: int) -> list[Callback]:
+def order_callbacks(callbacks: list[Callback], total: int) -> list[Callback]:
     """The callbacks of a training of `total` steps, those that compress last and by stage; UserError where two exclude each other."""
-    techniques = sorted(compressions(callbacks), key=lambda technique: STAGES.index(technique.stage))
+    techniques = sorted(
+        compressions(callbacks), key=lambda technique: STAGES.index(technique.stage)
+    )
     for technique in techniques:
-        with named(technique.name):
+        with prefix_with_key(technique.name):
             technique.check(total)
     for earlier, later in combinations(techniques, 2):
-        if {earlier.stage, later.stage} <= {"sparsity", "quantization"} or earlier.stage == later.stage:
+        if {earlier.stage, later.stage} <= {
+            "sparsity",
+            "quantization",
+        } or earlier.stage == later.stage:
             continue
         ends, starts = earlier.schedule.last(total), later.schedule.first(total)
         if starts < ends:
@@ -187,17 +198,26 @@ def arranged(callbacks: list[Callback], total: int) -> list[Callback]:
 
 
 def _same_on_all_ranks(name: str, decided: dict[str, Tensor]) -> None:
-    if ranks.world() == 1:
+    if ranks.world_size() == 1:
         return
     digest = hashlib.sha256()
     for key, tensor in sorted(decided.items()):
-        digest.update(key.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    different = len(set(ranks.gather(digest.hexdigest())))
+        digest.update(
+            key.encode()
+            + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    different = len(set(ranks.all_gather(digest.hexdigest())))
     if different > 1:
-        raise RunFailed(f"the masks of {name} are {different} different ones, but all ranks must have the same: report this as a defect")
+        raise RunFailed(
+            f"the masks of {name} are {different} different ones, but all ranks must have the same: report this as a defect"
+        )
 
 
-def chosen(student: PreTrainedModel, patterns: Iterable[str] | None, kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, nn.Module]:
+def select_modules(
+    student: PreTrainedModel,
+    patterns: Iterable[str] | None,
+    kinds: tuple[type[nn.Module], ...] = LINEAR,
+) -> dict[str, nn.Module]:
     """The modules of these kinds whose names fit a pattern (`*.ffn.lin1`); null: all that are inside the transformer blocks."""
     if isinstance(patterns, str):
         raise UserError(f"layers is {patterns}, but it must be a list of patterns: [{patterns}]")
@@ -207,16 +227,29 @@ def chosen(student: PreTrainedModel, patterns: Iterable[str] | None, kinds: tupl
         return {name: module for name, module in known.items() if id(module) in inside}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise UserError(f"layers has {pattern}, but the student has no such layer: its layers are {', '.join(gathered(known))}")
-    return {name: module for name, module in known.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+            raise UserError(
+                f"layers has {pattern}, but the student has no such layer: its layers are {', '.join(group_names(known))}"
+            )
+    return {
+        name: module
+        for name, module in known.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
 
 
-def parts(layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, Any]:
+def expand_low_rank(
+    layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...] = LINEAR
+) -> dict[str, Any]:
     """The modules of these kinds that layers stand for: a factorized one for its two factors, any other for itself."""
-    return {name: part for outer, layer in layers.items() for name, part in layer.named_modules(prefix=outer) if isinstance(part, kinds)}
+    return {
+        name: part
+        for outer, layer in layers.items()
+        for name, part in layer.named_modules(prefix=outer)
+        if isinstance(part, kinds)
+    }
 
 
-def record(student: PreTrainedModel) -> dict[str, Any]:
+def compression_config(student: PreTrainedModel) -> dict[str, Any]:
     """`student.config.compression`, which says what the config's own keys cannot: see `distill/runtime/modeling.py`."""
     if getattr(student.config, "compression", None) is None:
         student.config.compression = {}

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import ranks
 from distill.callbacks.prune_structure import Structure
 from distill.compress import importance, structure
 from distill.compress.observe import Observer
 from distill.models.architectures import architecture, blocks
 from distill.module import Distillation
+from distill.processes import ranks
 from distill.terms import AttentionRelations, HiddenStates
 
 log = logging.getLogger("distill")
@@ -24,12 +24,18 @@ class PruneLayers(Structure):
     `layers` are counted from 0 in the student as it starts. With `amount`, block influence up to `start` decides (Men et al. 2024).
     """
 
-    def __init__(self, layers: list[int] | None = None, amount: float | None = None, start: float = 0.1) -> None:
+    def __init__(
+        self, layers: list[int] | None = None, amount: float | None = None, start: float = 0.1
+    ) -> None:
         super().__init__(start, start, "one_shot", 1)
         if (layers is None) == (amount is None):
-            raise self.wrong(f"layers is {layers} and amount is {amount}, but exactly one of them says what goes: give one")
+            raise self.error(
+                f"layers is {layers} and amount is {amount}, but exactly one of them says what goes: give one"
+            )
         if layers is not None and not isinstance(layers, list):
-            raise self.wrong(f"layers is {layers}, but it must be a list of layers, counted from 0: [0, 2] removes two")
+            raise self.error(
+                f"layers is {layers}, but it must be a list of layers, counted from 0: [0, 2] removes two"
+            )
         if amount is not None:
             self.check_amount(amount)
         self.layers, self.amount = layers, amount
@@ -46,22 +52,32 @@ class PruneLayers(Structure):
         self._check(student)
         self._check_terms(module)
         if self.amount is not None:
-            self._observer = importance.Influence(student)
-            gathered = torch.zeros(len(self._blocks)) if self._influence is None else self._influence
+            self._observer = importance.BlockInfluence(student)
+            gathered = (
+                torch.zeros(len(self._blocks)) if self._influence is None else self._influence
+            )
             self._influence = gathered.to(student.device)
 
     def _check(self, student: PreTrainedModel) -> None:
         count = len(self._blocks)
         for key, value in architecture(student.config.model_type).requires.items():
             if getattr(student.config, key) != value:
-                raise self.wrong(f"the student's {key} is {getattr(student.config, key)}, but without {value} its layers cannot move up")
+                raise self.error(
+                    f"the student's {key} is {getattr(student.config, key)}, but without {value} its layers cannot move up"
+                )
         for layer in self.layers or ():
             if not (isinstance(layer, int) and 0 <= layer < count):
-                raise self.wrong(f"layers has {layer}, but the student has {count} layers: name layers from 0 to {count - 1}")
+                raise self.error(
+                    f"layers has {layer}, but the student has {count} layers: name layers from 0 to {count - 1}"
+                )
         going = round((self.amount or 0) * count) if self.layers is None else len(set(self.layers))
         if going >= count:
-            asked = f"amount is {self.amount:g}" if self.layers is None else f"layers is {self.layers}"
-            raise self.wrong(f"{asked}, but that removes all {count} layers of the student: at least one must stay")
+            asked = (
+                f"amount is {self.amount:g}" if self.layers is None else f"layers is {self.layers}"
+            )
+            raise self.error(
+                f"{asked}, but that removes all {count} layers of the student: at least one must stay"
+            )
 
     def _check_terms(self, module: Distillation) -> None:
         first = min(self.layers or [0]) if self.amount is None else 0
@@ -73,15 +89,17 @@ class PruneLayers(Structure):
                 named = [term.student_layer]
             for layer in named:
                 if layer >= first:
-                    raise self.wrong(
+                    raise self.error(
                         f"loss.terms.{name} names layer {layer} of the student, but layers from {first} on go or move up: "
                         "name one before them, or cut the student by student.layers"
                     )
 
     def after_step(self, module: Distillation) -> None:
         if self._observer is not None and self._influence is not None:
-            values = ranks.totals(self._observer.values)
-            self._influence += torch.stack([values[str(place)] for place in range(len(self._blocks))])
+            values = ranks.all_reduce_sum_by_name(self._observer.values)
+            self._influence += torch.stack(
+                [values[str(place)] for place in range(len(self._blocks))]
+            )
             self._observer.values.clear()
 
     def change(self, module: Distillation, amount: float) -> None:
@@ -89,7 +107,9 @@ class PruneLayers(Structure):
         if len(kept) < len(self._blocks):
             structure.keep_blocks(module.student, kept)
             self.rewire(module)
-        log.info("%s: the layers that stay are %s of %d", type(self).__name__, kept, len(self._blocks))
+        log.info(
+            "%s: the layers that stay are %s of %d", type(self).__name__, kept, len(self._blocks)
+        )
         if self._observer is not None:
             self._observer.remove()
             self._observer = None
@@ -98,10 +118,14 @@ class PruneLayers(Structure):
         if self.layers is not None:
             return self.layers
         assert self._influence is not None and self.amount is not None
-        return self._influence.argsort(stable=True)[: round(self.amount * len(self._blocks))].tolist()
+        return self._influence.argsort(stable=True)[
+            : round(self.amount * len(self._blocks))
+        ].tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        pending = {} if self._influence is None or self.reached == 1 else {"influence": self._influence}
+        pending = (
+            {} if self._influence is None or self.reached == 1 else {"influence": self._influence}
+        )
         return super().state_dict() | pending
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import ranks
-from distill.callbacks.base import Compression, record
+from distill.callbacks.base import Compression, compression_config
 from distill.compress import importance, structure
 from distill.compress.observe import Observer
 from distill.compress.structure import Groups
 from distill.models.architectures import blocks
 from distill.module import Distillation
-from distill.runtime.modeling import recorded
+from distill.processes import ranks
+from distill.remote_code.modeling import compression_of
 from distill.terms import AttentionRelations
 
 log = logging.getLogger("distill")
@@ -33,30 +33,32 @@ class Structure(Compression):
     def start_over(self, module: Distillation, measured: bool) -> None:
         """Refuse what cannot go well, before anything is measured."""
         trainer, student = module.trainer, module.student
-        if any(type(other) is type(self) for other in self.others(trainer)):
-            raise self.wrong("there are two of these callbacks, but each counts from the whole student: name what goes in one")
-        later = recorded(student.config).keys() & LATER
+        if any(type(other) is type(self) for other in self.other_techniques(trainer)):
+            raise self.error(
+                "there are two of these callbacks, but each counts from the whole student: name what goes in one"
+            )
+        later = compression_of(student.config).keys() & LATER
         if later and not self._seen:
-            raise self.wrong(
+            raise self.error(
                 f"the student's config records {', '.join(sorted(later))}, but structure goes first: start from a student without"
             )
         if measured and self.schedule.at(0, trainer.max_steps) > 0:
-            raise self.wrong(
+            raise self.error(
                 f"it starts at step 0 of {trainer.max_steps}, but what goes is decided by measuring training batches: start later"
             )
 
     def rewire(self, module: Distillation) -> None:
         """After a removal: the config says the new form, and optimizer, loss terms and DDP follow."""
         shapes = structure.declare(module.student)
-        if shapes or recorded(module.student.config):
-            described = record(module.student)
+        if shapes or compression_of(module.student.config):
+            described = compression_config(module.student)
             described.pop("shapes", None)
             described.update({"shapes": shapes} if shapes else {})
-        module.restructured()
+        module.refresh_optimizer_params()
 
     def check_amount(self, amount: Any) -> None:
         if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < 1:
-            raise self.wrong(f"amount is {amount}, but it must lie in [0, 1): 0.5 removes half")
+            raise self.error(f"amount is {amount}, but it must lie in [0, 1): 0.5 removes half")
 
 
 @dataclass
@@ -75,11 +77,23 @@ class PruneGroups(Structure):
     things: ClassVar[str]
     scores: ClassVar[tuple[str, ...]]
 
-    def __init__(self, amount: float, score: str, equal: bool, stepwise: bool, start: float, end: float, shape: str, every: int) -> None:
+    def __init__(
+        self,
+        amount: float,
+        score: str,
+        equal: bool,
+        stepwise: bool,
+        start: float,
+        end: float,
+        shape: str,
+        every: int,
+    ) -> None:
         super().__init__(start, end, shape, every)
         self.check_amount(amount)
         if score not in self.scores:
-            raise self.wrong(f"score is {score}, but it must be one of {', '.join(self.scores)}: choose one of them")
+            raise self.error(
+                f"score is {score}, but it must be one of {', '.join(self.scores)}: choose one of them"
+            )
         self.amount, self.score, self.equal, self.stepwise = amount, score, equal, stepwise
         self._sites: list[Site] = []
         self._student: PreTrainedModel | None = None
@@ -97,29 +111,44 @@ class PruneGroups(Structure):
         self._student = student = module.student
         found = [(block, self._found(student, block)) for block in blocks(student)]
         whole = [torch.ones(groups.count, dtype=torch.bool) for _, groups in found]
-        saved = self._saved or {"kept": whole, "scores": [torch.zeros(groups.count) for _, groups in found]}
+        saved = self._saved or {
+            "kept": whole,
+            "scores": [torch.zeros(groups.count) for _, groups in found],
+        }
         self._sites = [
             Site(str(place), block, kept_G.to(student.device), score.to(student.device))
-            for place, ((block, _), kept_G, score) in enumerate(zip(found, saved["kept"], saved["scores"], strict=True))
+            for place, ((block, _), kept_G, score) in enumerate(
+                zip(found, saved["kept"], saved["scores"], strict=True)
+            )
         ]
-        too_much = importance.too_much(self.amount, [len(site.kept) for site in self._sites], self.equal)
+        too_much = importance.explain_excess(
+            self.amount, [len(site.kept) for site in self._sites], self.equal
+        )
         if too_much:
-            raise self.wrong(f"amount is {self.amount:g}, but of the {self.things} that removes {too_much}: take a smaller amount")
+            raise self.error(
+                f"amount is {self.amount:g}, but of the {self.things} that removes {too_much}: take a smaller amount"
+            )
         if self.score == "activation":
             layers = {str(place): groups.output.layer for place, (_, groups) in enumerate(found)}
             self._observer = Observer(student, layers, importance.activation)
 
     def _found(self, student: PreTrainedModel, block: nn.Module) -> Groups:
-        with self.refusing():
+        with self.prefix_errors():
             return self.groups(student, block)
 
     def _live(self) -> list[tuple[Site, Groups]]:
         """The sites whose blocks are still there, first to last."""
         assert self._student is not None
         there = {id(block) for block in blocks(self._student)}
-        return [(site, self.groups(self._student, site.block)) for site in self._sites if id(site.block) in there]
+        return [
+            (site, self.groups(self._student, site.block))
+            for site in self._sites
+            if id(site.block) in there
+        ]
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         self._mask(optimizer)  # gradients of what is masked shall not count when they are clipped
         if self.score == "gradient" and self.reached < 1:
             for site, groups in self._live():
@@ -129,7 +158,9 @@ class PruneGroups(Structure):
 
     def after_step(self, module: Distillation) -> None:
         if self._observer is not None:
-            values = ranks.totals(self._observer.values)  # each step, so that a checkpoint holds what all ranks saw
+            values = ranks.all_reduce_sum_by_name(
+                self._observer.values
+            )  # each step, so that a checkpoint holds what all ranks saw
             for site in self._sites:
                 site.score += values.get(site.place, 0)
             self._observer.values.clear()
@@ -143,8 +174,10 @@ class PruneGroups(Structure):
     def change(self, module: Distillation, amount: float) -> None:
         live, before = self._live(), [site.kept for site, _ in self._live()]
         scores = [self._scored(site, groups) for site, groups in live]
-        select = importance.kept_in_each if self.equal else importance.kept_overall
-        for (site, _), kept_G in zip(live, select(scores, before, amount * self.amount), strict=True):
+        select = importance.keep_per_block if self.equal else importance.keep_globally
+        for (site, _), kept_G in zip(
+            live, select(scores, before, amount * self.amount), strict=True
+        ):
             site.kept, site.score = kept_G, torch.zeros_like(site.score)
         if amount == 1 or self.stepwise:
             self._remove(module, live, before)
@@ -155,15 +188,21 @@ class PruneGroups(Structure):
     def _scored(self, site: Site, groups: Groups) -> Tensor:
         """A score for each group that there was at the start, (G,)."""
         score = importance.magnitude(groups) if self.score == "magnitude" else site.score
-        return torch.zeros(len(site.kept), device=score.device).masked_scatter_(self._there(site.kept), score)
+        return torch.zeros(len(site.kept), device=score.device).masked_scatter_(
+            self._there(site.kept), score
+        )
 
     def _there(self, kept_G: Tensor) -> Tensor:
         """Which groups are physically there: all until the end, or stepwise those that are kept."""
         return kept_G if self.stepwise else torch.ones_like(kept_G)
 
-    def _remove(self, module: Distillation, live: list[tuple[Site, Groups]], before: list[Tensor]) -> None:
+    def _remove(
+        self, module: Distillation, live: list[tuple[Site, Groups]], before: list[Tensor]
+    ) -> None:
         for (site, groups), was_kept_G in zip(live, before, strict=True):
-            structure.remove(groups, site.kept[self._there(was_kept_G)], module.trainer.optimizers[0])
+            structure.remove(
+                groups, site.kept[self._there(was_kept_G)], module.trainer.optimizers[0]
+            )
             site.score = site.score[: site.kept.sum()]
         self.rewire(module)
 
@@ -174,12 +213,19 @@ class PruneGroups(Structure):
         numbers = ", ".join(f"{site.kept.sum()} of {len(site.kept)}" for site, _ in live)
         log.info("%s: %s are left in the blocks: %s", type(self).__name__, self.things, numbers)
 
-    def decided(self) -> dict[str, Tensor]:
+    def rank_synced_state(self) -> dict[str, Tensor]:
         return {site.place: site.kept for site in self._sites}
 
     def state_dict(self) -> dict[str, Any]:
-        sites = [site for site, _ in self._live()] if self.reached < 1 and self._student is not None else []
-        return super().state_dict() | {"kept": [site.kept for site in sites], "scores": [site.score for site in sites]}
+        sites = (
+            [site for site, _ in self._live()]
+            if self.reached < 1 and self._student is not None
+            else []
+        )
+        return super().state_dict() | {
+            "kept": [site.kept for site in sites],
+            "scores": [site.score for site in sites],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -242,5 +288,7 @@ class PruneHeads(PruneGroups):
     def prepare(self, module: Distillation) -> None:
         for name, term in module.named_terms():
             if isinstance(term, AttentionRelations):
-                raise self.wrong(f"loss.terms.{name} compares the heads' queries, keys and values, but heads go: leave one of the two out")
+                raise self.error(
+                    f"loss.terms.{name} compares the heads' queries, keys and values, but heads go: leave one of the two out"
+                )
         super().prepare(module)

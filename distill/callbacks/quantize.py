@@ -6,13 +6,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import ranks
-from distill.callbacks.base import Compression, chosen, parts, record
-from distill.compress import quantized
+from distill.callbacks.base import Compression, compression_config, expand_low_rank, select_modules
+from distill.compress import fake_quant
 from distill.compress.observe import Observer
-from distill.compress.quantize import NEIGHBOURS, TABLE, Spec, divisor, suited
+from distill.compress.quantizer import (
+    GROUP_SIZE,
+    MIN_EMBEDDING_ROWS,
+    QuantSpec,
+    default_group_size,
+    largest_divisor,
+)
 from distill.module import Distillation
-from distill.runtime.modeling import LINEAR, LowRank, widths
+from distill.processes import ranks
+from distill.remote_code.modeling import LINEAR, LowRank, in_out_features
 
 WHOLE = (*LINEAR, LowRank)
 ACTIVATIONS = (None, "dynamic", "static")
@@ -50,61 +56,76 @@ class Quantize(Compression):
     ) -> None:
         super().__init__(start, start, "one_shot", every)
         if activations not in ACTIVATIONS:
-            raise self.wrong(f"activations is {activations}, but it must be null, dynamic or static: choose one of them")
+            raise self.error(
+                f"activations is {activations}, but it must be null, dynamic or static: choose one of them"
+            )
         if symmetric is not None and method != "linear":
-            raise self.wrong(f"symmetric is {symmetric}, but only linear grids can be so, and method is {method}: leave symmetric out")
+            raise self.error(
+                f"symmetric is {symmetric}, but only linear grids can be so, and method is {method}: leave symmetric out"
+            )
         if isinstance(layers, str):
-            raise self.wrong(f"layers is {layers}, but it must be a list of patterns: [{layers}]")
+            raise self.error(f"layers is {layers}, but it must be a list of patterns: [{layers}]")
         self.bits, self.method, self.group = bits, method, group
         self.symmetric = method == "linear" and (bits == 8 if symmetric is None else symmetric)
         self.activations, self.embeddings, self.layers = activations, embeddings, layers
         self.ranges: dict[str, Tensor] = {}  # name of the layer -> (2,), lowest and highest input
         self._observer: Observer | None = None
         self._observed: dict[str, nn.Module] = {}
-        with self.refusing():
-            self.spec(NEIGHBOURS)
+        with self.prefix_errors():
+            self.spec(GROUP_SIZE)
 
-    def spec(self, width: int) -> Spec:
+    def spec(self, width: int) -> QuantSpec:
         """How a tensor with that many inputs is quantized."""
         if self.group is not None:
-            group = divisor(width, self.group) if self.group > 0 else self.group  # another technique may have changed the width
+            group = (
+                largest_divisor(width, self.group) if self.group > 0 else self.group
+            )  # another technique may have changed the width
         elif self.method == "linear":
-            group = suited(self.bits, width)
+            group = default_group_size(self.bits, width)
         else:
-            group = -1 if self.method == "codebook" else divisor(width, NEIGHBOURS)
-        return Spec(self.method, self.bits, self.symmetric, group)
+            group = -1 if self.method == "codebook" else largest_divisor(width, GROUP_SIZE)
+        return QuantSpec(self.method, self.bits, self.symmetric, group)
 
     def prepare(self, module: Distillation) -> None:
         """Refuse, before the first step, layers that are not there, groups that do not fit and tensors quantized twice."""
         student, tensors = module.student, self.tensors(module.student)
         if self.activations is not None and not self.rounded(student):
-            raise self.wrong(
+            raise self.error(
                 f"activations is {self.activations}, but layers has embeddings only, whose inputs are numbers of tokens: leave it out"
             )
         if self._seen == 0 and self.group is not None:  # a resumed student may have other widths
-            with self.refusing():
+            with self.prefix_errors():
                 for name, layer in tensors.items():
-                    Spec(self.method, self.bits, self.symmetric, self.group).check(name, inputs(layer))
-        for other in self.others(module.trainer):
-            if isinstance(other, Quantize) and (twice := sorted(other.tensors(student).keys() & tensors)):
+                    QuantSpec(self.method, self.bits, self.symmetric, self.group).check(
+                        name, inputs(layer)
+                    )
+        for other in self.other_techniques(module.trainer):
+            if isinstance(other, Quantize) and (
+                twice := sorted(other.tensors(student).keys() & tensors)
+            ):
                 way_out = "name layers for each, or set embeddings to false in one"
-                raise self.wrong(f"layers has {twice[0]}, but another Quantize has it too, and a weight has one grid: {way_out}")
+                raise self.error(
+                    f"layers has {twice[0]}, but another Quantize has it too, and a weight has one grid: {way_out}"
+                )
         self._observe(student)
         self._mark_sparse(student)
 
     def change(self, module: Distillation, amount: float) -> None:
         student = module.student
         self._observe(student)  # layers that others have replaced until now
-        weights = {name: self.spec(inputs(layer)).as_dict() for name, layer in self.tensors(student).items()}
+        weights = {
+            name: self.spec(inputs(layer)).as_dict()
+            for name, layer in self.tensors(student).items()
+        }
         unknown = None if self.activations == "dynamic" else [0.0, 0.0]
         activations = {name: {"bits": 8, "range": unknown} for name in self.rounded(student)}
         for key, described in (("weights", weights), ("activations", activations)):
             if described:
-                record(student).setdefault(key, {}).update(described)
-        quantized.attach(student, weights, activations)
+                compression_config(student).setdefault(key, {}).update(described)
+        fake_quant.attach_fake_quant(student, weights, activations)
         self._mark_sparse(student)
-        quantized.fit_codebooks(student, weights)
-        quantized.set_ranges(student, self.ranges)
+        fake_quant.fit_codebooks(student, weights)
+        fake_quant.set_ranges(student, self.ranges)
 
     def after_step(self, module: Distillation) -> None:
         self._share_ranges()
@@ -114,12 +135,12 @@ class Quantize(Compression):
         self._mark_sparse(module.student)
         since = self._seen - self.schedule.first(module.trainer.max_steps)
         if since % self.every == 0:
-            quantized.fit_codebooks(module.student, self.tensors(module.student), refine=True)
+            fake_quant.fit_codebooks(module.student, self.tensors(module.student), refine=True)
         if since % self.every == 0 or since == 1:  # ranges may have been unknown at the start
-            quantized.set_ranges(module.student, self.ranges)
+            fake_quant.set_ranges(module.student, self.ranges)
 
     def finish(self, student: PreTrainedModel, tokenizer: Any) -> Any:
-        quantized.fold(student)
+        fake_quant.fold_fake_quant(student)
         return tokenizer
 
     def tensors(self, student: PreTrainedModel) -> dict[str, nn.Module]:
@@ -131,22 +152,38 @@ class Quantize(Compression):
         """The layers whose inputs are rounded: linear ones, but for an output layer that shares its weight with the embeddings."""
         table = student.get_input_embeddings().weight
         found = self._layers(student) if self.activations is not None else {}
-        return {name: layer for name, layer in found.items() if isinstance(layer, LINEAR) and layer.weight is not table}
+        return {
+            name: layer
+            for name, layer in found.items()
+            if isinstance(layer, LINEAR) and layer.weight is not table
+        }
 
     def _layers(self, student: PreTrainedModel) -> dict[str, Any]:
         """The layers to act on, as the student is now: a factorized one stands for its two factors."""
-        with self.refusing():
-            found = self._default(student) if self.layers is None else chosen(student, self.layers, (*WHOLE, nn.Embedding))
-        return parts(found, (*LINEAR, nn.Embedding))
+        with self.prefix_errors():
+            found = (
+                self._default(student)
+                if self.layers is None
+                else select_modules(student, self.layers, (*WHOLE, nn.Embedding))
+            )
+        return expand_low_rank(found, (*LINEAR, nn.Embedding))
 
     def _default(self, student: PreTrainedModel) -> dict[str, nn.Module]:
         table = student.get_input_embeddings().weight
-        found = chosen(student, None, WHOLE)
+        found = select_modules(student, None, WHOLE)
         for name, layer in student.named_modules():
             tied = layer._parameters.get("weight") is table  # then the table itself stands for both
-            if isinstance(layer, nn.Embedding) and self.embeddings and layer.num_embeddings >= TABLE:
+            if (
+                isinstance(layer, nn.Embedding)
+                and self.embeddings
+                and layer.num_embeddings >= MIN_EMBEDDING_ROWS
+            ):
                 found[name] = layer
-            if isinstance(layer, nn.Linear | LowRank) and layer.out_features >= layer.in_features and not tied:
+            if (
+                isinstance(layer, nn.Linear | LowRank)
+                and layer.out_features >= layer.in_features
+                and not tied
+            ):
                 found[name] = layer
         return found
 
@@ -159,19 +196,30 @@ class Quantize(Compression):
             return
         if self._observer is not None:
             self._observer.remove()
-            gone = [name for name in self.ranges if watched.get(name) is not self._observed.get(name)]
-            self.ranges = {name: value for name, value in self._observer.values.items() if name not in gone}
+            gone = [
+                name for name in self.ranges if watched.get(name) is not self._observed.get(name)
+            ]
+            self.ranges = {
+                name: value for name, value in self._observer.values.items() if name not in gone
+            }
         self._observer, self._observed = Observer(student, watched, extremes, moving), watched
-        self._observer.values = self.ranges = {name: value.to(student.device) for name, value in self.ranges.items()}
+        self._observer.values = self.ranges = {
+            name: value.to(student.device) for name, value in self.ranges.items()
+        }
 
     def _share_ranges(self) -> None:
         """Their mean over the ranks that have seen an example, after each step: a checkpoint holds those of one rank."""
-        if ranks.world() > 1:
-            seen = ranks.totals({name: torch.cat([value, torch.ones_like(value[:1])]) for name, value in self.ranges.items()})
+        if ranks.world_size() > 1:
+            seen = ranks.all_reduce_sum_by_name(
+                {
+                    name: torch.cat([value, torch.ones_like(value[:1])])
+                    for name, value in self.ranges.items()
+                }
+            )
             self.ranges.update({name: total_3[:2] / total_3[2] for name, total_3 in seen.items()})
 
     def _mark_sparse(self, student: PreTrainedModel) -> None:
-        quantized.mark_sparse(student, record(student).get("sparse", ()))
+        fake_quant.mark_sparse(student, compression_config(student).get("sparse", ()))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"ranges": dict(self.ranges)}
@@ -183,7 +231,7 @@ class Quantize(Compression):
 
 def inputs(layer: nn.Module) -> int:
     """Along which groups run: the input width of a linear layer, the width of an embedding's row."""
-    return layer.embedding_dim if isinstance(layer, nn.Embedding) else widths(layer)[0]
+    return layer.embedding_dim if isinstance(layer, nn.Embedding) else in_out_features(layer)[0]
 
 
 def extremes(input_ND: Tensor) -> Tensor:

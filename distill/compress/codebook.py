@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distill.runtime.modeling import look_up
+from distill.remote_code.modeling import look_up
 
 ITERATIONS = 25
 LARGEST = torch.finfo(torch.float16).max
 
 
-def centroids(weight_GS: Tensor, bits: int, sparse: bool = False) -> Tensor:
+def fit_centroids(weight_GS: Tensor, bits: int, sparse: bool = False) -> Tensor:
     """The codebook of each group, (G, K), ascending, in float32 but of float16 values. `sparse`: zeros are not to be represented.
 
     Lloyd's algorithm from the affine linear grid and from the quantiles: of both, and of that grid, whatever errs least. A group of
@@ -25,14 +25,18 @@ def centroids(weight_GS: Tensor, bits: int, sparse: bool = False) -> Tensor:
     """
     weights = Sorted.of(weight_GS, sparse)
     grid_GK, quantiles_GK = weights.linear(2**bits), weights.quantiles(2**bits)
-    found = [stored(start) for start in (grid_GK, lloyd(weights, grid_GK), lloyd(weights, quantiles_GK))]
+    found = [
+        stored(start) for start in (grid_GK, lloyd(weights, grid_GK), lloyd(weights, quantiles_GK))
+    ]
     errors = torch.stack([weights.error(each) for each in found])
     best_G = errors.nan_to_num(nan=float("inf")).argmin(0)
     best_GK = torch.stack(found).gather(0, best_G[None, :, None].expand(1, -1, 2**bits))[0]
     return weights.few(2**bits, best_GK)
 
 
-def refined(weight_GS: Tensor, centroids_GK: Tensor, sparse: bool = False, iterations: int = 3) -> Tensor:
+def refine_centroids(
+    weight_GS: Tensor, centroids_GK: Tensor, sparse: bool = False, iterations: int = 3
+) -> Tensor:
     """The codebooks a few iterations of Lloyd's algorithm further on, for weights that have moved a little."""
     return stored(lloyd(Sorted.of(weight_GS, sparse), centroids_GK, iterations))
 
@@ -44,7 +48,7 @@ def assign(weight_GS: Tensor, centroids_GK: Tensor) -> Tensor:
     return torch.searchsorted(middles(centroids_GK), weight_GS.contiguous(), out_int32=True)
 
 
-def nearest(weight_GS: Tensor, centroids_GK: Tensor, sparse: bool = False) -> Tensor:
+def nearest_centroid(weight_GS: Tensor, centroids_GK: Tensor, sparse: bool = False) -> Tensor:
     """The nearest centroid, (G, S); `sparse`: zeros stay zero."""
     value_GS = look_up(assign(weight_GS, centroids_GK), centroids_GK)
     return value_GS.masked_fill_(weight_GS == 0, 0.0) if sparse else value_GS
@@ -89,7 +93,14 @@ class Sorted:
     def clusters(self, centroids_GK: Tensor) -> tuple[Tensor, Tensor]:
         """(sum_GK, count_GK) of the weights nearest to each centroid."""
         cuts = torch.searchsorted(self.weights, middles(centroids_GK).float())
-        edges = torch.cat([torch.zeros_like(cuts[:, :1]), cuts, torch.full_like(cuts[:, :1], self.weights.shape[1])], 1)
+        edges = torch.cat(
+            [
+                torch.zeros_like(cuts[:, :1]),
+                cuts,
+                torch.full_like(cuts[:, :1], self.weights.shape[1]),
+            ],
+            1,
+        )
         zeros = (edges.clamp(max=self.stop) - self.start).clamp(min=0)
         return self.sums.gather(1, edges).diff(), (edges - zeros).diff()
 
@@ -100,7 +111,10 @@ class Sorted:
 
     def linear(self, count: int) -> Tensor:
         """Equally spaced from the lowest to the highest weight, with 0 on the grid: (G, K)."""
-        low, high = self.weights[:, :1].double().clamp(max=0), self.weights[:, -1:].double().clamp(min=0)
+        low, high = (
+            self.weights[:, :1].double().clamp(max=0),
+            self.weights[:, -1:].double().clamp(min=0),
+        )
         scale = ((high - low) / (count - 1)).clamp(min=torch.finfo(torch.float32).smallest_normal)
         return (torch.arange(count, device=low.device) - torch.round(-low / scale)) * scale
 
@@ -119,7 +133,10 @@ class Sorted:
             return otherwise_GK
         places = torch.arange(new_GS.shape[1], device=new_GS.device)
         rank_GS = (new_GS & ((places < self.start) | (places >= self.stop))).cumsum(1)
-        first_GK = torch.searchsorted(rank_GS, torch.arange(1, count + 1, device=new_GS.device).expand(len(rank_GS), -1).contiguous())
+        first_GK = torch.searchsorted(
+            rank_GS,
+            torch.arange(1, count + 1, device=new_GS.device).expand(len(rank_GS), -1).contiguous(),
+        )
         exact_GK = stored(self.weights.gather(1, first_GK.clamp(max=rank_GS.shape[1] - 1)))
         return torch.where(rank_GS[:, -1:] <= count, exact_GK, otherwise_GK)
 

@@ -24,7 +24,11 @@ def activation(input_ND: Tensor) -> Tensor:
 def magnitude(groups: Groups) -> Tensor:
     """Euclidean norm of each group's weights, (G,); biases do not count."""
     weights = (part for part in groups.parts if part.parameter.ndim > 1)
-    return torch.stack([_by_group(part, part.parameter.detach()).square().sum(1) for part in weights]).sum(0).sqrt()
+    return (
+        torch.stack([_by_group(part, part.parameter.detach()).square().sum(1) for part in weights])
+        .sum(0)
+        .sqrt()
+    )
 
 
 def first_order(groups: Groups) -> Tensor:
@@ -41,7 +45,7 @@ def _by_group(part: Part, tensor: Tensor) -> Tensor:
     return tensor.float().movedim(part.dim, 0).reshape(tensor.shape[part.dim] // part.size, -1)
 
 
-class Influence(Observer):
+class BlockInfluence(Observer):
     """Sum over tokens of 1 - cosine(x_in, x_out) of each block: how much it turns what passes through (Men et al. 2024, section 2.2)."""
 
     def __init__(self, student: PreTrainedModel) -> None:
@@ -54,7 +58,9 @@ class Influence(Observer):
         def hook(block: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             if block.training:
                 after_BLD = output[0] if isinstance(output, tuple) else output
-                turned = (1 - cosine_similarity(self._tokens(inputs[0]), self._tokens(after_BLD), dim=-1)).sum()
+                turned = (
+                    1 - cosine_similarity(self._tokens(inputs[0]), self._tokens(after_BLD), dim=-1)
+                ).sum()
                 self.values[name] = self.values.get(name, 0) + turned
 
         return hook
@@ -66,12 +72,15 @@ def lowest(scores_G: Tensor, kept_G: Tensor, count: int) -> Tensor:
     return torch.ones_like(kept_G).index_fill_(0, order[:count], False)
 
 
-def kept_in_each(scores: list[Tensor], kept: list[Tensor], share: float) -> list[Tensor]:
+def keep_per_block(scores: list[Tensor], kept: list[Tensor], share: float) -> list[Tensor]:
     """Which groups stay when each block has lost this share of its own, to the group (rounded)."""
-    return [lowest(scores_G, kept_G, round(share * len(kept_G))) for scores_G, kept_G in zip(scores, kept, strict=True)]
+    return [
+        lowest(scores_G, kept_G, round(share * len(kept_G)))
+        for scores_G, kept_G in zip(scores, kept, strict=True)
+    ]
 
 
-def kept_overall(scores: list[Tensor], kept: list[Tensor], share: float) -> list[Tensor]:
+def keep_globally(scores: list[Tensor], kept: list[Tensor], share: float) -> list[Tensor]:
     """Which groups stay when all blocks together have lost this share: one ranking, by scores divided by their block's norm.
 
     The best group of each block stays whatever the others' scores are.
@@ -84,12 +93,20 @@ def kept_overall(scores: list[Tensor], kept: list[Tensor], share: float) -> list
 def _normalised(scores_G: Tensor, kept_G: Tensor) -> Tensor:
     scores_G = scores_G.masked_fill(~kept_G, 0)
     best = scores_G.masked_fill(~kept_G, -torch.inf).argmax()
-    return (scores_G / scores_G.norm().clamp_min(torch.finfo(scores_G.dtype).tiny)).index_fill_(0, best, torch.inf)
+    return (scores_G / scores_G.norm().clamp_min(torch.finfo(scores_G.dtype).tiny)).index_fill_(
+        0, best, torch.inf
+    )
 
 
-def too_much(share: float, counts: list[int], equal: bool) -> str:
+def explain_excess(share: float, counts: list[int], equal: bool) -> str:
     """Why blocks with so many groups cannot lose this share, since one must stay in each; empty where they can."""
     if equal:
-        return next((f"all {count} of a block" for count in counts if round(share * count) >= count), "")
+        return next(
+            (f"all {count} of a block" for count in counts if round(share * count) >= count), ""
+        )
     total, most = sum(counts), sum(counts) - len(counts)
-    return f"{round(share * total)} of {total}, and {most} leave one to each block" if round(share * total) > most else ""
+    return (
+        f"{round(share * total)} of {total}, and {most} leave one to each block"
+        if round(share * total) > most
+        else ""
+    )

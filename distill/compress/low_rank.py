@@ -64,7 +64,9 @@ def factors(weight_OI: Tensor, left_OR: Tensor) -> tuple[Tensor, Tensor]:
     W' = U U^T W, as SVD-LLM (Wang et al. 2024) has it, without its inverse of S: the moment may be singular.
     Without a moment this is the truncated SVD. Balanced: second^T second = first first^T.
     """
-    turn_RR, values_R, right_RI = torch.linalg.svd(left_OR.T @ weight_OI.detach().double().cpu(), full_matrices=False)
+    turn_RR, values_R, right_RI = torch.linalg.svd(
+        left_OR.T @ weight_OI.detach().double().cpu(), full_matrices=False
+    )
     second_OR = left_OR @ turn_RR * values_R.sqrt()
     first_RI = values_R.sqrt()[:, None] * right_RI
     return second_OR.to(weight_OI), first_RI.to(weight_OI)

@@ -15,7 +15,10 @@ from distill.errors import UserError
 
 def per_layer(scores_OI: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     """The same share of each layer is removed."""
-    return {name: _without_lowest(score.reshape(1, -1), sparsity).view(score.shape) for name, score in scores_OI.items()}
+    return {
+        name: _without_lowest(score.reshape(1, -1), sparsity).view(score.shape)
+        for name, score in scores_OI.items()
+    }
 
 
 def per_row(scores_OI: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -26,8 +29,13 @@ def per_row(scores_OI: Mapping[str, Tensor], sparsity: float) -> dict[str, Tenso
 def across_layers(scores_OI: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     """One threshold for all layers, so that some lose more than others."""
     together = torch.cat([score.reshape(-1) for score in scores_OI.values()])
-    kept = _without_lowest(together[None], sparsity)[0].split([score.numel() for score in scores_OI.values()])
-    return {name: part.view(score.shape) for part, (name, score) in zip(kept, scores_OI.items(), strict=True)}
+    kept = _without_lowest(together[None], sparsity)[0].split(
+        [score.numel() for score in scores_OI.values()]
+    )
+    return {
+        name: part.view(score.shape)
+        for part, (name, score) in zip(kept, scores_OI.items(), strict=True)
+    }
 
 
 SCOPES: Mapping[str, Callable[[Mapping[str, Tensor], float], dict[str, Tensor]]] = {
@@ -41,7 +49,10 @@ def n_of_m(scores_OI: Mapping[str, Tensor], kept: int, group: int) -> dict[str, 
     """The highest `kept` of every `group` neighbours along the input dimension stay; UserError where they do not fit."""
     for name, score in scores_OI.items():
         check_width(name, score.shape[1], kept, group)
-    return {name: _without(score.reshape(-1, group), group - kept).view(score.shape) for name, score in scores_OI.items()}
+    return {
+        name: _without(score.reshape(-1, group), group - kept).view(score.shape)
+        for name, score in scores_OI.items()
+    }
 
 
 def check_width(name: str, width: int, kept: int, group: int) -> None:
@@ -53,12 +64,18 @@ def check_width(name: str, width: int, kept: int, group: int) -> None:
         )
 
 
-def parsed(pattern: str) -> tuple[int, int]:
+def parse_pattern(pattern: str) -> tuple[int, int]:
     """`2:4` -> (2, 4): how many are kept, of how many."""
     numbers = str(pattern).split(":")
-    if len(numbers) == 2 and all(number.isdecimal() for number in numbers) and 0 < int(numbers[0]) < int(numbers[1]):
+    if (
+        len(numbers) == 2
+        and all(number.isdecimal() for number in numbers)
+        and 0 < int(numbers[0]) < int(numbers[1])
+    ):
         return int(numbers[0]), int(numbers[1])
-    raise UserError(f"pattern is {pattern}, but it must be N:M with 0 < N < M, written as text: '2:4' keeps 2 of every 4 weights")
+    raise UserError(
+        f"pattern is {pattern}, but it must be N:M with 0 < N < M, written as text: '2:4' keeps 2 of every 4 weights"
+    )
 
 
 def _without_lowest(score_RC: Tensor, sparsity: float) -> Tensor:

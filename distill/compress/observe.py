@@ -27,7 +27,9 @@ class Observer:
         self.measure, self.merge = measure, merge
         self.values: dict[str, Tensor] = {}
         self._mask_BL: Tensor | None = None
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)]
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
+        ]
         for name, module in modules.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(name)))
 
@@ -46,7 +48,9 @@ class Observer:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module.training:
                 value = self.measure(self._tokens(inputs[0]))
-                self.values[name] = self.merge(self.values[name], value) if name in self.values else value
+                self.values[name] = (
+                    self.merge(self.values[name], value) if name in self.values else value
+                )
 
         return hook
 

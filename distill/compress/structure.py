@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distill.errors import UserError
 from distill.models.architectures import architecture, blocks, ffn_width, head_width
-from distill.runtime.modeling import widths
+from distill.remote_code.modeling import in_out_features
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def heads(student: PreTrainedModel, block: nn.Module) -> Groups:
         )
     query, key, value = (_linear(block, name) for name in layout.attention)
     width = head_width(student.config)
-    shared = width * (widths(query)[1] // widths(key)[1])
+    shared = width * (in_out_features(query)[1] // in_out_features(key)[1])
     inputs = [*_rows(query, shared), *_rows(key, width), *_rows(value, width)]
     return Groups(tuple(inputs), _columns(_linear(block, layout.attention_out), shared))
 
@@ -123,7 +123,9 @@ def remove(groups: Groups, kept_G: Tensor, optimizer: Optimizer | None = None) -
     if kept_G.all():
         return
     for part in groups.parts:
-        _replace(part, partial(torch.index_select, dim=part.dim, index=part.indices(kept_G)), optimizer)
+        _replace(
+            part, partial(torch.index_select, dim=part.dim, index=part.indices(kept_G)), optimizer
+        )
 
 
 @torch.no_grad()
@@ -142,7 +144,8 @@ def _replace(part: Part, cut: Callable[[Tensor], Tensor], optimizer: Optimizer |
     if optimizer is not None and old in optimizer.state:
         state = optimizer.state.pop(old).items()
         optimizer.state[new] = {
-            key: cut(moment) if isinstance(moment, Tensor) and moment.shape == old.shape else moment for key, moment in state
+            key: cut(moment) if isinstance(moment, Tensor) and moment.shape == old.shape else moment
+            for key, moment in state
         }
     if isinstance(layer, Conv1D):
         layer.nx, layer.nf = layer.weight.shape
@@ -181,15 +184,26 @@ def declare(student: PreTrainedModel) -> dict[str, list[int]]:
         attentions = [heads(student, block) for block in blocks(student)]
         if layout.heads and len({groups.count for groups in attentions}) == 1:
             _declare_heads(config, layout.heads, attentions[0])
-        unsaid += [groups for groups in attentions if widths(groups.output.layer)[0] != config.num_attention_heads * head_width(config)]
+        unsaid += [
+            groups
+            for groups in attentions
+            if in_out_features(groups.output.layer)[0]
+            != config.num_attention_heads * head_width(config)
+        ]
     names = {id(module): name for name, module in student.named_modules()}
-    return {names[id(layer)]: list(widths(layer)) for groups in unsaid for layer in groups.layers}
+    return {
+        names[id(layer)]: list(in_out_features(layer))
+        for groups in unsaid
+        for layer in groups.layers
+    }
 
 
 def _declare_heads(config: PreTrainedConfig, keys: tuple[str, ...], groups: Groups) -> None:
     """Set the numbers of heads, and the width of one; not where the family's config refuses such numbers."""
     width = head_width(config)
-    said = {"head_dim": width} | dict(zip(keys, (groups.count * groups.output.size // width, groups.count), strict=True))
+    said = {"head_dim": width} | dict(
+        zip(keys, (groups.count * groups.output.size // width, groups.count), strict=True)
+    )
     if said["num_attention_heads"] == config.num_attention_heads:
         return
     try:

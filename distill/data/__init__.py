@@ -1,21 +1,29 @@
 """`Run.data` -> batches: a source is opened, cut into splits, tokenised once, and handed out in an order fixed by (seed, epoch)."""
 
-from distill.data.batches import BatchPlan, Examples, Loader, MicroBatch, by_example, idle, loader
-from distill.data.encoding import encode, fingerprint, labelled_only
+from distill.data.batches import (
+    BatchPlan,
+    EncodedDataset,
+    Loader,
+    MicroBatch,
+    columns_to_examples,
+    is_dummy_batch,
+    make_loader,
+)
+from distill.data.encoding import encode, fingerprint, only_labelled
 from distill.data.sources import open_source
 from distill.data.splits import load
 
 __all__ = [
     "BatchPlan",
-    "Examples",
+    "EncodedDataset",
     "Loader",
     "MicroBatch",
-    "by_example",
+    "columns_to_examples",
     "encode",
     "fingerprint",
-    "idle",
-    "labelled_only",
+    "is_dummy_batch",
+    "only_labelled",
     "load",
-    "loader",
+    "make_loader",
     "open_source",
 ]

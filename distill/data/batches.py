@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch.utils import data as torch_data
 
-from distill.data import taught
+from distill.data import teacher_columns
 from distill.errors import UserError
 from distill.tasks.base import Batch, Task
 
@@ -31,7 +31,7 @@ class MicroBatch(NamedTuple):
     tokens: float
 
 
-def idle(batch: MicroBatch | Batch) -> bool:
+def is_dummy_batch(batch: MicroBatch | Batch) -> bool:
     """Whether it only keeps a rank in step: one example, divided by infinity, adds exactly 0 to losses and gradients."""
     return math.isinf(batch.rows)
 
@@ -61,9 +61,17 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
         assert accumulate <= batch_size
         columns = split.with_format("numpy")
         self.lengths, self.rows = np.asarray(columns["length"][:]), np.asarray(columns["rows"][:])
-        self.batch_size, self.accumulate, self.seed, self.group_by_length = batch_size, accumulate, seed, group_by_length
+        self.batch_size, self.accumulate, self.seed, self.group_by_length = (
+            batch_size,
+            accumulate,
+            seed,
+            group_by_length,
+        )
         self.rank, self.world = rank, world
-        self.epoch, self.start = 0, 0  # `start`: micro-batches of the epoch that are left out, for a run had them before
+        self.epoch, self.start = (
+            0,
+            0,
+        )  # `start`: micro-batches of the epoch that are left out, for a run had them before
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -87,7 +95,10 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
     def _share(self, batches: list[np.ndarray], rank: int) -> Iterator[MicroBatch]:
         """The micro-batches of one rank."""
         if self.seed is None:
-            yield from (MicroBatch(batch.tolist(), *self._totals(batch)) for batch in batches[rank :: self.world])
+            yield from (
+                MicroBatch(batch.tolist(), *self._totals(batch))
+                for batch in batches[rank :: self.world]
+            )
             yield from repeat(self._idle(), int(rank >= (len(batches) % self.world or self.world)))
             return
         for batch in batches:
@@ -107,45 +118,72 @@ class BatchPlan(torch_data.Sampler[MicroBatch]):
         """The examples of each optimizer step of this epoch."""
         if self.seed is None:
             order = self._sorted(np.arange(len(self.lengths)))
-            return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+            return [
+                order[start : start + self.batch_size]
+                for start in range(0, len(order), self.batch_size)
+            ]
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.lengths))
         full, size = len(order) // self.batch_size, self.batch_size
-        chunks = [self._sorted(order[start : min(start + CHUNK * size, full * size)]) for start in range(0, full * size, CHUNK * size)]
-        batches: Any = np.concatenate(chunks).reshape(full, size)[generator.permutation(full)] if chunks else []
+        chunks = [
+            self._sorted(order[start : min(start + CHUNK * size, full * size)])
+            for start in range(0, full * size, CHUNK * size)
+        ]
+        batches: Any = (
+            np.concatenate(chunks).reshape(full, size)[generator.permutation(full)]
+            if chunks
+            else []
+        )
         rest = order[full * size :]
         return [*batches, *([self._sorted(rest)] if len(rest) else [])]
 
     def padding(self) -> float:
         """The share of padding among the tokens of this epoch, over all ranks."""
         batches = self.global_batches()
-        shares = (micro for rank in range(self.world) for micro in self._share(batches, rank) if not idle(micro))
-        padded = sum(int(self.lengths[micro.indices].max()) * len(micro.indices) for micro in shares)
+        shares = (
+            micro
+            for rank in range(self.world)
+            for micro in self._share(batches, rank)
+            if not is_dummy_batch(micro)
+        )
+        padded = sum(
+            int(self.lengths[micro.indices].max()) * len(micro.indices) for micro in shares
+        )
         return 1 - int(self.lengths.sum()) / padded
 
     def _sorted(self, examples: np.ndarray) -> np.ndarray:
-        return examples[np.argsort(-self.lengths[examples], kind="stable")] if self.group_by_length else examples
+        return (
+            examples[np.argsort(-self.lengths[examples], kind="stable")]
+            if self.group_by_length
+            else examples
+        )
 
 
-def by_example(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+def columns_to_examples(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """Columns, as `Task.encode` returns them -> examples, as `Task.collate` takes them."""
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
 
 
-class Examples(torch_data.Dataset[Batch]):
+class EncodedDataset(torch_data.Dataset[Batch]):
     """Collates the examples of a micro-batch, and carries its normalisers and the teacher's cached outputs along."""
 
     def __init__(self, split: Dataset, task: Task, pad_id: int) -> None:
         self.task, self.pad_id, self.teacher = task, pad_id, None
-        cached = [name for name in split.column_names if name in taught.COLUMNS]
+        cached = [name for name in split.column_names if name in teacher_columns.COLUMNS]
         if cached:
             self.teacher = split.select_columns(cached).with_format("arrow")
             split = split.remove_columns(cached)
         self.split = split.with_format(None)
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
-        batch = self.task.collate(by_example(self.split[micro.indices]), self.pad_id)
-        cached = None if self.teacher is None else taught.outputs(self.teacher[micro.indices])
+        batch = self.task.collate(columns_to_examples(self.split[micro.indices]), self.pad_id)
+        cached = (
+            None
+            if self.teacher is None
+            else teacher_columns.read_outputs(self.teacher[micro.indices])
+        )
         return batch._replace(teacher=cached, rows=float(micro.rows), tokens=float(micro.tokens))
 
 
@@ -195,7 +233,7 @@ class Loader(torch_data.DataLoader[Batch]):
         }
 
 
-def loader(
+def make_loader(
     split: Dataset,
     task: Task,
     pad_id: int,
@@ -212,12 +250,14 @@ def loader(
     if seed is not None:
         log.info("%.1f %% of the tokens of an epoch are padding", 100 * plan.padding())
     return Loader(
-        Examples(split, task, pad_id),
+        EncodedDataset(split, task, pad_id),
         sampler=plan,
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,
-        generator=torch.Generator().manual_seed(0),  # its own: to start an epoch leaves the global one where it is
+        generator=torch.Generator().manual_seed(
+            0
+        ),  # its own: to start an epoch leaves the global one where it is
         persistent_workers=workers > 0,
     )
 

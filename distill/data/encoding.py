@@ -12,8 +12,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value
 
 from distill import store
-from distill.config import Data
 from distill.errors import UserError
+from distill.recipe.config import Data
 from distill.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -33,22 +33,31 @@ COLUMNS = {
 
 def encode(raw: DatasetDict, task: Task, tokenizer: Any, data: Data) -> DatasetDict:
     """Every split tokenised, from the store where it has been done before."""
-    return DatasetDict({name: _encode(split, name, task, tokenizer, data) for name, split in raw.items()})
+    return DatasetDict(
+        {name: _encode(split, name, task, tokenizer, data) for name, split in raw.items()}
+    )
 
 
 def _encode(split: Dataset, name: str, task: Task, tokenizer: Any, data: Data) -> Dataset:
-    entry = store.entry("examples", _ingredients(split, task, tokenizer, data))
-    if not store.intact(entry):
-        with store.writing(entry) as inside:
+    entry = store.entry_path("examples", _ingredients(split, task, tokenizer, data))
+    if not store.is_intact(entry):
+        with store.write_entry(entry) as inside:
             _write(split, task, tokenizer, data, inside / FILE)
     encoded = Dataset.from_file(str(entry / FILE))
     if len(encoded) == 0:
-        raise UserError(f"the {name} split has {len(split)} texts, but none of them holds a token to predict: name longer texts")
+        raise UserError(
+            f"the {name} split has {len(split)} texts, but none of them holds a token to predict: name longer texts"
+        )
     cut = int(np.sum(encoded.with_format("numpy")["cut"][:]))
     if cut:
         fate = "shortened to it" if task.uses_labels else "cut into windows of it"
         log.info(
-            "%d of %d texts of the %s split are longer than task.max_length, %d tokens: %s", cut, len(split), name, task.max_length, fate
+            "%d of %d texts of the %s split are longer than task.max_length, %d tokens: %s",
+            cut,
+            len(split),
+            name,
+            task.max_length,
+            fate,
         )
     return encoded
 
@@ -68,14 +77,25 @@ def _tokenizer(tokenizer: Any) -> list[Any]:
     """What decides the tokenizer's answers. How it last cut and padded is part of its state, but not of that."""
     state: Any = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {
+            "truncation": None,
+            "padding": None,
+        }
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    return [type(tokenizer).__name__, json.dumps(state, sort_keys=True), special, tokenizer.model_input_names, tokenizer.truncation_side]
+    return [
+        type(tokenizer).__name__,
+        json.dumps(state, sort_keys=True),
+        special,
+        tokenizer.model_input_names,
+        tokenizer.truncation_side,
+    ]
 
 
 def fingerprint(split: Dataset) -> str:
     """SHA-256 of the columns' names, types and values, wherever and however they are stored."""
-    digest = hashlib.sha256(repr(sorted((name, str(feature)) for name, feature in split.features.items())).encode())
+    digest = hashlib.sha256(
+        repr(sorted((name, str(feature)) for name, feature in split.features.items())).encode()
+    )
     table = split.with_format("arrow")
     for start in range(0, len(split), CHUNK):
         rows = table[start : start + CHUNK].to_pydict()
@@ -100,10 +120,12 @@ def _write(split: Dataset, task: Task, tokenizer: Any, data: Data, path: Path) -
 
 
 def _features(columns: Iterable[str], task: Task) -> Features:
-    return Features({name: task.label_feature if name == "labels" else COLUMNS[name] for name in columns})
+    return Features(
+        {name: task.label_feature if name == "labels" else COLUMNS[name] for name in columns}
+    )
 
 
-def labelled_only(split: Dataset, task: Task) -> Dataset:
+def only_labelled(split: Dataset, task: Task) -> Dataset:
     """The encoded examples that have a label: what a teacher is fine-tuned on."""
     if not task.uses_labels:
         return split

@@ -11,18 +11,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
-from distill.config import Data
 from distill.data.sources import open_source
 from distill.errors import UserError
+from distill.recipe.config import Data
 from distill.tasks.base import Task
-from distill.tasks.labels import declared, listed
+from distill.tasks.labels import declared, shorten
 
 log = logging.getLogger(__name__)
 CHUNK = 1000  # rows that are compared at a time
-HOLDOUT_SEED = 0  # of the held-out splits: the same for every run, so that runs with other seeds compare
+HOLDOUT_SEED = (
+    0  # of the held-out splits: the same for every run, so that runs with other seeds compare
+)
 
 
-class Part(NamedTuple):
+class CheckedSplit(NamedTuple):
     """A split as it is checked: rows in the order of the source, and which of them have a text."""
 
     name: str
@@ -32,7 +34,11 @@ class Part(NamedTuple):
 
     def labelled(self) -> np.ndarray:
         """The rows that can train and test a model by their labels."""
-        return self.rows if self.cells is None else np.array([row for row in self.rows if self.cells[row] is not None], dtype=int)
+        return (
+            self.rows
+            if self.cells is None
+            else np.array([row for row in self.rows if self.cells[row] is not None], dtype=int)
+        )
 
 
 def load(data: Data, task: Task, seed: int) -> DatasetDict:
@@ -46,14 +52,22 @@ def load(data: Data, task: Task, seed: int) -> DatasetDict:
     if labels is not None:
         _has_columns(_split(source, data.train, "data.train", data), data.train, [labels], data)
     task.read_labels(_split(source, data.train, "data.train", data), data)
-    parts = {role: _part(source, name, f"data.{role}", data, task) for role, name in _named(data).items()}
+    parts = {
+        role: _part(source, name, f"data.{role}", data, task) for role, name in _named(data).items()
+    }
     chosen, train = _hold_out(parts, data), parts["train"]
     _say_unused(task, train, data)
     if data.labelled is not None:
-        train = parts["train"] = train._replace(cells=_keep_labels(train, chosen["train"], data.labelled, seed, data))
-    splits = DatasetDict({role: _cut(parts.get(role, train), rows, labels) for role, rows in chosen.items()})
+        train = parts["train"] = train._replace(
+            cells=_keep_labels(train, chosen["train"], data.labelled, seed, data)
+        )
+    splits = DatasetDict(
+        {role: _cut(parts.get(role, train), rows, labels) for role, rows in chosen.items()}
+    )
     if data.unlabelled is not None:
-        splits["train"] = concatenate_datasets([splits["train"], _unlabelled(source, data, splits["train"].features)])
+        splits["train"] = concatenate_datasets(
+            [splits["train"], _unlabelled(source, data, splits["train"].features)]
+        )
     _say_overlap(splits, data)
     return splits
 
@@ -69,7 +83,9 @@ def _refuse_shared(data: Data) -> None:
     uses: dict[str, str] = {}
     for key, name in (*_named(data).items(), ("unlabelled", data.unlabelled)):
         if name in uses:
-            raise UserError(f"data.{key} is {name}, but data.{uses[name]} is that split too: name another, or set data.{key} to null")
+            raise UserError(
+                f"data.{key} is {name}, but data.{uses[name]} is that split too: name another, or set data.{key} to null"
+            )
         if name is not None:
             uses[name] = key
 
@@ -80,28 +96,45 @@ def _say_overlap(splits: DatasetDict, data: Data) -> None:
     for role in ("validation", "test"):
         shared = int(np.isin(hashes[role], hashes["train"]).sum())
         if shared:
-            log.warning("%d of %d texts of the %s split are texts of the training split too", shared, len(splits[role]), role)
+            log.warning(
+                "%d of %d texts of the %s split are texts of the training split too",
+                shared,
+                len(splits[role]),
+                role,
+            )
 
 
 def _hashes(split: Dataset, columns: list[str]) -> np.ndarray:
     """A number for each text or pair: 8 bytes, the same however its words are spaced."""
     batches = split.select_columns(list(columns)).iter(CHUNK)
-    rows = (row for batch in batches for row in zip(*(batch[column] for column in columns), strict=True))
-    return np.fromiter((hash(tuple(" ".join((text or "").split()) for text in row)) for row in rows), dtype=np.int64, count=len(split))
+    rows = (
+        row for batch in batches for row in zip(*(batch[column] for column in columns), strict=True)
+    )
+    return np.fromiter(
+        (hash(tuple(" ".join((text or "").split()) for text in row)) for row in rows),
+        dtype=np.int64,
+        count=len(split),
+    )
 
 
 def _split(source: DatasetDict, name: str, key: str, data: Data) -> Dataset:
     if name not in source:
-        out = "name one of them" if key == "data.train" else "name one of them, or null to hold examples out of the training split"
-        raise UserError(f"{key} is {name}, but {data.source} has the splits {listed(source)}: {out}")
+        out = (
+            "name one of them"
+            if key == "data.train"
+            else "name one of them, or null to hold examples out of the training split"
+        )
+        raise UserError(
+            f"{key} is {name}, but {data.source} has the splits {shorten(source)}: {out}"
+        )
     return source[name]
 
 
-def _part(source: DatasetDict, name: str, key: str, data: Data, task: Task) -> Part:
+def _part(source: DatasetDict, name: str, key: str, data: Data, task: Task) -> CheckedSplit:
     split = _split(source, name, key, data)
     texts = _texts(split, name, data)
     cells = _cells(split, name, data, task) if task.uses_labels and data.label is not None else None
-    part = Part(name, texts, cells, _with_text(texts, f"split {name} of {data.source}"))
+    part = CheckedSplit(name, texts, cells, _with_text(texts, f"split {name} of {data.source}"))
     if key != "data.train" and len(part.labelled()) == 0:
         raise UserError(
             f"{key} is {name}, but none of its examples has a label: name another split, or null to hold examples out of the training split"
@@ -128,7 +161,7 @@ def _has_columns(split: Dataset, name: str, columns: Iterable[str], data: Data) 
         if column not in split.column_names:
             key = "data.label" if column == data.label and column not in data.text else "data.text"
             raise UserError(
-                f"{key} is {column}, but split {name} of {data.source} has the columns {listed(split.column_names)}: name one of them"
+                f"{key} is {column}, but split {name} of {data.source} has the columns {shorten(split.column_names)}: name one of them"
             )
 
 
@@ -136,15 +169,32 @@ def _with_text(texts: Dataset, where: str) -> np.ndarray:
     """Rows that hold more than white space, at least one."""
     none = np.empty((len(texts.column_names), 0), dtype=bool)
     tables = texts.with_format("arrow").iter(CHUNK)
-    blank = np.concatenate([none, *(np.stack([_blank(column) for column in table.columns]) for table in tables)], axis=1)
+    blank = np.concatenate(
+        [none, *(np.stack([_blank(column) for column in table.columns]) for table in tables)],
+        axis=1,
+    )
     empty = np.logical_and.reduce(blank)
     if empty.all():
-        raise UserError(f"{where} has {len(texts)} rows, but none of them has a text: name another split or column")
+        raise UserError(
+            f"{where} has {len(texts)} rows, but none of them has a text: name another split or column"
+        )
     half = np.logical_or.reduce(blank) & ~empty
     if half.any():
-        log.info("%d of %d pairs in %s have one empty side: kept, the first in row %d", half.sum(), len(texts), where, half.argmax())
+        log.info(
+            "%d of %d pairs in %s have one empty side: kept, the first in row %d",
+            half.sum(),
+            len(texts),
+            where,
+            half.argmax(),
+        )
     if empty.any():
-        log.info("%d of %d examples in %s are empty: dropped, the first in row %d", empty.sum(), len(texts), where, empty.argmax())
+        log.info(
+            "%d of %d examples in %s are empty: dropped, the first in row %d",
+            empty.sum(),
+            len(texts),
+            where,
+            empty.argmax(),
+        )
     return np.flatnonzero(~empty)
 
 
@@ -157,24 +207,36 @@ def _cells(split: Dataset, name: str, data: Data, task: Task) -> list[Any]:
     column = str(data.label)
     _has_columns(split, name, [column], data)
     names, cells = declared(split.features[column]), []
-    for row, cell in enumerate(cell for batch in split.select_columns([column]).iter(CHUNK) for cell in batch[column]):
+    for row, cell in enumerate(
+        cell for batch in split.select_columns([column]).iter(CHUNK) for cell in batch[column]
+    ):
         try:
             label = task.label(cell, names)
-            cells.append(sys.intern(label) if isinstance(label, str) else label)  # one name for all examples that have it
+            cells.append(
+                sys.intern(label) if isinstance(label, str) else label
+            )  # one name for all examples that have it
         except ValueError as error:
-            raise UserError(f"column {column!r} of split {name} of {data.source} is {cell!r} in row {row}, but {error}") from error
+            raise UserError(
+                f"column {column!r} of split {name} of {data.source} is {cell!r} in row {row}, but {error}"
+            ) from error
     return cells
 
 
-def _say_unused(task: Task, train: Part, data: Data) -> None:
+def _say_unused(task: Task, train: CheckedSplit, data: Data) -> None:
     """A class without examples is allowed, but seldom meant."""
-    used = {name for cell in train.cells or [] for name in (cell if isinstance(cell, list) else [cell])}
+    used = {
+        name for cell in train.cells or [] for name in (cell if isinstance(cell, list) else [cell])
+    }
     unused = [name for name in task.names if name not in used]
     if train.cells is not None and unused:
-        log.warning("no training example of %s is labelled %s: the model cannot learn it", data.source, listed(unused))
+        log.warning(
+            "no training example of %s is labelled %s: the model cannot learn it",
+            data.source,
+            shorten(unused),
+        )
 
 
-def _hold_out(parts: dict[str, Part], data: Data) -> dict[str, np.ndarray]:
+def _hold_out(parts: dict[str, CheckedSplit], data: Data) -> dict[str, np.ndarray]:
     """The rows of each split. A split that the source does not hold is drawn from the labelled training examples."""
     chosen = {role: part.rows for role, part in parts.items()}
     missing = [role for role in ("validation", "test") if role not in parts]
@@ -187,19 +249,28 @@ def _hold_out(parts: dict[str, Part], data: Data) -> dict[str, np.ndarray]:
         raise UserError(
             f"data.{missing[0]} is null, but {len(order)} labelled training examples are too few to hold some out: name a split"
         )
-    drawn = {"validation": order[:size], "test": order[-size:]}  # either stays the same whether or not the other is held out
+    drawn = {
+        "validation": order[:size],
+        "test": order[-size:],
+    }  # either stays the same whether or not the other is held out
     chosen |= {role: np.sort(drawn[role]) for role in missing}
     held = np.concatenate([drawn[role] for role in missing])
     return chosen | {"train": np.setdiff1d(chosen["train"], held)}
 
 
-def _keep_labels(train: Part, rows: np.ndarray, keep: int, seed: int, data: Data) -> list[Any]:
+def _keep_labels(
+    train: CheckedSplit, rows: np.ndarray, keep: int, seed: int, data: Data
+) -> list[Any]:
     """The labels, all but `keep` of those in `rows` taken away. What stays is drawn class by class."""
     if train.cells is None:
-        raise UserError(f"data.labelled is {keep}, but the examples of {data.source} are used without labels: leave data.labelled out")
+        raise UserError(
+            f"data.labelled is {keep}, but the examples of {data.source} are used without labels: leave data.labelled out"
+        )
     labelled = [int(row) for row in rows if train.cells[row] is not None]
     if keep > len(labelled):
-        raise UserError(f"data.labelled is {keep}, but only {len(labelled)} training examples have a label: keep at most these")
+        raise UserError(
+            f"data.labelled is {keep}, but only {len(labelled)} training examples have a label: keep at most these"
+        )
     strata = [
         cell if isinstance(cell, str) else "" for cell in (train.cells[row] for row in labelled)
     ]  # lists and numbers are drawn as one class
@@ -209,25 +280,35 @@ def _keep_labels(train: Part, rows: np.ndarray, keep: int, seed: int, data: Data
             f"data.labelled is {keep}, but each of the {len(counts)} classes needs a labelled example: keep at least {len(counts)}"
         )
     generator, kept = np.random.default_rng(seed), set()
-    for name, quota in quotas(counts, keep).items():
+    for name, quota in largest_remainder(counts, keep).items():
         members = [row for row, stratum in zip(labelled, strata, strict=True) if stratum == name]
         kept |= set(generator.choice(members, quota, replace=False).tolist())
     taken = set(labelled) - kept
     return [None if row in taken else cell for row, cell in enumerate(train.cells)]
 
 
-def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
+def largest_remainder(counts: dict[str, int], total: int) -> dict[str, int]:
     """Share out `total` in proportion to `counts`, at least 1 and at most its count to each, by largest remainder."""
     share = {name: total * count / sum(counts.values()) for name, count in sorted(counts.items())}
     quota = {name: max(1, int(part)) for name, part in share.items()}
     while sum(quota.values()) < total:
-        quota[max((name for name in share if quota[name] < counts[name]), key=lambda name: share[name] - quota[name])] += 1
+        quota[
+            max(
+                (name for name in share if quota[name] < counts[name]),
+                key=lambda name: share[name] - quota[name],
+            )
+        ] += 1
     while sum(quota.values()) > total:
-        quota[min((name for name in share if quota[name] > 1), key=lambda name: share[name] - quota[name])] -= 1
+        quota[
+            min(
+                (name for name in share if quota[name] > 1),
+                key=lambda name: share[name] - quota[name],
+            )
+        ] -= 1
     return quota
 
 
-def _cut(part: Part, rows: np.ndarray, labels: str | None) -> Dataset:
+def _cut(part: CheckedSplit, rows: np.ndarray, labels: str | None) -> Dataset:
     """The chosen rows, with their labels beside them."""
     split = part.data
     if labels is not None and part.cells is not None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import cli, config, recipe, store
+from distill import cli, store
 from distill.errors import UserError
-from distill.stages import watched
+from distill.recipe import compose, config
+from distill.stages import show_progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,11 +62,15 @@ class Options:
     threads: int | None = None
 
 
-def evaluate(run: config.Run, task: "Task", raw: "Dataset", examples: "Dataset", tokenizer: Any, folder: Path) -> dict[str, Any]:
+def evaluate(
+    run: config.Run, task: "Task", raw: "Dataset", examples: "Dataset", tokenizer: Any, folder: Path
+) -> dict[str, Any]:
     """Measure the models of a run folder on the test split, raw and encoded: what metrics.json holds."""
     from distill.evaluate.measure import measure
 
-    return measure(run, task, raw, examples, tokenizer, of_run(run, folder), "test", as_exported=True)
+    return measure(
+        run, task, raw, examples, tokenizer, of_run(run, folder), "test", as_exported=True
+    )
 
 
 def of_run(run: config.Run, folder: Path) -> dict[str, str]:
@@ -73,7 +78,11 @@ def of_run(run: config.Run, folder: Path) -> dict[str, str]:
 
     A teacher that was taken as it is has no folder there, but a name.
     """
-    names = {what: str(folder / what) for what in ("teacher", "dense", "student") if (folder / what).is_dir()}
+    names = {
+        what: str(folder / what)
+        for what in ("teacher", "dense", "student")
+        if (folder / what).is_dir()
+    }
     if run.teacher is None:
         names.pop("teacher", None)
     elif "teacher" not in names:
@@ -86,7 +95,7 @@ def write(metrics: dict[str, Any], file: Path) -> None:
     from distill.evaluate.measure import finite
 
     file = file / METRICS if file.is_dir() else file
-    store.put(file, (json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n").encode())
+    store.write_file(file, (json.dumps(finite(metrics), indent=1, allow_nan=False) + "\n").encode())
 
 
 def report(metrics: dict[str, Any], folder: Path) -> None:
@@ -110,7 +119,7 @@ def read(folder: Path) -> dict[str, Any]:
 @contextmanager
 def status(run: config.Run, said: str) -> Iterator[None]:
     """A sign of life in a terminal while nothing else is said; few pictures a second, for times are measured meanwhile."""
-    if not watched(run.trainer.progress):
+    if not show_progress(run.trainer.progress):
         yield
         return
     from rich.console import Console
@@ -132,10 +141,10 @@ def show(metrics: dict[str, Any], folder: Path | None = None, artefact: Path | N
             console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
-@cli.command
+@cli.cli_command
 def main() -> None:
     """Read the command line, measure, print and store."""
-    given = cli.options(Options, USAGE)
+    given = cli.parse_options(Options, USAGE)
     run, names = described(given)
     if given.runtimes is not None:
         in_runtimes(given, run, names, _listed(given.runtimes))
@@ -143,7 +152,9 @@ def main() -> None:
     from distill.evaluate.measure import measure  # imports torch: only once the command line holds
 
     task, raw, examples, tokenizer = prepared(run, names, given.split)
-    metrics = measure(run, task, raw, examples, tokenizer, names, given.split, as_exported=given.run is not None)
+    metrics = measure(
+        run, task, raw, examples, tokenizer, names, given.split, as_exported=given.run is not None
+    )
     if given.output is not None:
         write(metrics, Path(given.output))
     elif given.run is not None and given.split == "test":
@@ -161,11 +172,11 @@ def _listed(given: Any) -> list[str]:
 
 def in_runtimes(given: Options, run: config.Run, names: dict[str, str], wanted: list[str]) -> None:
     """Measure the student in these runtimes, print and store."""
-    from distill.evaluate import ways
+    from distill.evaluate import runtime_names
 
     automatic = wanted == ["auto"]
-    wanted = ways.possible(run) if automatic else wanted
-    ways.check(run, wanted)
+    wanted = runtime_names.available_runtimes(run) if automatic else wanted
+    runtime_names.check_runtimes(run, wanted)
     from distill.evaluate import runtimes  # imports torch: only once the command line holds
 
     task, raw, _, tokenizer = prepared(run, names, given.split)
@@ -180,34 +191,52 @@ def in_runtimes(given: Options, run: config.Run, names: dict[str, str], wanted: 
 def described(given: Options) -> tuple[config.Run, dict[str, str]]:
     """The recipe with the options laid over it, and the models to measure; what does not fit together is refused."""
     if given.split not in SPLITS:
-        raise UserError(f"split is {given.split}, but there is no such split: choose from {', '.join(SPLITS)}")
+        raise UserError(
+            f"split is {given.split}, but there is no such split: choose from {', '.join(SPLITS)}"
+        )
     if (given.run is None) == (given.recipe is None):
         raise UserError(
             f"run is {given.run} and recipe is {given.recipe}, but exactly one is needed: give run=FOLDER, or recipe=NAME student=FOLDER"
         )
     if given.output and not Path(given.output).resolve().parent.is_dir():
-        raise UserError(f"output is {given.output}, but its folder does not exist: make it, or name another")
+        raise UserError(
+            f"output is {given.output}, but its folder does not exist: make it, or name another"
+        )
     run, names = _of_recipe(given) if given.run is None else _of_folder(given)
-    chosen = {each.name: getattr(given, each.name) for each in fields(config.Evaluate) if getattr(given, each.name) is not None}
+    chosen = {
+        each.name: getattr(given, each.name)
+        for each in fields(config.Evaluate)
+        if getattr(given, each.name) is not None
+    }
     return replace(run, evaluate=replace(run.evaluate, **chosen)), names
 
 
 def _of_recipe(given: Options) -> tuple[config.Run, dict[str, str]]:
-    run = recipe.load_recipe(str(given.recipe))
+    run = compose.load_recipe(str(given.recipe))
     if given.student is None:
         raise UserError(f"recipe is {given.recipe}, but student is not given: add student=FOLDER")
-    names = {what: name for what, name in (("teacher", given.teacher), ("student", given.student)) if name is not None}
+    names = {
+        what: name
+        for what, name in (("teacher", given.teacher), ("student", given.student))
+        if name is not None
+    }
     for what, name in names.items():
-        if not Path(name).expanduser().exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-            raise UserError(f"{what} is {name}, but there is no such folder: give one in the format of transformers, or a name")
+        if not Path(name).expanduser().exists() and (
+            name.startswith((".", "/", "~")) or name.count("/") > 1
+        ):
+            raise UserError(
+                f"{what} is {name}, but there is no such folder: give one in the format of transformers, or a name"
+            )
     return run, names
 
 
 def _of_folder(given: Options) -> tuple[config.Run, dict[str, str]]:
     if given.teacher or given.student:
-        raise UserError(f"run is {given.run}, but teacher or student is given too: they are those of the run folder, leave them out")
+        raise UserError(
+            f"run is {given.run}, but teacher or student is given too: they are those of the run folder, leave them out"
+        )
     folder = finished(str(given.run))
-    run = recipe.load_recipe(str(folder / "recipe.yaml"))
+    run = compose.load_recipe(str(folder / "recipe.yaml"))
     return run, of_run(run, folder)
 
 
@@ -215,11 +244,17 @@ def finished(name: str) -> Path:
     """The folder of a run that has a recipe and a student; UserError otherwise."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise UserError(f"run is {name}, but there is no such folder: give the folder of a run, such as runs/NAME/TIME")
+        raise UserError(
+            f"run is {name}, but there is no such folder: give the folder of a run, such as runs/NAME/TIME"
+        )
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"run is {name}, but it holds no recipe.yaml: give the folder of a run, such as runs/NAME/TIME")
+        raise UserError(
+            f"run is {name}, but it holds no recipe.yaml: give the folder of a run, such as runs/NAME/TIME"
+        )
     if not (folder / "student" / "config.json").is_file():
-        raise UserError(f"run is {name}, but it holds no trained student: finish its training first")
+        raise UserError(
+            f"run is {name}, but it holds no trained student: finish its training first"
+        )
     return folder
 
 
@@ -230,10 +265,11 @@ def prepared(run: config.Run, names: dict[str, str], split: str) -> tuple[Any, A
     """
     from datasets import DatasetDict
 
-    from distill import data, models, targets
+    from distill import data, models
     from distill.evaluate.measure import trimmed_tokenizer
+    from distill.recipe import targets
 
-    task = targets.build(run.task)
+    task = targets.instantiate(run.task)
     first, *others = names
     tokenizer = models.load_tokenizer(names[first], first)
     for what in others:

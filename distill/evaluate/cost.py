@@ -16,8 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-WARM_UP = {"requests": 10, "batches": 2}  # untimed calls of each model, with the first of the inputs, before the timed ones
-TURN = {"requests": 10, "batches": 1}  # calls of a model's turn: one that serves requests finds its weights in the processor's cache
+WARM_UP = {
+    "requests": 10,
+    "batches": 2,
+}  # untimed calls of each model, with the first of the inputs, before the timed ones
+TURN = {
+    "requests": 10,
+    "batches": 1,
+}  # calls of a model's turn: one that serves requests finds its weights in the processor's cache
 DTYPE = "float32"  # the baseline in which both models are timed
 
 Inputs = dict[str, list[list[int]]]  # what a model takes, each (B, L)
@@ -37,26 +43,51 @@ def measure(
 
     `own` are the requests and batches, of the same texts, of models that read other token ids.
     """
-    from distill.fresh import ask  # not at the top: the measuring process runs this file and has no `distill`
-    from distill.models.loading import ours
+    from distill.isolated import (
+        run_isolated,  # not at the top: the measuring process runs this file and has no `distill`
+    )
+    from distill.models.loading import has_own_code
 
     models = {name: str(folder.resolve()) for name, folder in folders.items()}
-    question = {"models": models, "auto_class": auto_class, "threads": threads, "device": device, "dtype": DTYPE}
-    question |= {"attention": "eager" if device == "cpu" else "sdpa", "requests": list(requests), "batches": list(batches)}
-    question["coded"] = [name for name, folder in folders.items() if ours(folder)]
-    question["own"] = {name: {"requests": list(singles), "batches": list(groups)} for name, (singles, groups) in (own or {}).items()}
+    question = {
+        "models": models,
+        "auto_class": auto_class,
+        "threads": threads,
+        "device": device,
+        "dtype": DTYPE,
+    }
+    question |= {
+        "attention": "eager" if device == "cpu" else "sdpa",
+        "requests": list(requests),
+        "batches": list(batches),
+    }
+    question["coded"] = [name for name, folder in folders.items() if has_own_code(folder)]
+    question["own"] = {
+        name: {"requests": list(singles), "batches": list(groups)}
+        for name, (singles, groups) in (own or {}).items()
+    }
     script = Path(__file__)
-    timed = ask(script, question | {"measure": "speed"})
-    alone = [question | {"measure": "memory", "models": {name: folder}} for name, folder in models.items()]
+    timed = run_isolated(script, question | {"measure": "speed"})
+    alone = [
+        question | {"measure": "memory", "models": {name: folder}}
+        for name, folder in models.items()
+    ]
     with ThreadPoolExecutor(len(alone)) as pool:
-        weighed = [answer["costs"] for answer in pool.map(lambda one: ask(script, one), alone)]
+        weighed = [
+            answer["costs"] for answer in pool.map(lambda one: run_isolated(script, one), alone)
+        ]
     memory = {name: costs for one in weighed for name, costs in one.items()}
     disk = {name: _on_disk(folder, memory[name]["parameters"]) for name, folder in folders.items()}
-    return {name: timed["costs"][name] | memory[name] | disk[name] for name in models}, timed["machine"]
+    return {name: timed["costs"][name] | memory[name] | disk[name] for name in models}, timed[
+        "machine"
+    ]
 
 
 def _on_disk(folder: Path, parameters: float) -> Costs:
-    return {"disk_bytes": disk_bytes(folder), "bits_per_weight": 8 * weight_bytes(folder) / parameters}
+    return {
+        "disk_bytes": disk_bytes(folder),
+        "bits_per_weight": 8 * weight_bytes(folder) / parameters,
+    }
 
 
 def weight_bytes(folder: Path) -> int:
@@ -68,16 +99,24 @@ def disk_bytes(folder: Path, pattern: str = "*") -> int:
     """The bytes of all files in a folder, weights, config and tokenizer, or of those that fit the pattern; not the store's manifest."""
     from distill.store import MANIFEST  # not at the top: see above
 
-    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file() and file.name != MANIFEST)
+    return sum(
+        file.stat().st_size
+        for file in folder.rglob(pattern)
+        if file.is_file() and file.name != MANIFEST
+    )
 
 
 def speed(question: dict[str, Any]) -> dict[str, Any]:
     """Latency of single requests, then throughput of batches; the models take turns."""
     models = _load_all(question)
-    requests, batches = ({name: _calls(question, name, what) for name in models} for what in ("requests", "batches"))
+    requests, batches = (
+        {name: _calls(question, name, what) for name in models} for what in ("requests", "batches")
+    )
     latencies = interleaved(models, requests, WARM_UP["requests"], TURN["requests"])
     times = interleaved(models, batches, WARM_UP["batches"], TURN["batches"])
-    costs = {name: _latency(latencies[name]) | _throughput(times[name], batches[name]) for name in models}
+    costs = {
+        name: _latency(latencies[name]) | _throughput(times[name], batches[name]) for name in models
+    }
     return {"costs": costs, "machine": machine(question)}
 
 
@@ -86,11 +125,16 @@ def memory(question: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    getattr(transformers, question["auto_class"])  # imported before the model's share of memory begins
+    getattr(
+        transformers, question["auto_class"]
+    )  # imported before the model's share of memory begins
     before = peak_memory()
     (name, model), *_ = _load_all(question).items()
     loaded = peak_memory()
-    interleaved({name: model}, {name: _calls(question, name, "requests") + _calls(question, name, "batches")})
+    interleaved(
+        {name: model},
+        {name: _calls(question, name, "requests") + _calls(question, name, "batches")},
+    )
     tensors = [*model.parameters(), *model.buffers()]
     costs = {
         "parameters": sum(tensor.numel() for tensor in model.parameters()),
@@ -114,7 +158,10 @@ def _bytes(tensor: Any) -> int:
 
 
 def interleaved(
-    models: dict[str, Any], calls: Mapping[str, Sequence[dict[str, Any]]], warm_up: int = 0, turn: int = 1
+    models: dict[str, Any],
+    calls: Mapping[str, Sequence[dict[str, Any]]],
+    warm_up: int = 0,
+    turn: int = 1,
 ) -> dict[str, list[float]]:
     """Seconds of each model's calls, as many for each; the models take turns of so many calls, and in turn go first."""
     for name, model in models.items():
@@ -124,7 +171,9 @@ def interleaved(
     names = list(models)
     for first in range(0, len(calls[names[0]]), turn):
         for name in names:
-            seconds[name] += [_seconds(models[name], inputs) for inputs in calls[name][first : first + turn]]
+            seconds[name] += [
+                _seconds(models[name], inputs) for inputs in calls[name][first : first + turn]
+            ]
         names.reverse()
     return seconds
 
@@ -133,7 +182,9 @@ def _seconds(model: Any, inputs: dict[str, Any]) -> float:
     import torch
 
     known = inspect.signature(model.forward).parameters
-    options = {name: tensor for name, tensor in inputs.items() if name in known} | ({"use_cache": False} if "use_cache" in known else {})
+    options = {name: tensor for name, tensor in inputs.items() if name in known} | (
+        {"use_cache": False} if "use_cache" in known else {}
+    )
     with torch.inference_mode():
         start = time.perf_counter()
         model(**options)
@@ -145,7 +196,10 @@ def _seconds(model: Any, inputs: dict[str, Any]) -> float:
 def _latency(seconds: list[float]) -> Costs:
     import numpy as np
 
-    return {f"latency_p{share}_ms": 1000 * float(np.percentile(seconds, share)) for share in (50, 90, 99)}
+    return {
+        f"latency_p{share}_ms": 1000 * float(np.percentile(seconds, share))
+        for share in (50, 90, 99)
+    }
 
 
 def _throughput(seconds: list[float], batches: Sequence[dict[str, Any]]) -> Costs:
@@ -153,15 +207,24 @@ def _throughput(seconds: list[float], batches: Sequence[dict[str, Any]]) -> Cost
     from statistics import median
 
     examples = [len(inputs["input_ids"]) for inputs in batches]
-    tokens = [int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel() for inputs in batches]
+    tokens = [
+        int(inputs["attention_mask"].sum())
+        if "attention_mask" in inputs
+        else inputs["input_ids"].numel()
+        for inputs in batches
+    ]
     return {
-        "examples_per_s": median(count / spent for count, spent in zip(examples, seconds, strict=True)),
+        "examples_per_s": median(
+            count / spent for count, spent in zip(examples, seconds, strict=True)
+        ),
         "tokens_per_s": median(count / spent for count, spent in zip(tokens, seconds, strict=True)),
     }
 
 
 def _load_all(question: dict[str, Any]) -> dict[str, Any]:
-    return {name: _load(question, name).eval().to(question["device"]) for name in question["models"]}
+    return {
+        name: _load(question, name).eval().to(question["device"]) for name in question["models"]
+    }
 
 
 def _load(question: dict[str, Any], name: str) -> Any:
@@ -169,7 +232,10 @@ def _load(question: dict[str, Any], name: str) -> Any:
     import torch
     import transformers
 
-    options = {"dtype": getattr(torch, question["dtype"]), "attn_implementation": question["attention"]}
+    options = {
+        "dtype": getattr(torch, question["dtype"]),
+        "attn_implementation": question["attention"],
+    }
     auto, coded = getattr(transformers, question["auto_class"]), name in question["coded"]
     return auto.from_pretrained(question["models"][name], trust_remote_code=coded, **options)
 
@@ -179,7 +245,10 @@ def _calls(question: dict[str, Any], name: str, what: str) -> list[dict[str, Any
     import torch
 
     calls = question["own"].get(name, question)[what]
-    return [{key: torch.tensor(values, device=question["device"]) for key, values in inputs.items()} for inputs in calls]
+    return [
+        {key: torch.tensor(values, device=question["device"]) for key, values in inputs.items()}
+        for inputs in calls
+    ]
 
 
 def peak_memory() -> int:
@@ -189,7 +258,14 @@ def peak_memory() -> int:
     """
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+        return (
+            next(
+                int(line.split()[1])
+                for line in status.read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+            * 1024
+        )
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -211,13 +287,28 @@ def machine(question: dict[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     how = {key: question[key] for key in ("threads", "dtype", "attention")}
-    return found | how | {"warm_up": WARM_UP, "turn": TURN, "requests": len(question["requests"]), "batches": len(question["batches"])}
+    return (
+        found
+        | how
+        | {
+            "warm_up": WARM_UP,
+            "turn": TURN,
+            "requests": len(question["requests"]),
+            "batches": len(question["batches"]),
+        }
+    )
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
     )
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -227,7 +318,9 @@ def main() -> None:
     asked, answered = sys.argv[1:]
     question = json.loads(Path(asked).read_text())
     sys.path += [entry for entry in question.get("packages", []) if entry not in sys.path]
-    sys.path.insert(0, str(Path(asked).parent / "modules"))  # where a model's own code is put: not shared with other processes
+    sys.path.insert(
+        0, str(Path(asked).parent / "modules")
+    )  # where a model's own code is put: not shared with other processes
     os.environ["HF_MODULES_CACHE"] = sys.path[0]
     import torch
 

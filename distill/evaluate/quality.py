@@ -37,7 +37,9 @@ class Bootstrap(NamedTuple):
 
     def intervals(self) -> dict[str, Interval]:
         """Each metric with its interval."""
-        return {metric: interval(value, self.draws[metric]) for metric, value in self.values.items()}
+        return {
+            metric: interval(value, self.draws[metric]) for metric, value in self.values.items()
+        }
 
 
 def bootstrap(task: Task, columns: dict[str, Tensor], resamples: int, seed: int) -> Bootstrap:
@@ -45,9 +47,17 @@ def bootstrap(task: Task, columns: dict[str, Tensor], resamples: int, seed: int)
     values = task.quality(columns)
     size = len(next(iter(columns.values())))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample may lack a class, or all variance: its metric is then NaN and left out
-        drawn = [task.quality({name: column[pick] for name, column in columns.items()}) for pick in _picks(size, resamples, seed)]
-    return Bootstrap(values, {metric: np.array([draw.get(metric, math.nan) for draw in drawn]) for metric in values})
+        warnings.simplefilter(
+            "ignore"
+        )  # a resample may lack a class, or all variance: its metric is then NaN and left out
+        drawn = [
+            task.quality({name: column[pick] for name, column in columns.items()})
+            for pick in _picks(size, resamples, seed)
+        ]
+    return Bootstrap(
+        values,
+        {metric: np.array([draw.get(metric, math.nan) for draw in drawn]) for metric in values},
+    )
 
 
 def _picks(size: int, resamples: int, seed: int) -> Iterator[Tensor]:
@@ -80,10 +90,15 @@ def share_interval(share: float, count: int) -> list[float]:
 
 def difference(student: Bootstrap, teacher: Bootstrap, metric: str) -> Interval:
     """Student minus teacher, from paired draws: both must come from the same examples, resamples and seed."""
-    return interval(student.values[metric] - teacher.values[metric], student.draws[metric] - teacher.draws[metric])
+    return interval(
+        student.values[metric] - teacher.values[metric],
+        student.draws[metric] - teacher.draws[metric],
+    )
 
 
-def randomisation(task: Task, student: dict[str, Tensor], teacher: dict[str, Tensor], rounds: int, seed: int) -> float:
+def randomisation(
+    task: Task, student: dict[str, Tensor], teacher: dict[str, Tensor], rounds: int, seed: int
+) -> float:
     """Two-sided p-value of the difference in the primary metric, by swapping the models' outcomes example by example.
 
     Were the models equally good, a swap would change nothing but chance: p is the share of swapped rounds whose difference
@@ -97,7 +112,9 @@ def randomisation(task: Task, student: dict[str, Tensor], teacher: dict[str, Ten
     swaps = (torch.rand(size, generator=generator) < 0.5 for _ in range(rounds))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        extreme = sum(_gap(task, *_swapped(student, teacher, swap)) >= seen * (1 - ROUNDING) for swap in swaps)
+        extreme = sum(
+            _gap(task, *_swapped(student, teacher, swap)) >= seen * (1 - ROUNDING) for swap in swaps
+        )
     return (1 + extreme) / (1 + rounds)
 
 
@@ -105,8 +122,13 @@ def _gap(task: Task, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> 
     return abs(task.quality(student)[task.primary] - task.quality(teacher)[task.primary])
 
 
-def _swapped(student: dict[str, Tensor], teacher: dict[str, Tensor], swap: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _swapped(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], swap: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     def chosen(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: torch.where(swap.view(-1, *[1] * (column.dim() - 1)), second[name], column) for name, column in first.items()}
+        return {
+            name: torch.where(swap.view(-1, *[1] * (column.dim() - 1)), second[name], column)
+            for name, column in first.items()
+        }
 
     return chosen(student, teacher), chosen(teacher, student)

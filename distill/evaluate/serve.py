@@ -48,11 +48,16 @@ def of_transformers(served: dict[str, Any]) -> Answer:
 
     def answer(texts: list[Any]) -> Any:
         rows = tokenizer.encode_batch(texts)
-        given = {"input_ids": [row.ids for row in rows], "attention_mask": [row.attention_mask for row in rows]}
+        given = {
+            "input_ids": [row.ids for row in rows],
+            "attention_mask": [row.attention_mask for row in rows],
+        }
         if isinstance(texts[0], tuple) and "token_type_ids" in known:
             given["token_type_ids"] = [row.type_ids for row in rows]
         with torch.inference_mode():
-            logits = called(**{name: torch.tensor(values) for name, values in given.items()}, **constant).logits.float()
+            logits = called(
+                **{name: torch.tensor(values) for name, values in given.items()}, **constant
+            ).logits.float()
         last = [sum(row.attention_mask) - 1 for row in rows]
         return (logits if logits.dim() == 2 else logits[range(len(rows)), last]).numpy()
 
@@ -90,15 +95,24 @@ def speed(question: dict[str, Any]) -> dict[str, Any]:
     seconds = {}
     for what in ("requests", "batches"):
         calls = [{"texts": texts_of(texts)} for texts in question[what]]
-        seconds[what] = COST["interleaved"](forms, dict.fromkeys(forms, calls), COST["WARM_UP"][what], COST["TURN"][what])
-    return {"costs": {name: costs(seconds, name, question["batches"]) for name in forms}, "machine": COST["machine"](question)}
+        seconds[what] = COST["interleaved"](
+            forms, dict.fromkeys(forms, calls), COST["WARM_UP"][what], COST["TURN"][what]
+        )
+    return {
+        "costs": {name: costs(seconds, name, question["batches"]) for name in forms},
+        "machine": COST["machine"](question),
+    }
 
 
-def costs(seconds: dict[str, dict[str, list[float]]], name: str, batches: list[Any]) -> dict[str, float]:
+def costs(
+    seconds: dict[str, dict[str, list[float]]], name: str, batches: list[Any]
+) -> dict[str, float]:
     """Percentiles of the requests, in milliseconds, and the median throughput of the batches."""
     from statistics import median
 
-    rates = [len(texts) / spent for texts, spent in zip(batches, seconds["batches"][name], strict=True)]
+    rates = [
+        len(texts) / spent for texts, spent in zip(batches, seconds["batches"][name], strict=True)
+    ]
     return COST["_latency"](seconds["requests"][name]) | {"examples_per_s": median(rates)}
 
 
@@ -110,7 +124,11 @@ def alone(question: dict[str, Any]) -> dict[str, Any]:
     loaded = COST["peak_memory"]()
     rows = [row_C for texts in question["batches"] for row_C in answer(texts_of(texts))]
     said = [row_C.tolist() if question["every"] else int(row_C.argmax()) for row_C in rows]
-    memory = {"memory_before_bytes": before, "memory_loaded_bytes": loaded, "memory_peak_bytes": COST["peak_memory"]()}
+    memory = {
+        "memory_before_bytes": before,
+        "memory_loaded_bytes": loaded,
+        "memory_peak_bytes": COST["peak_memory"](),
+    }
     return {"said": said, "costs": memory}
 
 
@@ -124,7 +142,9 @@ def main() -> None:
     asked, answered = (Path(argument).resolve() for argument in sys.argv[1:])
     question = json.loads(asked.read_text())
     sys.path += [entry for entry in question["packages"] if entry not in sys.path]
-    sys.path.insert(0, str(asked.parent / "modules"))  # where a model's own code is put: not shared with other processes
+    sys.path.insert(
+        0, str(asked.parent / "modules")
+    )  # where a model's own code is put: not shared with other processes
     os.environ["HF_MODULES_CACHE"] = sys.path[0]
     if any(served["program"] is None for served in question["served"].values()):
         import torch

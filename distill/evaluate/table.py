@@ -25,7 +25,9 @@ COSTS = {
 }
 
 
-OF_COMPRESSION = ("bits_per_weight",)  # shown only where there is something to see: beside the dense student
+OF_COMPRESSION = (
+    "bits_per_weight",
+)  # shown only where there is something to see: beside the dense student
 
 
 class Row(NamedTuple):
@@ -46,7 +48,11 @@ def rows(metrics: dict[str, Any]) -> list[Row]:
 
 def columns(metrics: dict[str, Any]) -> tuple[str, ...]:
     """The columns that there are, by the fields of a row."""
-    return ("teacher", "dense", "student", "ratio") if "dense" in metrics else ("teacher", "student", "ratio")
+    return (
+        ("teacher", "dense", "student", "ratio")
+        if "dense" in metrics
+        else ("teacher", "student", "ratio")
+    )
 
 
 def _of(metrics: dict[str, Any], what: str) -> list[dict[str, Any]]:
@@ -69,11 +75,21 @@ def _fidelity(metrics: dict[str, Any]) -> Iterator[Row]:
     if "comparison" in metrics:
         compared = metrics["comparison"]
         name = f"{compared['metric'].replace('_', ' ')}, student - teacher"
-        yield Row("fidelity", name, "", "", _with_interval(compared["difference"]), f"p = {number(compared['p'])}")
+        yield Row(
+            "fidelity",
+            name,
+            "",
+            "",
+            _with_interval(compared["difference"]),
+            f"p = {number(compared['p'])}",
+        )
     if "fidelity" in metrics:
         student = metrics["fidelity"]
         dense, divergence = student.get("dense", {}), student["name"].replace("_", " ")
-        for key, name in (("agreement", "agreement with the teacher"), ("divergence", f"{divergence} from the teacher")):
+        for key, name in (
+            ("agreement", "agreement with the teacher"),
+            ("divergence", f"{divergence} from the teacher"),
+        ):
             yield Row("fidelity", name, "", number(dense.get(key)), number(student[key]), "")
 
 
@@ -82,7 +98,14 @@ def _cost(metrics: dict[str, Any]) -> Iterator[Row]:
     for key, (name, scale) in COSTS.items():
         if key in costs[0] and ("dense" in metrics or key not in OF_COMPRESSION):
             student, dense, teacher = (cost[key] * scale if key in cost else None for cost in costs)
-            yield Row("cost", name, number(teacher), number(dense), number(student), _ratio(student, teacher))
+            yield Row(
+                "cost",
+                name,
+                number(teacher),
+                number(dense),
+                number(student),
+                _ratio(student, teacher),
+            )
 
 
 def number(value: float | None) -> str:
@@ -101,7 +124,11 @@ def _with_interval(measured: dict[str, float | None]) -> str:
 
 
 def _ratio(student: float | None, teacher: float | None) -> str:
-    return "" if student is None or teacher is None or teacher <= 0 or student < 0 else f"{student / teacher:.2f}x"
+    return (
+        ""
+        if student is None or teacher is None or teacher <= 0 or student < 0
+        else f"{student / teacher:.2f}x"
+    )
 
 
 def conditions(metrics: dict[str, Any]) -> str:
@@ -109,7 +136,9 @@ def conditions(metrics: dict[str, Any]) -> str:
     machine = metrics.get("machine", {})
     drawn = f"95 % intervals from {metrics['resamples']:,} bootstrap resamples"
     texts = metrics.get("texts", metrics["examples"])
-    whole = f"{texts:,} texts" + (f", in {metrics['examples']:,} windows," if texts < metrics["examples"] else "")
+    whole = f"{texts:,} texts" + (
+        f", in {metrics['examples']:,} windows," if texts < metrics["examples"] else ""
+    )
     said = f"{whole} of the {metrics['split']} split; {drawn}."
     if machine:
         where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
@@ -141,7 +170,10 @@ def table(metrics: dict[str, Any]) -> Table:
 def markdown(metrics: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     shown = columns(metrics)
-    lines = ["".join(f"| {title} " for title in ("", *shown)).replace("|  |", "| |") + "|", "|---" + "|---:" * len(shown) + "|"]
+    lines = [
+        "".join(f"| {title} " for title in ("", *shown)).replace("|  |", "| |") + "|",
+        "|---" + "|---:" * len(shown) + "|",
+    ]
     group = ""
     for row in rows(metrics):
         if row.group != group:
@@ -152,7 +184,17 @@ def markdown(metrics: dict[str, Any]) -> str:
     return "\n".join([*lines, "", conditions(metrics)])
 
 
-RUNTIME_COLUMNS = ("", "bytes, MB", "agreement", "quality", "p50 / p90 / p99, ms", "texts/s", "memory, MB", "latency", "throughput")
+RUNTIME_COLUMNS = (
+    "",
+    "bytes, MB",
+    "agreement",
+    "quality",
+    "p50 / p90 / p99, ms",
+    "texts/s",
+    "memory, MB",
+    "latency",
+    "throughput",
+)
 
 
 def runtime_rows(metrics: dict[str, Any]) -> list[list[str]]:
@@ -174,7 +216,9 @@ def of_runtimes(metrics: dict[str, Any]) -> Table:
     """The lines for a terminal of 100 columns."""
     drawn = Table(caption=runtime_conditions(metrics), caption_justify="left", pad_edge=False)
     for title in RUNTIME_COLUMNS:
-        drawn.add_column(title.replace(" / ", "\n"), justify="right" if title else "left", no_wrap=not title)
+        drawn.add_column(
+            title.replace(" / ", "\n"), justify="right" if title else "left", no_wrap=not title
+        )
     for row in runtime_rows(metrics):
         drawn.add_row(*(Text(cell.replace(" [", "\n[").replace(" / ", "\n")) for cell in row))
     return drawn
@@ -184,7 +228,11 @@ def runtime_conditions(metrics: dict[str, Any]) -> str:
     """What the figures hold for."""
     machine = metrics["machine"]
     fastest = metrics.get("fastest", {})
-    named = f" Fastest for a request {fastest['latency']}, for batches {fastest['throughput']}." if fastest else ""
+    named = (
+        f" Fastest for a request {fastest['latency']}, for batches {fastest['throughput']}."
+        if fastest
+        else ""
+    )
     took = f"{machine['requests']} single requests and {machine['batches']} batches of texts cut to what is read, tokenising included"
     return (
         f"{metrics['examples']:,} texts; agreement with the trained student; {metrics['metric'].replace('_', ' ')} with its 95 % interval; "

@@ -17,11 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from distill import cli, config, evaluate, formats, fresh, recipe, store
+from distill import cli, evaluate, isolated, store
 from distill.errors import UserError
 from distill.evaluate.cost import weight_bytes
 from distill.export.card import card
-from distill.export.laws import check_equal, failed, smaller
+from distill.export.checks import check_equal, failed, smaller
+from distill.recipe import capabilities, compose, config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("distill")
 
 FINAL = "export"
-TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit, of an export in float32
+TOLERANCE = (
+    1e-4  # largest difference of logits, relative to the largest logit, of an export in float32
+)
 AGREEMENT = 0.99  # share of predictions that an export of fewer bits keeps
 USAGE = """Exports the student of a finished run as a folder that plain transformers loads, once it is proven.
 
@@ -64,7 +67,12 @@ class Options:
 
 
 def export(
-    run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, metrics: dict[str, Any] | None = None
+    run: config.Run,
+    task: "Task",
+    texts: "Dataset",
+    tokenizer: Any,
+    folder: Path,
+    metrics: dict[str, Any] | None = None,
 ) -> Path | None:
     """Write, prove and name the export of a run folder's student; `texts` is the raw test split. Null where the recipe wants none.
 
@@ -75,22 +83,27 @@ def export(
     from distill import packing
 
     final = folder / FINAL
-    with drafted(final) as draft, TemporaryDirectory() as temporary:
-        student = packing.final(run, task, tokenizer, folder / "student", Path(temporary))
-        packing.write(run, task, tokenizer, student, draft)
+    with draft_folder(final) as draft, TemporaryDirectory() as temporary:
+        student = packing.final_student(run, task, tokenizer, folder / "student", Path(temporary))
+        packing.write_format(run, task, tokenizer, student, draft)
         with evaluate.status(run, "proving the export"):
             proof = prove(run, task, texts, tokenizer, folder, student, draft)
         describe(run, task, draft, proof, metrics)
-        put(draft, final)
+        publish(draft, final)
     log.info("export: %s, %.2f MB, proven on %d texts", final, proof["bytes"] / 1e6, proof["texts"])
     if "faster" in proof:
         fast = proof["faster"]
-        log.info("it is fastest here in %s: %.1f ms a text instead of %.1f", fast["dtype"], fast["latency_p50_ms"], proof["latency_p50_ms"])
+        log.info(
+            "it is fastest here in %s: %.1f ms a text instead of %.1f",
+            fast["dtype"],
+            fast["latency_p50_ms"],
+            proof["latency_p50_ms"],
+        )
     return final
 
 
 @contextmanager
-def drafted(final: Path) -> Iterator[Path]:
+def draft_folder(final: Path) -> Iterator[Path]:
     """A folder beside the final one; whatever happens, nothing is left of it."""
     draft = final.with_name(f".{final.name}-{secrets.token_hex(4)}")
     draft.mkdir()
@@ -100,15 +113,23 @@ def drafted(final: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, student: Path, draft: Path) -> dict[str, Any]:
+def prove(
+    run: config.Run,
+    task: "Task",
+    texts: "Dataset",
+    tokenizer: Any,
+    folder: Path,
+    student: Path,
+    draft: Path,
+) -> dict[str, Any]:
     """Loadable, equal to `student`, smaller, in this order: what proof.json holds, or RunFailed."""
     from distill import models
-    from distill.evaluate.measure import spread
-    from distill.export import served
+    from distill.evaluate.measure import evenly_spaced
+    from distill.export import runtime_proof
 
-    texts = texts.select(spread(len(texts), run.export.examples))
-    if run.export.format in formats.RUNTIMES:
-        return served.prove(run, task, texts, tokenizer, folder, draft)
+    texts = texts.select(evenly_spaced(len(texts), run.export.examples))
+    if run.export.format in capabilities.RUNTIMES:
+        return runtime_proof.prove(run, task, texts, tokenizer, folder, draft)
     told = _loadable(run, task, texts, tokenizer, folder, draft)
     stored = told["answers"].pop("stored")
     answers = _equal(run, task, texts, tokenizer, folder, student, stored)
@@ -117,25 +138,42 @@ def prove(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folde
     for dtype, others in told["answers"].items():
         if (spent := _median_ms(others)) < latency["latency_p50_ms"]:
             agreement = _compared(run, task, texts, tokenizer, student, others, folder).agreement
-            latency |= {"faster": {"dtype": dtype, "latency_p50_ms": spent, "agreement": agreement}} if agreement >= AGREEMENT else {}
+            latency |= (
+                {"faster": {"dtype": dtype, "latency_p50_ms": spent, "agreement": agreement}}
+                if agreement >= AGREEMENT
+                else {}
+            )
     how: dict[str, Any] = {
         "format": run.export.format,
         "dtype": run.export.dtype,
         "quantize": run.export.quantize,
         "code": _auto_map(draft) is not None,
     }
-    how |= {"threads": run.evaluate.threads, "device": models.device_of(run), "versions": told["versions"]}
-    return {"texts": len(texts), **answers, **sizes, "bits_per_weight": 8 * weight_bytes(draft) / told["parameters"], **latency, **how}
+    how |= {
+        "threads": run.evaluate.threads,
+        "device": models.resolve_device(run),
+        "versions": told["versions"],
+    }
+    return {
+        "texts": len(texts),
+        **answers,
+        **sizes,
+        "bits_per_weight": 8 * weight_bytes(draft) / told["parameters"],
+        **latency,
+        **how,
+    }
 
 
 def _median_ms(answers: list[dict[str, Any]]) -> float:
     return 1000 * statistics.median(answer["seconds"] for answer in answers)
 
 
-def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path) -> dict[str, Any]:
+def _loadable(
+    run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, draft: Path
+) -> dict[str, Any]:
     """What the draft answers in a fresh process that cannot import this library."""
     from distill import models
-    from distill.evaluate.measure import texts_of
+    from distill.evaluate.measure import request_texts
     from distill.export import proof
     from distill.models.loading import best_attention
     from distill.tasks.language import start_token
@@ -145,21 +183,28 @@ def _loadable(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, f
         "folder": str(draft.resolve()),
         "auto_class": task.auto_class,
         "pipeline": task.pipeline,
-        "texts": texts_of(run, task, texts),
+        "texts": request_texts(run, task, texts),
         "start": start_token(tokenizer),
         "max_length": task.max_length,
         "threads": run.evaluate.threads,
-        "device": models.device_of(run),
-        "attention": best_attention() if _rounds(draft) else None,  # other kernels' last bits would be rounded to other levels
+        "device": models.resolve_device(run),
+        "attention": best_attention()
+        if _rounds(draft)
+        else None,  # other kernels' last bits would be rounded to other levels
         "libraries": ["torchao"] if run.export.format == "torchao" else [],
         "coded": _auto_map(draft) is not None,
         "dtypes": ["bfloat16"] if plain else [],  # other ways to load it, which may be faster here
         "blocked": "distill",
     }
     try:
-        return fresh.ask(Path(proof.__file__), question)
-    except fresh.ProcessError as error:
-        raise failed("loadable", f"plain transformers cannot use it ({error})", "it must load without this library", folder) from error
+        return isolated.run_isolated(Path(proof.__file__), question)
+    except isolated.ProcessError as error:
+        raise failed(
+            "loadable",
+            f"plain transformers cannot use it ({error})",
+            "it must load without this library",
+            folder,
+        ) from error
 
 
 def _rounds(draft: Path) -> bool:
@@ -172,7 +217,15 @@ def _auto_map(draft: Path) -> Any:
     return json.loads((draft / "config.json").read_text()).get("auto_map")
 
 
-def _equal(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, folder: Path, student: Path, told: list[Any]) -> dict[str, Any]:
+def _equal(
+    run: config.Run,
+    task: "Task",
+    texts: "Dataset",
+    tokenizer: Any,
+    folder: Path,
+    student: Path,
+    told: list[Any],
+) -> dict[str, Any]:
     """How the draft's answers compare with those of the student in this process; and of the trained one, if it was quantized since."""
     answers = _compared(run, task, texts, tokenizer, student, told, folder)
     exact = run.export.dtype == "float32"
@@ -188,36 +241,58 @@ def _equal(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, fold
     if run.export.quantize is None:
         return compared
     trained = _compared(run, task, texts, tokenizer, folder / "student", told, folder)
-    return compared | {"trained_agreement": trained.agreement, "trained_max_difference": trained.difference}
+    return compared | {
+        "trained_agreement": trained.agreement,
+        "trained_max_difference": trained.difference,
+    }
 
 
-def _compared(run: config.Run, task: "Task", texts: "Dataset", tokenizer: Any, student: Path, told: list[Any], folder: Path) -> Any:
+def _compared(
+    run: config.Run,
+    task: "Task",
+    texts: "Dataset",
+    tokenizer: Any,
+    student: Path,
+    told: list[Any],
+    folder: Path,
+) -> Any:
     """The answers beside those of a student that is loaded here, by as many threads."""
     import torch
 
     from distill import models
-    from distill.export import equal
+    from distill.export import comparison
 
-    model, threads = models.load(str(student), None, task, "student", tokenizer, strict=True), torch.get_num_threads()
+    model, threads = (
+        models.load(str(student), None, task, "student", tokenizer, strict=True),
+        torch.get_num_threads(),
+    )
     torch.set_num_threads(run.evaluate.threads)
     try:
-        with models.on(models.device_of(run), model):
-            return equal.compare(task, model, tokenizer, texts, run.data, told)
-    except equal.UnequalError as error:
-        raise failed("equal", str(error), "it must answer as the trained student does", folder) from error
+        with models.on_device(models.resolve_device(run), model):
+            return comparison.compare(task, model, tokenizer, texts, run.data, told)
+    except comparison.NotComparableError as error:
+        raise failed(
+            "equal", str(error), "it must answer as the trained student does", folder
+        ) from error
     finally:
         torch.set_num_threads(threads)
 
 
-def describe(run: config.Run, task: "Task", draft: Path, proof: dict[str, Any], metrics: dict[str, Any] | None) -> None:
+def describe(
+    run: config.Run,
+    task: "Task",
+    draft: Path,
+    proof: dict[str, Any],
+    metrics: dict[str, Any] | None,
+) -> None:
     """Store the proof and the model card beside the weights."""
     (draft / "proof.json").write_text(json.dumps(proof, indent=1, allow_nan=False) + "\n")
     (draft / "README.md").write_text(card(run, task.pipeline, list(task.names), proof, metrics))
 
 
-def put(draft: Path, final: Path) -> None:
+def publish(draft: Path, final: Path) -> None:
     """Give the draft its final name, when all of it is on the disk. An earlier export steps aside, and comes back if that fails."""
-    store.sync_all(draft)
+    store.fsync_tree(draft)
     aside = draft.with_name(f"{draft.name}-old")
     if final.exists():
         os.replace(final, aside)
@@ -227,25 +302,33 @@ def put(draft: Path, final: Path) -> None:
         if aside.exists():
             os.replace(aside, final)
         raise
-    store.sync(final.parent)
+    store.fsync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-@cli.command
+@cli.cli_command
 def main() -> None:
     """Read the command line, export, and say where."""
-    given = cli.options(Options, USAGE)
+    given = cli.parse_options(Options, USAGE)
     if given.packed is not None:
         _to_dense(given)
         return
     if given.run is None:
-        raise UserError("run is not given, but there must be something to export: add run=FOLDER, such as run=runs/NAME/TIME")
+        raise UserError(
+            "run is not given, but there must be something to export: add run=FOLDER, such as run=runs/NAME/TIME"
+        )
     folder = evaluate.finished(given.run)
-    run = recipe.load_recipe(str(folder / "recipe.yaml"))
-    chosen = {key.name: getattr(given, key.name) for key in fields(config.Export) if getattr(given, key.name) is not None}
+    run = compose.load_recipe(str(folder / "recipe.yaml"))
+    chosen = {
+        key.name: getattr(given, key.name)
+        for key in fields(config.Export)
+        if getattr(given, key.name) is not None
+    }
     asked = run.export if given.format is None else config.Export(examples=run.export.examples)
     run = replace(run, export=replace(asked, **({"format": asked.format or "dense"} | chosen)))
-    formats.check(run.callbacks, run.export.format, run.export.dtype, run.export.quantize, run.export.bits)
+    capabilities.check(
+        run.callbacks, run.export.format, run.export.dtype, run.export.quantize, run.export.bits
+    )
     task, texts, tokenizer = prepared(run, folder)
     artefact = export(run, task, texts, tokenizer, folder, evaluate.read(folder))
     print(f"export: {artefact}")
@@ -253,7 +336,9 @@ def main() -> None:
 
 def _to_dense(given: Options) -> None:
     if given.run is not None or given.to is None:
-        raise UserError(f"packed is {given.packed}, but run is {given.run} and to is {given.to}: give packed=FOLDER to=FOLDER alone")
+        raise UserError(
+            f"packed is {given.packed}, but run is {given.run} and to is {given.to}: give packed=FOLDER to=FOLDER alone"
+        )
     from distill.packing.packed import to_dense
 
     print(f"export: {to_dense(Path(str(given.packed)), Path(given.to))}")
@@ -261,7 +346,12 @@ def _to_dense(given: Options) -> None:
 
 def prepared(run: config.Run, folder: Path) -> tuple[Any, Any, Any]:
     """Task, raw test split and tokenizer, made again from the recipe."""
-    from distill import data, models, targets
+    from distill import data, models
+    from distill.recipe import targets
 
-    task = targets.build(run.task)
-    return task, data.load(run.data, task, run.seed)["test"], models.load_tokenizer(str(folder / "student"))
+    task = targets.instantiate(run.task)
+    return (
+        task,
+        data.load(run.data, task, run.seed)["test"],
+        models.load_tokenizer(str(folder / "student")),
+    )

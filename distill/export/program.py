@@ -21,7 +21,9 @@ class Blocked(MetaPathFinder):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.split(".")[0] in self.packages:
-            raise ModuleNotFoundError(f"{name} is blocked: the program must run without it", name=name)
+            raise ModuleNotFoundError(
+                f"{name} is blocked: the program must run without it", name=name
+            )
 
 
 def load(question: dict[str, Any]) -> dict[str, Any]:
@@ -39,20 +41,29 @@ def told(row_C: Any, every: bool) -> dict[str, Any]:
     if every:
         return {"logits": row_C.tolist()}
     top = row_C.max()
-    return {"next": int(row_C.argmax()), "top": float(top), "logsumexp": float(top + numpy.log(numpy.exp(row_C - top).sum()))}
+    return {
+        "next": int(row_C.argmax()),
+        "top": float(top),
+        "logsumexp": float(top + numpy.log(numpy.exp(row_C - top).sum())),
+    }
 
 
 def answers(question: dict[str, Any], program: dict[str, Any]) -> dict[str, Any]:
     """Every batch answered as a batch, then the first texts one by one, for their seconds; texts continued, where the program can."""
     answer, write = program["answer"], program.get("write")
-    batches = [[text[0] if len(text) == 1 else tuple(text) for text in batch] for batch in question["batches"]]
+    batches = [
+        [text[0] if len(text) == 1 else tuple(text) for text in batch]
+        for batch in question["batches"]
+    ]
     rows = [told(row_C, question["every"]) for batch in batches for row_C in answer(batch)]
     seconds = []
     for text in batches[0]:
         start = time.perf_counter()
         answer([text])
         seconds.append(time.perf_counter() - start)
-    written = [] if write is None else [write(text, question["most"]) for text in question["continued"]]
+    written = (
+        [] if write is None else [write(text, question["most"]) for text in question["continued"]]
+    )
     return {"answers": rows, "seconds": seconds, "written": written}
 
 
@@ -63,7 +74,9 @@ def main() -> None:
     sys.path += [entry for entry in question["packages"] if entry not in sys.path]
     sys.meta_path.insert(0, Blocked(question["blocked"]))
     found = answers(question, load(question))
-    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in question["libraries"]}
+    versions = {"python": sys.version.split()[0]} | {
+        name: metadata.version(name) for name in question["libraries"]
+    }
     Path(answered).write_text(json.dumps(found | {"versions": versions}))
 
 

@@ -34,12 +34,16 @@ def load(question: dict[str, Any], dtype: str | None = None) -> tuple[Any, Any]:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(question["folder"])
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+    if len(tokenizer) <= len(
+        tokenizer.all_special_ids
+    ):  # what transformers makes of a folder without one
         raise SystemExit("it holds no tokenizer")
     auto = getattr(transformers, question["auto_class"])
     options = {"attn_implementation": question["attention"]} if question["attention"] else {}
     options |= {"dtype": dtype} if dtype else {}
-    options["trust_remote_code"] = question["coded"]  # the code beside the weights, without which they do not load
+    options["trust_remote_code"] = question[
+        "coded"
+    ]  # the code beside the weights, without which they do not load
     model, found = auto.from_pretrained(question["folder"], output_loading_info=True, **options)
     amiss = {what: sorted(map(str, names)) for what, names in found.items() if names}
     if amiss:
@@ -47,7 +51,9 @@ def load(question: dict[str, Any], dtype: str | None = None) -> tuple[Any, Any]:
     return tokenizer, model.eval().to(question["device"])
 
 
-def classify(question: dict[str, Any], texts: list[list[str]], tokenizer: Any, model: Any) -> list[dict[str, Any]]:
+def classify(
+    question: dict[str, Any], texts: list[list[str]], tokenizer: Any, model: Any
+) -> list[dict[str, Any]]:
     """The logit of each label name, through the pipeline that serves the model; pairs of texts are dictionaries."""
     from transformers import pipeline
 
@@ -57,35 +63,58 @@ def classify(question: dict[str, Any], texts: list[list[str]], tokenizer: Any, m
         given = cells[0] if len(cells) == 1 else {"text": cells[0], "text_pair": cells[1]}
         start = time.perf_counter()
         scores = serve(given, top_k=None, function_to_apply="none", truncation=True)
-        answers.append({"logits": {score["label"]: score["score"] for score in scores}, "seconds": time.perf_counter() - start})
+        answers.append(
+            {
+                "logits": {score["label"]: score["score"] for score in scores},
+                "seconds": time.perf_counter() - start,
+            }
+        )
     return answers
 
 
-def predict_next(question: dict[str, Any], texts: list[list[str]], tokenizer: Any, model: Any) -> list[dict[str, Any]]:
+def predict_next(
+    question: dict[str, Any], texts: list[list[str]], tokenizer: Any, model: Any
+) -> list[dict[str, Any]]:
     """Each text's tokens, the most likely token after each of them, its logit, and the logarithm of the sum of all exponentials."""
     import torch
 
     answers = []
     for (text,) in texts:
         start = time.perf_counter()
-        ids = [*question["start"], *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]][: question["max_length"]]
+        ids = [
+            *question["start"],
+            *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        ][: question["max_length"]]
         with torch.inference_mode():
             logits_LV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
         top = logits_LV.max(-1)
         answer = {"ids": ids, "next": top.indices.tolist(), "top": top.values.tolist()}
-        answers.append(answer | {"logsumexp": logits_LV.logsumexp(-1).tolist(), "seconds": time.perf_counter() - start})
+        answers.append(
+            answer
+            | {
+                "logsumexp": logits_LV.logsumexp(-1).tolist(),
+                "seconds": time.perf_counter() - start,
+            }
+        )
     return answers
 
 
 def told(question: dict[str, Any]) -> dict[str, Any]:
     """What the model answers in each form; they take turns, for their times to be compared."""
-    forms = {"stored": load(question)} | {dtype: load(question, dtype) for dtype in question["dtypes"]}
-    answer = {"text-classification": classify, "text-generation": predict_next}[question["pipeline"]]
+    forms = {"stored": load(question)} | {
+        dtype: load(question, dtype) for dtype in question["dtypes"]
+    }
+    answer = {"text-classification": classify, "text-generation": predict_next}[
+        question["pipeline"]
+    ]
     answers: dict[str, list[dict[str, Any]]] = {form: [] for form in forms}
     for first in range(0, len(question["texts"]), TURN):
         for form, loaded in forms.items():
             answers[form] += answer(question, question["texts"][first : first + TURN], *loaded)
-    return {"answers": answers, "parameters": sum(parameter.numel() for parameter in forms["stored"][1].parameters())}
+    return {
+        "answers": answers,
+        "parameters": sum(parameter.numel() for parameter in forms["stored"][1].parameters()),
+    }
 
 
 def main() -> None:
@@ -94,13 +123,19 @@ def main() -> None:
     question = json.loads(Path(asked).read_text())
     sys.path += [entry for entry in question["packages"] if entry not in sys.path]
     sys.meta_path.insert(0, Blocked(question["blocked"]))
-    sys.path.insert(0, str(Path(asked).parent / "modules"))  # where a model's own code is put: not shared with other processes
+    sys.path.insert(
+        0, str(Path(asked).parent / "modules")
+    )  # where a model's own code is put: not shared with other processes
     os.environ["HF_MODULES_CACHE"] = sys.path[0]
     import torch
     import transformers
 
     torch.set_num_threads(question["threads"])
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     versions |= {name: metadata.version(name) for name in question["libraries"]}
     Path(answered).write_text(json.dumps(told(question) | {"versions": versions}))
 

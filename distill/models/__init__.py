@@ -10,56 +10,67 @@
 | `forward.py` | inputs -> logits, or the factors of them; on which device |
 """
 
-from distill.models.architectures import attention_projections, blocks, embeddings
-from distill.models.forward import accepted, device_of, dtype_of, ends_in_head, fast_in_bf16, logits, on, projected, rows, states
-from distill.models.loading import complete, files, load, save
+from distill.models.architectures import attention_projections, blocks, embedding_module
+from distill.models.forward import (
+    factored_logits,
+    forward_arguments,
+    has_linear_head,
+    head_inputs,
+    logit_rows,
+    logits,
+    on_device,
+    resolve_device,
+    resolve_teacher_dtype,
+    supports_bf16,
+)
+from distill.models.layer_selection import TensorReport, group_names, select_layers
+from distill.models.loading import load, load_trained, local_files, save
 from distill.models.preflight import (
-    adopt_labels,
     check_floats,
     check_labels,
     check_length,
     check_tokens,
     fingerprint,
-    positions,
-    shared_vocabulary,
-    tokens,
-    width,
+    max_positions,
+    num_logits,
+    set_labels,
+    shared_logits,
+    vocabulary_size,
 )
-from distill.models.student import Account, cut, gathered
-from distill.models.tokenizers import load_tokenizer, tokenizer_for, train_tokenizer
+from distill.models.tokenizers import build_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
-    "Account",
-    "accepted",
-    "adopt_labels",
+    "TensorReport",
+    "forward_arguments",
+    "set_labels",
     "attention_projections",
     "blocks",
     "check_floats",
     "check_labels",
     "check_length",
     "check_tokens",
-    "complete",
-    "cut",
-    "device_of",
-    "dtype_of",
-    "embeddings",
-    "ends_in_head",
-    "fast_in_bf16",
-    "files",
+    "load_trained",
+    "select_layers",
+    "resolve_device",
+    "resolve_teacher_dtype",
+    "embedding_module",
+    "has_linear_head",
+    "supports_bf16",
+    "local_files",
     "fingerprint",
-    "gathered",
+    "group_names",
     "load",
     "load_tokenizer",
     "logits",
-    "on",
-    "positions",
-    "projected",
-    "rows",
+    "on_device",
+    "max_positions",
+    "factored_logits",
+    "logit_rows",
     "save",
-    "shared_vocabulary",
-    "states",
-    "tokenizer_for",
-    "tokens",
+    "shared_logits",
+    "head_inputs",
+    "build_tokenizer",
+    "vocabulary_size",
     "train_tokenizer",
-    "width",
+    "num_logits",
 ]

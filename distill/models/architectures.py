@@ -20,14 +20,20 @@ class Architecture:
 
     blocks: str  # the list of transformer blocks
     embeddings: str  # the module whose output enters the first block
-    attention: tuple[str, ...]  # query, key and value projections in a block; empty where they are fused
+    attention: tuple[
+        str, ...
+    ]  # query, key and value projections in a block; empty where they are fused
     attention_out: str  # the projection that mixes the heads' outputs
     ffn: tuple[str, ...]  # what fills the neurons of a block's feed-forward network, and reads them
     ffn_out: str
     ffn_width: str  # the config's key of the number of neurons
-    heads: tuple[str, ...] = ()  # its keys of the numbers of heads, where a head's width need not be hidden size / heads
+    heads: tuple[
+        str, ...
+    ] = ()  # its keys of the numbers of heads, where a head's width need not be hidden size / heads
     positions_after_pad: bool = False  # position ids start behind the padding id, not at 0
-    requires: Mapping[str, Any] = field(default_factory=dict)  # config values without which a block depends on its place
+    requires: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # config values without which a block depends on its place
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class Translation:
     outer: Mapping[str, str]  # teacher's prefix -> student's, outside the blocks
     block: Mapping[str, str]  # teacher's prefix -> student's, inside a block
     folded: Mapping[str, str]  # teacher's table -> teacher's table to whose rows its row 0 is added
-    requires: Mapping[str, Any]  # config values of the teacher that the student's family cannot vary
+    requires: Mapping[
+        str, Any
+    ]  # config values of the teacher that the student's family cannot vary
 
 
 _BERT = Architecture(
@@ -119,7 +127,9 @@ TRANSLATIONS: Mapping[tuple[str, str], Translation] = {
             "output.dense.": "ffn.lin2.",
             "output.LayerNorm.": "output_layer_norm.",
         },
-        folded={"bert.embeddings.token_type_embeddings.weight": "bert.embeddings.position_embeddings.weight"},
+        folded={
+            "bert.embeddings.token_type_embeddings.weight": "bert.embeddings.position_embeddings.weight"
+        },
         requires={"layer_norm_eps": 1e-12, "is_decoder": False},
     )
 }
@@ -150,14 +160,16 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return found
 
 
-def embeddings(model: PreTrainedModel) -> nn.Module:
+def embedding_module(model: PreTrainedModel) -> nn.Module:
     """The module whose output enters the first block."""
     return model.base_model.get_submodule(architecture(model.config.model_type).embeddings)
 
 
 def ffn_width(config: PreTrainedConfig) -> int:
     """Neurons of a block's feed-forward network, as the config says."""
-    return getattr(config, architecture(config.model_type).ffn_width) or 4 * config.hidden_size  # null is GPT-2's way to say 4
+    return (
+        getattr(config, architecture(config.model_type).ffn_width) or 4 * config.hidden_size
+    )  # null is GPT-2's way to say 4
 
 
 def head_width(config: PreTrainedConfig) -> int:

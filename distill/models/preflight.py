@@ -15,17 +15,22 @@ from distill.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.tasks.base import Task
 
-INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "architectures")  # keys of a config that change no answer
+INCIDENTAL = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "architectures",
+)  # keys of a config that change no answer
 log = logging.getLogger("distill")
 
 
 def check_labels(model: PreTrainedModel, task: Task, what: str) -> None:
     """UserError where the model's label names are not the task's, id by id; then its config has the task's."""
     compare_labels(model.config.id2label, task.names, what)
-    adopt_labels(model, task)
+    set_labels(model, task)
 
 
-def adopt_labels(model: PreTrainedModel, task: Task) -> None:
+def set_labels(model: PreTrainedModel, task: Task) -> None:
     """Write the task's label names, where it has any, into the model's config: for a head that is new or will be fine-tuned."""
     if task.names:
         model.config.id2label = dict(enumerate(task.names))
@@ -58,44 +63,65 @@ def _listed(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")
 
 
-def check_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, names: tuple[str, str] = ("student", "teacher")) -> None:
+def check_tokens(
+    ours: PreTrainedTokenizerBase,
+    theirs: PreTrainedTokenizerBase,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> None:
     """UserError naming the first ids whose tokens differ: all models of a run read the same encoded examples."""
-    tokens, others = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (ours, theirs))
-    differing = [i for i in sorted(tokens.keys() | others.keys()) if tokens.get(i) != others.get(i)]
+    vocabulary_size, others = (
+        {i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (ours, theirs)
+    )
+    differing = [
+        i
+        for i in sorted(vocabulary_size.keys() | others.keys())
+        if vocabulary_size.get(i) != others.get(i)
+    ]
     if differing:
-        shown = "; ".join(f"{i} is {tokens.get(i, 'nothing')} and {others.get(i, 'nothing')}" for i in differing[:3])
+        shown = "; ".join(
+            f"{i} is {vocabulary_size.get(i, 'nothing')} and {others.get(i, 'nothing')}"
+            for i in differing[:3]
+        )
         raise UserError(
             f"the vocabularies of {names[0]} and {names[1]} differ at {len(differing)} ids ({shown}), but both must read the same ids: "
             "take two models with one tokenizer, or cut the student from the teacher's layers"
         )
 
 
-def tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many ids a model must have for every token."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def shared_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel, existing: bool = False
+def shared_logits(
+    tokenizer: PreTrainedTokenizerBase,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    existing: bool = False,
 ) -> int | None:
     """Number of tokens to slice both language models' logits to; null where they are equally wide, as classifiers' always are.
 
     `existing`: also where the logits of both are as wide, but for more tokens than there are.
     """
-    ours, theirs = width(student), width(teacher)
-    if ours == theirs and not (existing and ours > tokens(tokenizer)):
+    ours, theirs = num_logits(student), num_logits(teacher)
+    if ours == theirs and not (existing and ours > vocabulary_size(tokenizer)):
         return None
-    shared = tokens(tokenizer)
+    shared = vocabulary_size(tokenizer)
     if min(ours, theirs) < shared:
         raise UserError(
             f"the tokenizer has {shared} ids, but the student's logits have {ours} classes and the teacher's {theirs}: "
             "take models that can predict every token"
         )
-    log.info("the student's logits have %d classes, the teacher's %d: both are sliced to the %d tokens that exist", ours, theirs, shared)
+    log.info(
+        "the student's logits have %d classes, the teacher's %d: both are sliced to the %d tokens that exist",
+        ours,
+        theirs,
+        shared,
+    )
     return shared
 
 
-def width(model: PreTrainedModel) -> int:
+def num_logits(model: PreTrainedModel) -> int:
     """Logits in a row: tokens of a language model's head, or labels."""
     head = model.get_output_embeddings()
     return head.out_features if isinstance(head, nn.Linear) else model.config.num_labels or 0
@@ -113,12 +139,14 @@ def check_floats(model: PreTrainedModel, what: str) -> None:
 
 def check_length(model: PreTrainedModel, length: int, what: str) -> None:
     """UserError where texts of `length` tokens have more positions than the model."""
-    most = positions(model)
+    most = max_positions(model)
     if most is not None and length > most:
-        raise UserError(f"task.max_length is {length}, but the {what} has only {most} positions: set task.max_length to {most} or less")
+        raise UserError(
+            f"task.max_length is {length}, but the {what} has only {most} positions: set task.max_length to {most} or less"
+        )
 
 
-def positions(model: PreTrainedModel) -> int | None:
+def max_positions(model: PreTrainedModel) -> int | None:
     """The longest input in tokens; null where the config does not say."""
     most: int | None = getattr(model.config, "max_position_embeddings", None)
     family = ARCHITECTURES.get(model.config.model_type)

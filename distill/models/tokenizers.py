@@ -9,31 +9,45 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distill.config import Run
 from distill.errors import UserError
-from distill.models.loading import explained, locate, quiet
+from distill.models.loading import resolve_path, silence_transformers, translate_errors
 from distill.models.preflight import check_tokens
+from distill.recipe.config import Run
 from distill.tasks.base import Task
 
 log = logging.getLogger("distill")
 
 # An end token of another name, or none, and AutoTokenizer would add this one beyond the vocabulary next to a Qwen 2 model.
 LANGUAGE = {"pad_token": "<|padding|>", "eos_token": "<|endoftext|>"}
-CLASSIFICATION = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "<|endoftext|>"}
+CLASSIFICATION = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "eos_token": "<|endoftext|>",
+}
 
 
-def tokenizer_for(run: Run, task: Task, train: Dataset) -> PreTrainedTokenizerBase:
+def build_tokenizer(run: Run, task: Task, train: Dataset) -> PreTrainedTokenizerBase:
     """The one tokenizer of a run, whose ids every named model must read: trained on the training texts, named, or a model's own."""
-    named = {"tokenizer": run.tokenizer.model, "teacher": run.teacher.model if run.teacher else None, "student": run.student.model}
+    named = {
+        "tokenizer": run.tokenizer.model,
+        "teacher": run.teacher.model if run.teacher else None,
+        "student": run.student.model,
+    }
     names = {what: name for what, name in named.items() if name is not None}
     if run.tokenizer.vocab_size is not None:
         texts = (text for column in run.data.text for text in train[column] if text)
-        chosen: PreTrainedTokenizerBase = train_tokenizer(texts, run.tokenizer.vocab_size, task.auto_class != "AutoModelForCausalLM")
+        chosen: PreTrainedTokenizerBase = train_tokenizer(
+            texts, run.tokenizer.vocab_size, task.auto_class != "AutoModelForCausalLM"
+        )
     elif names:
         what = next(iter(names))
         chosen = load_tokenizer(names.pop(what), f"{what}.model")
     else:
-        raise UserError("the recipe has no tokenizer, but models made from a config bring none: set tokenizer.vocab_size or model")
+        raise UserError(
+            "the recipe has no tokenizer, but models made from a config bring none: set tokenizer.vocab_size or model"
+        )
     for what, name in names.items():
         check_tokens(load_tokenizer(name, f"{what}.model"), chosen, (what, "tokenizer"))
     return chosen
@@ -41,21 +55,29 @@ def tokenizer_for(run: Run, task: Task, train: Dataset) -> PreTrainedTokenizerBa
 
 def load_tokenizer(name: str, key: str = "tokenizer.model") -> PreTrainedTokenizerBase:
     """The tokenizer of that Hub name, folder or package; one without a padding token pads with its end-of-text token."""
-    where = locate(name, key)
+    where = resolve_path(name, key)
     local = Path(where).is_dir()
-    with explained(name, key, local), quiet(bars=local):
+    with translate_errors(name, key, local), silence_transformers(bars=local):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder that has a config only
-        raise UserError(f"{key} is {name}, but there is no tokenizer in it: save one there, or set tokenizer.model to another folder")
+    if len(tokenizer) <= len(
+        tokenizer.all_special_ids
+    ):  # what transformers makes of a folder that has a config only
+        raise UserError(
+            f"{key} is {name}, but there is no tokenizer in it: save one there, or set tokenizer.model to another folder"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"{key} is {name}, but its tokenizer can neither pad nor end a text: set its pad_token")
+            raise UserError(
+                f"{key} is {name}, but its tokenizer can neither pad nor end a text: set its pad_token"
+            )
         tokenizer.pad_token = tokenizer.eos_token
         log.info("tokenizer: it has no padding token, so %s pads", tokenizer.eos_token)
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, classification: bool, max_length: int = 512) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, classification: bool, max_length: int = 512
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most that many tokens. The same texts give the same bytes of tokenizer.json.
 
     For classification a text is wrapped as [CLS] text [SEP], a pair as [CLS] text [SEP] text [SEP]. For language models
@@ -75,9 +97,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, classification: bool,
     if classification:
         backend.post_processor = _wrapped(backend)
     if backend.get_vocab_size() < vocab_size:
-        log.info("tokenizer: the texts give %d tokens, fewer than the %d asked for", backend.get_vocab_size(), vocab_size)
+        log.info(
+            "tokenizer: the texts give %d tokens, fewer than the %d asked for",
+            backend.get_vocab_size(),
+            vocab_size,
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=max_length, clean_up_tokenization_spaces=False, padding_side="right", **special
+        tokenizer_object=backend,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+        **special,
     )
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
-from distill.packing import after, cached, coded, norms
-from distill.packing.served import Answers, inputs_of
-from distill.runtime.modeling import recorded
+from distill.packing import kv_cache, layer_norm, post_training, quant_layers
+from distill.packing.runtime_folder import LogitsModule, input_names
+from distill.remote_code.modeling import compression_of
 from distill.tasks.base import Task
 
 FILE = "model.onnx"
@@ -41,39 +41,55 @@ def save(
     """
     model.eval()
     model.set_attn_implementation("eager")
-    kept = cached.states(model) if task.pipeline == "text-generation" else []
+    kept = kv_cache.cache_entries(model) if task.pipeline == "text-generation" else []
     integers(model, quantize, calibration, format)
     if format == "onnx":
-        norms.spell(model)
-    program, by_steps = written(model, inputs_of(model, tokenizer), kept, format)
+        layer_norm.decompose_layer_norms(model)
+    program, by_steps = written(model, input_names(model, tokenizer), kept, format)
     _forget(program.model)
     program.save(str(target / FILE))
     return by_steps
 
 
-def integers(model: PreTrainedModel, quantize: str | None, calibration: list[dict[str, Tensor]], format: str) -> None:
+def integers(
+    model: PreTrainedModel, quantize: str | None, calibration: list[dict[str, Tensor]], format: str
+) -> None:
     """Layers of codes for the weights that lie on a grid: their trained one, or else 8 bits for each row, which `quantize` asks for.
 
     Inputs of linear layers are rounded as they were in training, or as `quantize` says: `dynamic`, `static`, `weights` (not at all).
     A trained range is kept, others come from the calibration.
     """
-    if quantize is not None and not recorded(model.config).get("weights"):
-        after.quantize_now(model, "weights", 8, ())
-    compression = recorded(model.config)
+    if quantize is not None and not compression_of(model.config).get("weights"):
+        post_training.quantize_model(model, "weights", 8, ())
+    compression = compression_of(model.config)
     weights, trained = compression.get("weights", {}), compression.get("activations", {})
-    layers = coded.linear_layers(model, weights)
+    layers = quant_layers.linear_layers(model, weights)
     ranges = {name: said["range"] for name, said in trained.items() if said["range"] is not None}
     inputs: dict[str, Any] = {}
     if quantize == "static":
-        found = after.ranges(model, {name: layer for name, layer in layers.items() if name not in ranges}, calibration)
-        inputs = {name: coded.rounding(None, span, trained=False) for name, span in found.items()}
+        found = post_training.observe_ranges(
+            model,
+            {name: layer for name, layer in layers.items() if name not in ranges},
+            calibration,
+        )
+        inputs = {
+            name: quant_layers.input_quantization(None, span, trained=False)
+            for name, span in found.items()
+        }
     if quantize == "dynamic":
-        inputs = {name: coded.rounding("dynamic", None, trained=False) for name in layers}
+        inputs = {
+            name: quant_layers.input_quantization("dynamic", None, trained=False) for name in layers
+        }
     if quantize is None:
-        inputs = {name: coded.rounding("token", None, trained=True) for name in trained}
+        inputs = {
+            name: quant_layers.input_quantization("token", None, trained=True) for name in trained
+        }
     if quantize in (None, "static"):
-        inputs |= {name: coded.rounding(None, span, trained=True) for name, span in ranges.items()}
-    coded.replace(model, weights, inputs, format)
+        inputs |= {
+            name: quant_layers.input_quantization(None, span, trained=True)
+            for name, span in ranges.items()
+        }
+    quant_layers.replace_layers(model, weights, inputs, format)
 
 
 class Sketch(NamedTuple):
@@ -90,20 +106,33 @@ def at_once(model: PreTrainedModel, names: list[str]) -> Sketch:
     example["attention_mask"][1, LENGTH - 2 :] = 0
     if "token_type_ids" in example:
         example["token_type_ids"] *= 0
-    return Sketch(Answers(model, names), {name: (tensor, {0: FREE, 1: FREE}) for name, tensor in example.items()}, ["logits"])
+    return Sketch(
+        LogitsModule(model, names),
+        {name: (tensor, {0: FREE, 1: FREE}) for name, tensor in example.items()},
+        ["logits"],
+    )
 
 
-def by_steps(model: PreTrainedModel, states: list[cached.State]) -> Sketch:
+def by_steps(model: PreTrainedModel, states: list[kv_cache.CacheEntry]) -> Sketch:
     """New tokens after some that were read before, or none."""
     mask = torch.ones(2, BEFORE + LENGTH, dtype=torch.long)
     mask[1, :2] = 0
     inputs = {"input_ids": torch.ones(2, LENGTH, dtype=torch.long), "attention_mask": mask}
     given = {name: (tensor, {0: FREE, 1: FREE}) for name, tensor in inputs.items()}
-    kept = {f"{cached.PAST}.{state.name}": (state.of(2, BEFORE), {0: FREE, 2: FREE}) for state in states}
-    return Sketch(cached.Steps(model), given | kept, ["logits", *(f"{cached.PRESENT}.{state.name}" for state in states)])
+    kept = {
+        f"{kv_cache.PAST}.{state.name}": (state.of(2, BEFORE), {0: FREE, 2: FREE})
+        for state in states
+    }
+    return Sketch(
+        kv_cache.CachedForward(model),
+        given | kept,
+        ["logits", *(f"{kv_cache.PRESENT}.{state.name}" for state in states)],
+    )
 
 
-def written(model: PreTrainedModel, names: list[str], kept: list[cached.State], format: str) -> tuple[Any, bool]:
+def written(
+    model: PreTrainedModel, names: list[str], kept: list[kv_cache.CacheEntry], format: str
+) -> tuple[Any, bool]:
     """The graph by steps, which holds the weights once for texts and for each token that follows; else that of whole texts."""
     if kept:
         try:

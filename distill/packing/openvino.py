@@ -30,7 +30,9 @@ def save(
     import openvino
 
     with TemporaryDirectory() as temporary:
-        by_steps = onnx.save(model, task, tokenizer, Path(temporary), quantize, calibration, format="openvino")
+        by_steps = onnx.save(
+            model, task, tokenizer, Path(temporary), quantize, calibration, format="openvino"
+        )
         try:
             graph = openvino.convert_model(Path(temporary, onnx.FILE))
         except Exception as error:  # it has a class for each reason

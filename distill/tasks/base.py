@@ -13,17 +13,17 @@ from datasets import Dataset, Value
 from torch import Tensor
 
 from distill import losses
-from distill.config import Data
 from distill.errors import UserError
+from distill.recipe.config import Data
 
 
-class Hidden(NamedTuple):
+class CachedHidden(NamedTuple):
     """Cached hidden states, of which the teacher's head makes its logits."""
 
     states_ND: Tensor
 
 
-class Sparse(NamedTuple):
+class SparseTargets(NamedTuple):
     """Cached tokens of the teacher's distribution at the loss's temperature; see `distill/sparse.py`."""
 
     ids_NK: Tensor
@@ -40,7 +40,9 @@ class Batch(NamedTuple):
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
     example: Tensor  # (N,) the example, 0..B-1, that each row belongs to
     size: Tensor  # (B,) what an example weighs in its metrics: 1, or its UTF-8 bytes for language models
-    teacher: Tensor | Hidden | Sparse | None = None  # cached outputs, which the loader adds; a tensor: logits (N, C)
+    teacher: Tensor | CachedHidden | SparseTargets | None = (
+        None  # cached outputs, which the loader adds; a tensor: logits (N, C)
+    )
     rows: float = 1.0  # rows of the global batch
     tokens: float = 1.0  # tokens of the global batch
 
@@ -52,9 +54,13 @@ class Task(ABC):
     pipeline: ClassVar[str]  # the pipeline of `transformers` that serves them
     primary: ClassVar[str]  # the metric of :meth:`quality` that picks the best checkpoint
     maximise: ClassVar[bool]  # whether a larger primary metric is better
-    divergences: ClassVar[tuple[str, ...]]  # functions of distill.losses that suit its logits; the first is the default
+    divergences: ClassVar[
+        tuple[str, ...]
+    ]  # functions of distill.losses that suit its logits; the first is the default
 
-    picks_places: ClassVar[bool] = False  # whether `rows` only picks places, so that it can do so in hidden states too
+    selects_positions: ClassVar[bool] = (
+        False  # whether `rows` only picks places, so that it can do so in hidden states too
+    )
     uses_labels: ClassVar[bool] = True  # whether the source must have a label column
     label_feature: ClassVar[Any] = Value("int64")  # how `encode` stores the labels of an example
 
@@ -77,7 +83,9 @@ class Task(ABC):
         """Keyword arguments of `from_pretrained` and of a config: num_labels, id2label, problem_type, ..."""
 
     @abstractmethod
-    def encode(self, examples: dict[str, list[Any]], tokenizer: Any, data: Data) -> dict[str, list[Any]]:
+    def encode(
+        self, examples: dict[str, list[Any]], tokenizer: Any, data: Data
+    ) -> dict[str, list[Any]]:
         """A batched `datasets.map` function: raw columns -> input_ids, labels, size, length (tokens) and rows."""
 
     @abstractmethod
@@ -106,36 +114,48 @@ class Task(ABC):
 
     def identity(self) -> list[str]:
         """What of the task decides a stored result: its class, its arguments and the labels that it has read."""
-        return [f"{type(self).__module__}.{type(self).__qualname__}", repr(sorted(vars(self).items()))]
+        return [
+            f"{type(self).__module__}.{type(self).__qualname__}",
+            repr(sorted(vars(self).items())),
+        ]
 
     def divergence(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         """The task's default divergence at temperature 1, (N,)."""
         return getattr(losses, self.divergences[0])(student_NC, teacher_NC, 1.0)
 
 
-def padded(examples: list[dict[str, Any]], column: str, value: int) -> Tensor:
+def pad_column(examples: list[dict[str, Any]], column: str, value: int) -> Tensor:
     """One column of token ids, padded on the right, (B, L)."""
     longest = max(len(example[column]) for example in examples)
-    return torch.tensor([example[column] + [value] * (longest - len(example[column])) for example in examples], dtype=torch.long)
+    return torch.tensor(
+        [example[column] + [value] * (longest - len(example[column])) for example in examples],
+        dtype=torch.long,
+    )
 
 
 def model_inputs(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
     """What the models take. Token types are there for pairs only: 0, which single texts would hold, is every model's default."""
-    inputs = {"input_ids": padded(examples, "input_ids", pad_id)}
+    inputs = {"input_ids": pad_column(examples, "input_ids", pad_id)}
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
+    inputs["attention_mask"] = (
+        torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
+    ).long()
     if "token_type_ids" in examples[0]:
-        inputs["token_type_ids"] = padded(examples, "token_type_ids", 0)
+        inputs["token_type_ids"] = pad_column(examples, "token_type_ids", 0)
     return inputs
 
 
-def checked_length(max_length: Any, least: int, reason: str) -> int:
+def check_max_length(max_length: Any, least: int, reason: str) -> int:
     """`task.max_length`, refused where it is no whole number or too small."""
     if not isinstance(max_length, int) or max_length < least:
-        raise UserError(f"task.max_length is {max_length}, but it must be at least {least}, a whole number: {reason}")
+        raise UserError(
+            f"task.max_length is {max_length}, but it must be at least {least}, a whole number: {reason}"
+        )
     return max_length
 
 
-def per_example(values_N: Tensor, batch: Batch) -> Tensor:
+def sum_per_example(values_N: Tensor, batch: Batch) -> Tensor:
     """Sums of rows over the examples that they belong to, (B,)."""
-    return torch.zeros(len(batch.size), dtype=values_N.dtype, device=values_N.device).index_add(0, batch.example, values_N)
+    return torch.zeros(len(batch.size), dtype=values_N.dtype, device=values_N.device).index_add(
+        0, batch.example, values_N
+    )

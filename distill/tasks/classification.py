@@ -12,10 +12,10 @@ from torchmetrics.functional import classification as metrics
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from distill import losses
-from distill.config import Data
 from distill.errors import UserError
+from distill.recipe.config import Data
 from distill.tasks import labels
-from distill.tasks.base import Batch, Task, checked_length, model_inputs
+from distill.tasks.base import Batch, Task, check_max_length, model_inputs
 
 BINS = 15  # of the calibration error
 LISTS = "JSON lines and Parquet can hold lists, CSV cannot"
@@ -32,17 +32,19 @@ class SingleLabelClassification(Task):
     problem_type = "single_label_classification"
 
     def __init__(self, max_length: int = 128) -> None:
-        self.max_length = checked_length(max_length, 3, "texts are cut to that many tokens, special ones included")
+        self.max_length = check_max_length(
+            max_length, 3, "texts are cut to that many tokens, special ones included"
+        )
 
     def read_labels(self, train: Dataset, data: Data) -> None:
         self.names = labels.read_names(train, data)
         if len(self.names) < 2:
             raise UserError(
-                f"the labels are {labels.listed(self.names)} only, but a classifier needs at least 2: list them all in data.labels"
+                f"the labels are {labels.shorten(self.names)} only, but a classifier needs at least 2: list them all in data.labels"
             )
 
     def label(self, cell: Any, declared: Sequence[str] | None) -> Any:
-        return labels.name_of(cell, self.names, declared)
+        return labels.parse_label(cell, self.names, declared)
 
     def model_options(self) -> dict[str, Any]:
         ids = dict(enumerate(self.names))
@@ -53,9 +55,13 @@ class SingleLabelClassification(Task):
             "problem_type": self.problem_type,
         }
 
-    def encode(self, examples: dict[str, list[Any]], tokenizer: Any, data: Data) -> dict[str, list[Any]]:
+    def encode(
+        self, examples: dict[str, list[Any]], tokenizer: Any, data: Data
+    ) -> dict[str, list[Any]]:
         """Also `cut`: 1 where a text did not fit and lost its end."""
-        texts = [[text or "" for text in examples[column]] for column in data.text]  # a pair may have one side only
+        texts = [
+            [text or "" for text in examples[column]] for column in data.text
+        ]  # a pair may have one side only
         pairs = len(texts) == 2
         tokens = tokenizer(
             *texts,
@@ -70,7 +76,12 @@ class SingleLabelClassification(Task):
         columns = {"input_ids": ids, "labels": [self._target(cell) for cell in cells]}
         if pairs and "token_type_ids" in tokens:
             columns["token_type_ids"] = tokens["token_type_ids"]
-        return columns | {"size": [1] * len(ids), "length": [len(row) for row in ids], "rows": [1] * len(ids), "cut": _cut(tokens)}
+        return columns | {
+            "size": [1] * len(ids),
+            "length": [len(row) for row in ids],
+            "rows": [1] * len(ids),
+            "cut": _cut(tokens),
+        }
 
     def _target(self, cell: Any) -> Any:
         """A label as `labels` holds it."""
@@ -96,7 +107,12 @@ class SingleLabelClassification(Task):
 
     def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
         confidence, prediction = logits_NC.softmax(-1).max(-1)
-        return {"label": batch.labels, "prediction": prediction, "confidence": confidence, "nll": self.supervised(logits_NC, batch.labels)}
+        return {
+            "label": batch.labels,
+            "prediction": prediction,
+            "confidence": confidence,
+            "nll": self.supervised(logits_NC, batch.labels),
+        }
 
     def quality(self, columns: dict[str, Tensor]) -> dict[str, float]:
         columns = _labelled(columns, columns["label"] != losses.IGNORED)
@@ -104,13 +120,27 @@ class SingleLabelClassification(Task):
         if len(label) == 0:
             return {self.primary: math.nan}
         correct, classes = prediction == label, len(self.names)
-        each = metrics.multiclass_f1_score(prediction, label, classes, average="none", validate_args=False)
+        each = metrics.multiclass_f1_score(
+            prediction, label, classes, average="none", validate_args=False
+        )
         return {
             "accuracy": float(correct.float().mean()),
-            "macro_f1": float(metrics.multiclass_f1_score(prediction, label, classes, average="macro", validate_args=False)),
-            "mcc": float(metrics.multiclass_matthews_corrcoef(prediction, label, classes, validate_args=False)),
+            "macro_f1": float(
+                metrics.multiclass_f1_score(
+                    prediction, label, classes, average="macro", validate_args=False
+                )
+            ),
+            "mcc": float(
+                metrics.multiclass_matthews_corrcoef(
+                    prediction, label, classes, validate_args=False
+                )
+            ),
             "nll": float(columns["nll"].mean()),
-            "ece": float(metrics.binary_calibration_error(columns["confidence"], correct.long(), BINS, validate_args=False)),
+            "ece": float(
+                metrics.binary_calibration_error(
+                    columns["confidence"], correct.long(), BINS, validate_args=False
+                )
+            ),
         } | {f"f1/{name}": float(value) for name, value in zip(self.names, each, strict=True)}
 
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
@@ -130,7 +160,7 @@ class MultiLabelClassification(SingleLabelClassification):
 
     def label(self, cell: Any, declared: Sequence[str] | None) -> Any:
         """The names of the classes, in the order of their ids; a list of as many 0 and 1 as there are classes is read as such."""
-        if labels.missing(cell):
+        if labels.is_missing(cell):
             return None
         if not isinstance(cell, list):
             raise ValueError(
@@ -138,40 +168,75 @@ class MultiLabelClassification(SingleLabelClassification):
             )
         if declared is None and cell and not any(isinstance(value, str) for value in cell):
             return self._chosen(cell)
-        chosen = {labels.name_of(value, self.names, declared) for value in cell}
+        chosen = {labels.parse_label(value, self.names, declared) for value in cell}
         return None if None in chosen else [name for name in self.names if name in chosen]
 
     def _chosen(self, cell: list[Any]) -> list[str] | None:
-        if any(labels.missing(value) or value == labels.HIDDEN for value in cell):
+        if any(labels.is_missing(value) or value == labels.HIDDEN for value in cell):
             return None
         if len(cell) != len(self.names) or not all(value in (0, 1) for value in cell):
-            raise ValueError(f"a list of numbers must hold a 0 or 1 for each of {labels.listed(self.names)}: correct it, or list names")
+            raise ValueError(
+                f"a list of numbers must hold a 0 or 1 for each of {labels.shorten(self.names)}: correct it, or list names"
+            )
         return [name for name, value in zip(self.names, cell, strict=True) if value]
 
     def _target(self, cell: Any) -> list[float]:
         chosen = self.label(cell, None)
-        return [math.nan] * len(self.names) if chosen is None else [float(name in chosen) for name in self.names]
+        return (
+            [math.nan] * len(self.names)
+            if chosen is None
+            else [float(name in chosen) for name in self.names]
+        )
 
     def supervised(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
         return losses.binary_cross_entropy(logits_NC, labels)
 
     def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"label": batch.labels, "probability": logits_NC.sigmoid(), "nll": self.supervised(logits_NC, batch.labels)}
+        return {
+            "label": batch.labels,
+            "probability": logits_NC.sigmoid(),
+            "nll": self.supervised(logits_NC, batch.labels),
+        }
 
     def quality(self, columns: dict[str, Tensor]) -> dict[str, float]:
         columns = _labelled(columns, ~columns["label"].isnan().any(-1))
-        label, probability, classes = columns["label"].long(), columns["probability"], len(self.names)
+        label, probability, classes = (
+            columns["label"].long(),
+            columns["probability"],
+            len(self.names),
+        )
         if len(label) == 0:
             return {self.primary: math.nan}
-        each = metrics.multilabel_f1_score(probability, label, classes, average="none", validate_args=False)
+        each = metrics.multilabel_f1_score(
+            probability, label, classes, average="none", validate_args=False
+        )
         return {
-            "macro_f1": float(metrics.multilabel_f1_score(probability, label, classes, average="macro", validate_args=False)),
-            "micro_f1": float(metrics.multilabel_f1_score(probability, label, classes, average="micro", validate_args=False)),
-            "mcc": float(metrics.multilabel_matthews_corrcoef(probability, label, classes, validate_args=False)),
+            "macro_f1": float(
+                metrics.multilabel_f1_score(
+                    probability, label, classes, average="macro", validate_args=False
+                )
+            ),
+            "micro_f1": float(
+                metrics.multilabel_f1_score(
+                    probability, label, classes, average="micro", validate_args=False
+                )
+            ),
+            "mcc": float(
+                metrics.multilabel_matthews_corrcoef(
+                    probability, label, classes, validate_args=False
+                )
+            ),
             "exact_match": float(((probability > 0.5) == label).all(-1).float().mean()),
             "nll": float(columns["nll"].mean()),
-            "ece": float(metrics.binary_calibration_error(probability.flatten(), label.flatten(), BINS, validate_args=False)),
-        } | {f"f1/{name}": float(value) for name, value in zip(self.names, each.reshape(-1), strict=True)}
+            "ece": float(
+                metrics.binary_calibration_error(
+                    probability.flatten(), label.flatten(), BINS, validate_args=False
+                )
+            ),
+        } | {
+            f"f1/{name}": float(value)
+            for name, value in zip(self.names, each.reshape(-1), strict=True)
+        }
 
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         return ((student_NC > 0) == (teacher_NC > 0)).all(-1).float()
@@ -189,16 +254,24 @@ class Regression(SingleLabelClassification):
 
     def read_labels(self, train: Dataset, data: Data) -> None:
         if data.labels is not None:
-            raise UserError(f"data.labels is {labels.listed(data.labels)}, but a regression has no classes: leave it out")
+            raise UserError(
+                f"data.labels is {labels.shorten(data.labels)}, but a regression has no classes: leave it out"
+            )
         if data.label is not None:
-            numbers = [cell for cell in train[data.label][:] if isinstance(cell, int | float) and not labels.missing(cell)]
+            numbers = [
+                cell
+                for cell in train[data.label][:]
+                if isinstance(cell, int | float) and not labels.is_missing(cell)
+            ]
             self.spread = float(np.std(numbers)) or 1.0 if numbers else 1.0
 
     def label(self, cell: Any, declared: Sequence[str] | None) -> Any:
-        if labels.missing(cell):
+        if labels.is_missing(cell):
             return None
         if isinstance(cell, bool) or not isinstance(cell, int | float) or not math.isfinite(cell):
-            raise ValueError("the label of a regression must be a finite number: choose another column as data.label")
+            raise ValueError(
+                "the label of a regression must be a finite number: choose another column as data.label"
+            )
         return float(cell)
 
     def model_options(self) -> dict[str, Any]:

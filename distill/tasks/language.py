@@ -9,9 +9,9 @@ from datasets import Dataset, List, Value
 from torch import Tensor
 
 from distill import losses
-from distill.config import Data
 from distill.errors import UserError
-from distill.tasks.base import Batch, Task, checked_length, model_inputs, per_example
+from distill.recipe.config import Data
+from distill.tasks.base import Batch, Task, check_max_length, model_inputs, sum_per_example
 
 
 class CausalLanguageModelling(Task):
@@ -31,12 +31,14 @@ class CausalLanguageModelling(Task):
     primary = "perplexity"
     maximise = False
     divergences = losses.ONE_OF_C
-    picks_places = True
+    selects_positions = True
     uses_labels = False
     label_feature = List(Value("int64"))
 
     def __init__(self, max_length: int = 256) -> None:
-        self.max_length = checked_length(max_length, 2, "a window holds a context and a token to predict")
+        self.max_length = check_max_length(
+            max_length, 2, "a window holds a context and a token to predict"
+        )
 
     def read_labels(self, train: Dataset, data: Data) -> None:
         """The labels are the texts."""
@@ -44,12 +46,16 @@ class CausalLanguageModelling(Task):
     def model_options(self) -> dict[str, Any]:
         return {}
 
-    def encode(self, examples: dict[str, list[Any]], tokenizer: Any, data: Data) -> dict[str, list[Any]]:
+    def encode(
+        self, examples: dict[str, list[Any]], tokenizer: Any, data: Data
+    ) -> dict[str, list[Any]]:
         """`labels` holds the token at each place, -100 where it is context only; `size` the UTF-8 bytes of the predicted tokens.
 
         Also 1 for the first window of a text: `begins` for each, `cut` for one that took several.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "size", "length", "rows", "cut", "begins")}
+        columns: dict[str, list[Any]] = {
+            name: [] for name in ("input_ids", "labels", "size", "length", "rows", "cut", "begins")
+        }
         texts = zip(*(_tokens(examples[column], tokenizer) for column in data.text), strict=True)
         for parts in texts:
             for window in _windows(*_sequence(list(parts), tokenizer), self.max_length):
@@ -81,14 +87,16 @@ class CausalLanguageModelling(Task):
     def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
         correct_N = (logits_NC.argmax(-1) == batch.labels).float()
         return {
-            "nll": per_example(self.supervised(logits_NC, batch.labels), batch),
-            "tokens": per_example(torch.ones_like(correct_N), batch),
-            "correct": per_example(correct_N, batch),
+            "nll": sum_per_example(self.supervised(logits_NC, batch.labels), batch),
+            "tokens": sum_per_example(torch.ones_like(correct_N), batch),
+            "correct": sum_per_example(correct_N, batch),
             "bytes": batch.size,
         }
 
     def quality(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        nll, tokens, correct, size = (float(columns[name].double().sum()) for name in ("nll", "tokens", "correct", "bytes"))
+        nll, tokens, correct, size = (
+            float(columns[name].double().sum()) for name in ("nll", "tokens", "correct", "bytes")
+        )
         if tokens == 0:
             return {self.primary: math.nan}
         return {
@@ -111,8 +119,19 @@ def _tokens(texts: list[str | None], tokenizer: Any) -> list[Piece]:
             f"the tokenizer is {type(tokenizer).__name__}, but each token's place in the text must be known: use a fast tokenizer"
         )
     filled = [text or "" for text in texts]
-    tokens = tokenizer(filled, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-    return [(ids, _bytes(text, offsets)) for text, ids, offsets in zip(filled, tokens["input_ids"], tokens["offset_mapping"], strict=True)]
+    tokens = tokenizer(
+        filled,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [
+        (ids, _bytes(text, offsets))
+        for text, ids, offsets in zip(
+            filled, tokens["input_ids"], tokens["offset_mapping"], strict=True
+        )
+    ]
 
 
 def _bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
@@ -144,7 +163,9 @@ def _sequence(parts: list[Piece], tokenizer: Any) -> tuple[list[int], list[int],
     return [*context, *ids], [*[losses.IGNORED] * len(context), *ids], [*[0] * len(context), *sizes]
 
 
-def _windows(ids: list[int], labels: list[int], sizes: list[int], max_length: int) -> list[dict[str, Any]]:
+def _windows(
+    ids: list[int], labels: list[int], sizes: list[int], max_length: int
+) -> list[dict[str, Any]]:
     windows: list[dict[str, Any]] = []
     for start in range(0, len(ids) - 1, max_length - 1):
         end = start + max_length
@@ -152,13 +173,28 @@ def _windows(ids: list[int], labels: list[int], sizes: list[int], max_length: in
         rows = sum(label != losses.IGNORED for label in labels[predicted])
         if rows:
             tokens = ids[start:end]
-            window = {"input_ids": tokens, "labels": [losses.IGNORED, *labels[predicted]], "length": len(tokens), "rows": rows}
+            window = {
+                "input_ids": tokens,
+                "labels": [losses.IGNORED, *labels[predicted]],
+                "length": len(tokens),
+                "rows": rows,
+            }
             first = not windows
-            windows.append(window | {"size": sum(sizes[predicted]), "cut": int(first and len(ids) > max_length), "begins": int(first)})
+            windows.append(
+                window
+                | {
+                    "size": sum(sizes[predicted]),
+                    "cut": int(first and len(ids) > max_length),
+                    "begins": int(first),
+                }
+            )
     return windows
 
 
 def _shifted(labels: list[list[int]]) -> Tensor:
     """What the logits at each place must predict, (B, L), -100 where nothing."""
     longest = max(map(len, labels))
-    return torch.tensor([[*row[1:], *[losses.IGNORED] * (longest - len(row) + 1)] for row in labels], dtype=torch.long)
+    return torch.tensor(
+        [[*row[1:], *[losses.IGNORED] * (longest - len(row) + 1)] for row in labels],
+        dtype=torch.long,
+    )

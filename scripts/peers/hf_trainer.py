@@ -19,14 +19,20 @@ class Distilling(Trainer):
         super().__init__(**options)
         self._taught_by = (teacher,)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         labels = inputs.pop("labels")
         student = model(**inputs).logits.float()
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             teacher = self._taught_by[0](**inputs).logits.float()
         told = [F.log_softmax(logits / TEMPERATURE, -1) for logits in (student, teacher)]
-        supervised = F.cross_entropy(student, labels, reduction="sum", ignore_index=-100) / len(labels)
-        loss = ALPHA * supervised + (1 - ALPHA) * TEMPERATURE**2 * F.kl_div(*told, log_target=True, reduction="batchmean")
+        supervised = F.cross_entropy(student, labels, reduction="sum", ignore_index=-100) / len(
+            labels
+        )
+        loss = ALPHA * supervised + (1 - ALPHA) * TEMPERATURE**2 * F.kl_div(
+            *told, log_target=True, reduction="batchmean"
+        )
         return (loss, student) if return_outputs else loss
 
 
@@ -35,7 +41,9 @@ def main() -> None:
     eager: dict[str, Any] = {"attn_implementation": "eager"} if TUNED else {}
     teacher = model("teacher", **eager, dtype=torch.bfloat16 if TUNED else torch.float32).eval()
     student = model("start", **eager, dtype=torch.float32)
-    tuned: dict[str, Any] = {"bf16": True, "train_sampling_strategy": "group_by_length"} if TUNED else {}
+    tuned: dict[str, Any] = (
+        {"bf16": True, "train_sampling_strategy": "group_by_length"} if TUNED else {}
+    )
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         settings = TrainingArguments(
             folder,
@@ -49,7 +57,9 @@ def main() -> None:
             **tuned,
         )
         examples: Any = split("train")
-        trainer = Distilling(teacher, model=student, args=settings, train_dataset=examples, data_collator=collated)
+        trainer = Distilling(
+            teacher, model=student, args=settings, train_dataset=examples, data_collator=collated
+        )
         seconds = timed(trainer.train)
     answer(student, seconds)
 

@@ -12,7 +12,7 @@ from job import FOLDER, answer, model, timed  # noqa: E402
 from measured import composed, prepared  # noqa: E402
 
 from distill import student, teacher  # noqa: E402
-from distill.tracking import Tracker  # noqa: E402
+from distill.training.loggers import Tracker  # noqa: E402
 
 
 def main() -> None:
@@ -25,10 +25,16 @@ def main() -> None:
         tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
 
         def fill() -> None:
-            made.examples["train"] = teacher.with_outputs(run, tutor, made.examples["train"], made.task, made.tokenizer)
+            made.examples["train"] = teacher.with_outputs(
+                run, tutor, made.examples["train"], made.task, made.tokenizer
+            )
 
         filling = timed(fill)
-        training = timed(lambda: student.distil(run, made.task, made.tokenizer, made.examples, tutor, [], folder, tracker))
+        training = timed(
+            lambda: student.distil(
+                run, made.task, made.tokenizer, made.examples, tutor, [], folder, tracker
+            )
+        )
         answer(model(str(folder / "student")), training, filling=filling)
 
 

@@ -11,17 +11,25 @@ HEAD = "classifier"
 
 @register_collate_func
 def padded(items):
-    return collated([example for example, *_ in items])  # beside it its label, and what torchdistill adds
+    return collated(
+        [example for example, *_ in items]
+    )  # beside it its label, and what torchdistill adds
 
 
 @register_forward_proc_func
 def without_labels(model, sample_batch, targets=None, supp_dict=None, **kwargs):
-    return model(input_ids=sample_batch["input_ids"], attention_mask=sample_batch["attention_mask"]).logits
+    return model(
+        input_ids=sample_batch["input_ids"], attention_mask=sample_batch["attention_mask"]
+    ).logits
 
 
 def main() -> None:
     tapped = {"forward_hook": {"input": [], "output": [HEAD]}, "forward_proc": "without_labels"}
-    paths = {f"{who}_module_{part}": value for who in ("student", "teacher") for part, value in (("path", HEAD), ("io", "output"))}
+    paths = {
+        f"{who}_module_{part}": value
+        for who in ("student", "teacher")
+        for part, value in (("path", HEAD), ("io", "output"))
+    }
     # sums, for a batch without any label would have no mean; AdamW does not see the difference
     loss = {"temperature": JOB["temperature"], "alpha": JOB["alpha"], "reduction": "sum", **paths}
     settings = {
@@ -37,14 +45,25 @@ def main() -> None:
         "optimizer": {"key": "AdamW", "kwargs": {"lr": JOB["lr"]}},
         "criterion": {
             "key": "WeightedSumLoss",
-            "kwargs": {"sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": loss}, "weight": 1.0}}},
+            "kwargs": {
+                "sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": loss}, "weight": 1.0}}
+            },
         },
     }
     torch.manual_seed(JOB["seed"])
     teacher, student = model("teacher").eval(), model("start")
     examples = [(example, example["labels"]) for example in split("train")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    box = get_distillation_box(teacher.to(device), student.to(device), {"train": examples}, settings, device, None, False, 1.0)
+    box = get_distillation_box(
+        teacher.to(device),
+        student.to(device),
+        {"train": examples},
+        settings,
+        device,
+        None,
+        False,
+        1.0,
+    )
 
     def train() -> None:
         for epoch in range(box.num_epochs):

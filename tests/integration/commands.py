@@ -12,7 +12,9 @@ def start(module, *arguments, cwd, **environment):
     """The command, running; the library is found as it was installed."""
     variables = os.environ | {"PYTHONUNBUFFERED": "1", "HYDRA_FULL_ERROR": "0"} | environment
     command = [sys.executable, "-m", f"distill.{module}", *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def call(module, *arguments, cwd, **environment):

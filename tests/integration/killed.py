@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import tests.conftest  # noqa: F401  the tests' environment
-from distill import checkpoints, data, fresh, models, module, stages, student
-from distill.tracking import Tracker
+from distill import data, isolated, models, module, stages, student
 from distill.train import train
+from distill.training import checkpoints
+from distill.training.loggers import Tracker
 from tests.techniques import TECHNIQUES
 from tests.unit.tiny_runs import ask_here
 from tests.worlds import tiny, world
@@ -45,7 +46,11 @@ class Fuse:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def heard(self, event, arguments):
-        if event in FILES and str(arguments[0]).startswith(self.folder) and (event != "open" or (arguments[2] or 0) & WRITES):
+        if (
+            event in FILES
+            and str(arguments[0]).startswith(self.folder)
+            and (event != "open" or (arguments[2] or 0) & WRITES)
+        ):
             self.tick()
 
     def burn(self):
@@ -53,7 +58,7 @@ class Fuse:
         sys.addaudithook(self.heard)
         for owner, names in (
             (module.Distillation, ("training_step", "validation_step", "on_before_optimizer_step")),
-            (checkpoints.Saver, ("on_train_batch_start", "on_validation_end")),
+            (checkpoints.CheckpointSaver, ("on_train_batch_start", "on_validation_end")),
             (models, ("logits",)),
             (data, ("load", "encode")),
         ):
@@ -115,11 +120,26 @@ def compared(place, work, job):
         of_stage = [number + 1 for number, name in enumerate(moments) if name == stage]
         for at in rng.sample(of_stage, min(count, len(of_stage))):
             folder = place / f"{stage} {at}"
-            killed = [forked(folder, work, at), forked(folder, work, rng.randrange(5, 200)) if job.get("twice") else False]
+            killed = [
+                forked(folder, work, at),
+                forked(folder, work, rng.randrange(5, 200)) if job.get("twice") else False,
+            ]
             forked(folder, work)
             ended = contents(folder)
-            different = sorted(name for name in expected.keys() | ended.keys() if expected.get(name) != ended.get(name))
-            found.append({"stage": stage, "at": at, "of": len(moments), "killed": sum(killed), "different": different})
+            different = sorted(
+                name
+                for name in expected.keys() | ended.keys()
+                if expected.get(name) != ended.get(name)
+            )
+            found.append(
+                {
+                    "stage": stage,
+                    "at": at,
+                    "of": len(moments),
+                    "killed": sum(killed),
+                    "different": different,
+                }
+            )
     return found
 
 
@@ -129,19 +149,41 @@ def compared(place, work, job):
 def contents(folder):
     """Checksums of all that a run must give, by name."""
     run = folder / "run"
-    files = [*run.glob("logs/*/metrics.csv"), *(file for name in MODELS for file in (run / name).glob("*.safetensors"))]
+    files = [
+        *run.glob("logs/*/metrics.csv"),
+        *(file for name in MODELS for file in (run / name).glob("*.safetensors")),
+    ]
     found = {str(file.relative_to(run)): digest(file.read_bytes()) for file in files}
-    found |= {f"cache {file.name}": digest(file.read_bytes()) for file in sorted((folder / "cache").glob("outputs/*/outputs.arrow"))}
+    found |= {
+        f"cache {file.name}": digest(file.read_bytes())
+        for file in sorted((folder / "cache").glob("outputs/*/outputs.arrow"))
+    }
     for file in sorted(run.glob("checkpoints/*.ckpt")):
         checkpoint = torch.load(file, weights_only=True)
-        checkpoint["student_config"] = {**json.loads(checkpoint["student_config"]), "_name_or_path": ""}  # each has its own store
-        for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "student_config", "loops"):
+        checkpoint["student_config"] = {
+            **json.loads(checkpoint["student_config"]),
+            "_name_or_path": "",
+        }  # each has its own store
+        for part in (
+            "state_dict",
+            "optimizer_states",
+            "lr_schedulers",
+            "callbacks",
+            "student_config",
+            "loops",
+        ):
             found[f"{file.name} {part}"] = digest(nested(checkpoint[part]))
     if (run / "metrics.json").is_file():
         metrics = json.loads((run / "metrics.json").read_text())
-        told = {what: metrics[what]["quality"] for what in ("teacher", "student") if what in metrics} | {"training": metrics["training"]}
-        found["metrics.json"] = digest(json.dumps([told, metrics.get("fidelity"), metrics.get("comparison")]).encode())
-    found["left over"] = sorted(str(file) for file in folder.rglob(".*") if file.name.startswith((".writing", ".export")))
+        told = {
+            what: metrics[what]["quality"] for what in ("teacher", "student") if what in metrics
+        } | {"training": metrics["training"]}
+        found["metrics.json"] = digest(
+            json.dumps([told, metrics.get("fidelity"), metrics.get("comparison")]).encode()
+        )
+    found["left over"] = sorted(
+        str(file) for file in folder.rglob(".*") if file.name.startswith((".writing", ".export"))
+    )
     return found
 
 
@@ -180,26 +222,43 @@ def one_technique(row, changes):
     """The student's training alone, beside a teacher that is there."""
     from dataclasses import replace
 
-    made = world(**changes, teacher={"config": {"num_attention_heads": 4}, "outputs": "online"}, data={"batch_size": 120})
+    made = world(
+        **changes,
+        teacher={"config": {"num_attention_heads": 4}, "outputs": "online"},
+        data={"batch_size": 120},
+    )
     packing, callbacks = TECHNIQUES[row]
 
     def work(folder):
-        run = replace(made.run, callbacks=callbacks, export=replace(made.run.export, format=packing))
+        run = replace(
+            made.run, callbacks=callbacks, export=replace(made.run.export, format=packing)
+        )
         tutor = made.model().eval()
-        built = student.informed(run, made.task, made.tokenizer, student.callbacks(run), made.raw["train"], made.examples["train"])
+        built = student.bind_callbacks(
+            run,
+            made.task,
+            made.tokenizer,
+            student.build_callbacks(run),
+            made.raw["train"],
+            made.examples["train"],
+        )
         tracker = Tracker(run, folder / "run")
         with stages.Stages()("student"):
-            student.distil(run, made.task, made.tokenizer, made.examples, tutor, built, folder / "run", tracker)
+            student.distil(
+                run, made.task, made.tokenizer, made.examples, tutor, built, folder / "run", tracker
+            )
 
     return work
 
 
 def main():
     folder, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    fresh.ask = ask_here
+    isolated.run_isolated = ask_here
     found = {}
     for name, job in jobs.items():
-        work = one_technique(job["row"], job["changes"]) if "row" in job else whole_run(job["changes"])
+        work = (
+            one_technique(job["row"], job["changes"]) if "row" in job else whole_run(job["changes"])
+        )
         found[name] = compared(folder / name.replace("/", "_"), work, job)
     (folder / "results.json").write_text(json.dumps(found, indent=1))
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill import config, export, models
+from distill import export, models
 from distill.compress import structure
 from distill.errors import RunFailed, UserError
-from distill.export import program, served
+from distill.export import program, runtime_proof
 from distill.models.architectures import blocks
-from distill.packing import cached
-from distill.packing import served as served_files
+from distill.packing import kv_cache
+from distill.packing import runtime_folder as served_files
+from distill.recipe import config
 from distill.tasks import CausalLanguageModelling
 from tests.unit import tiny_runs
 from tests.unit.tiny_runs import made
@@ -39,7 +40,14 @@ LLAMA = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-GPT2 = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 40, "bos_token_id": None, "eos_token_id": None}
+GPT2 = {
+    "n_embd": 16,
+    "n_head": 2,
+    "n_layer": 2,
+    "n_positions": 40,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 SIZES = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -57,7 +65,9 @@ def slow(*row):
 def model(name):
     """A random one of 50 tokens, whose layers may keep unequal numbers of key heads."""
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split()[-1], vocab_size=50, **SIZES[name])).eval()
+    made = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name.split()[-1], vocab_size=50, **SIZES[name])
+    ).eval()
     with torch.no_grad():
         for tensor in made.parameters():
             tensor.mul_(3)
@@ -65,9 +75,9 @@ def model(name):
         structure.remove(structure.heads(made, blocks(made)[0]), torch.tensor([False, True]))
         structure.declare(made)
         made.config.compression = {"shapes": structure.declare(made)}
-        from distill.runtime.modeling import share_keys
+        from distill.remote_code.modeling import update_key_groups
 
-        share_keys(made)
+        update_key_groups(made)
     return made
 
 
@@ -87,7 +97,9 @@ def by_steps(step, states, ids, mask, cuts):
 def alone(student, ids, mask):
     """Logits of the tokens that count, each text on its own and at once."""
     rows = zip(ids, mask.bool(), strict=True)
-    return torch.cat([models.logits(student, {"input_ids": row[None, counted]})[0] for row, counted in rows])
+    return torch.cat(
+        [models.logits(student, {"input_ids": row[None, counted]})[0] for row, counted in rows]
+    )
 
 
 def runtime(folder, states):
@@ -98,12 +110,15 @@ def runtime(folder, states):
     assert [each.name for each in session.get_inputs()] == [
         "input_ids",
         "attention_mask",
-        *(f"{cached.PAST}.{each.name}" for each in states),
+        *(f"{kv_cache.PAST}.{each.name}" for each in states),
     ]
 
     def step(*tensors):
         given = zip(session.get_inputs(), tensors, strict=True)
-        return [torch.from_numpy(each) for each in session.run(None, {each.name: tensor.numpy() for each, tensor in given})]
+        return [
+            torch.from_numpy(each)
+            for each in session.run(None, {each.name: tensor.numpy() for each, tensor in given})
+        ]
 
     return step
 
@@ -115,31 +130,41 @@ def assert_steps_are_the_whole(name, step, student, states):
     """Any number of texts, of new tokens and of those before; padded on the left, on the right, between two pieces, or not at all."""
     for texts, length, cuts in SHAPES:
         ids = torch.randint(50, (texts, length))
-        between = (0, 0) if name == "mistral" else (cuts[-1] - 1, cuts[-1]) if cuts else (0, 0)  # its window would count such padding
+        between = (
+            (0, 0) if name == "mistral" else (cuts[-1] - 1, cuts[-1]) if cuts else (0, 0)
+        )  # its window would count such padding
         for padded in ((0, 0), (0, length // 3), (length - 1, length), between):
             mask = torch.ones_like(ids)
             mask[1:, slice(*padded)] = 0
-            found, expected = by_steps(step, states, ids, mask, cuts)[mask.bool()], alone(student, ids, mask)
-            assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+            found, expected = (
+                by_steps(step, states, ids, mask, cuts)[mask.bool()],
+                alone(student, ids, mask),
+            )
+            assert float((found - expected).abs().max()) <= 1e-5 * max(
+                1.0, float(expected.abs().max())
+            )
 
 
 @pytest.mark.parametrize("name", SIZES)
 @torch.inference_mode()
 def test_steps_are_the_whole(name):
     student = model(name)
-    found = cached.states(student)
+    found = kv_cache.cache_entries(student)
     assert len({state.heads for state in found}) == (2 if name.startswith("pruned") else 1)
-    assert_steps_are_the_whole(name, cached.Steps(student), student, found)
+    assert_steps_are_the_whole(name, kv_cache.CachedForward(student), student, found)
 
 
 @pytest.mark.parametrize("name", ["pruned llama", slow("gpt2"), slow("mistral"), slow("qwen3")])
 @torch.inference_mode()
 def test_the_graph_is_the_whole_too(tmp_path, name, tokenizer):
     student = model(name)
-    found = cached.states(student)
+    found = kv_cache.cache_entries(student)
     assert packing.save(student, TASK, tokenizer, tmp_path, None, [])
     assert_steps_are_the_whole(name, runtime(tmp_path, found), student, found)
-    stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(tmp_path / packing.FILE).graph.initializer}
+    stored = {
+        each.name: onnx.numpy_helper.to_array(each)
+        for each in onnx.load(tmp_path / packing.FILE).graph.initializer
+    }
     weights = sum(tensor.numel() for tensor in student.parameters())
     assert sum(tensor.size for tensor in stored.values()) <= 1.02 * weights + 2000  # each once
 
@@ -154,17 +179,24 @@ def test_what_cannot_be_handed_back_is_not_kept(monkeypatch, break_it):
     """Models of other states, answers that change, models that refuse what they gave."""
     if break_it == "other architecture":
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-        assert cached.states(AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", vocab_size=50, **sizes))) == []
+        assert (
+            kv_cache.cache_entries(
+                AutoModelForCausalLM.from_config(
+                    AutoConfig.for_model("mamba", vocab_size=50, **sizes)
+                )
+            )
+            == []
+        )
         return
-    forward = cached.Steps.forward
+    forward = kv_cache.CachedForward.forward
 
-    def wrong(self, ids, mask, *states):
+    def error(self, ids, mask, *states):
         if break_it == "refuses":
             raise TypeError("no such argument")
         return forward(self, ids, mask, *(torch.zeros_like(state) for state in states))
 
-    monkeypatch.setattr(cached.Steps, "forward", wrong)
-    assert cached.states(model("gpt2")) == []
+    monkeypatch.setattr(kv_cache.CachedForward, "forward", error)
+    assert kv_cache.cache_entries(model("gpt2")) == []
 
 
 def proven(ready, **settings):
@@ -176,15 +208,26 @@ def proven(ready, **settings):
 
 def program_of(final, monkeypatch, format="onnx"):
     monkeypatch.chdir(final)
-    return program.load({"folder": final, "program": served_files.program(format, TASK.pipeline)})
+    return program.load(
+        {"folder": final, "program": served_files.runtime_program(format, TASK.pipeline)}
+    )
 
 
 def generated(ready, text, most):
     """What transformers' own loop writes."""
     student = models.load(str(ready[4] / "student"), None, TASK, "student", ready[3]).eval()
-    ids = torch.tensor([[*served.start_token(ready[3]), *ready[3](text, add_special_tokens=False)["input_ids"]]])
+    ids = torch.tensor(
+        [
+            [
+                *runtime_proof.start_token(ready[3]),
+                *ready[3](text, add_special_tokens=False)["input_ids"],
+            ]
+        ]
+    )
     options = {"do_sample": False, "max_new_tokens": most, "pad_token_id": 0}
-    return student.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
+    return student.generate(ids, attention_mask=torch.ones_like(ids), **options)[
+        0, ids.shape[1] :
+    ].tolist()
 
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
@@ -193,28 +236,40 @@ def test_the_program_writes_what_generate_writes(tmp_path, monkeypatch, format):
         pytest.importorskip("openvino")
     ready = made(tmp_path, TASK, "gpt2", teacher_layers=40)
     final, proof = proven(ready, format=format)
-    assert proof["cached"] and proof["generated"] == {"tokens": served.CONTINUED * served.MOST, "agreement": 1.0}
+    assert proof["cached"] and proof["generated"] == {
+        "tokens": runtime_proof.CONTINUED * runtime_proof.MOST,
+        "agreement": 1.0,
+    }
     assert "keys and values of what was read before are" in (final / "README.md").read_text()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write = program_of(final, monkeypatch, format)["write"]
     for text in ("she", "a cat sees the", "the old dog eats"):
         assert write(text, 10) == generated(ready, text, 10)
     assert len(write(tiny_runs.TEXTS[0], 99)) <= 40  # no place is left
-    (final / "program.py").write_text(served_files.program(format, TASK.pipeline))
-    done = subprocess.run([sys.executable, "program.py", "she", "a cat"], cwd=final, capture_output=True, text=True, check=True)
-    assert [line.partition(" | ")[0] for line in done.stdout.splitlines() if " | " in line] == ["she", "a cat"]
+    (final / "program.py").write_text(served_files.runtime_program(format, TASK.pipeline))
+    done = subprocess.run(
+        [sys.executable, "program.py", "she", "a cat"],
+        cwd=final,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [line.partition(" | ")[0] for line in done.stdout.splitlines() if " | " in line] == [
+        "she",
+        "a cat",
+    ]
 
 
 @pytest.mark.parametrize("where", ["its states", slow("its graph")])
 def test_without_a_cache_it_reads_all_again(tmp_path, monkeypatch, where):
     ready = made(tmp_path, TASK, "gpt2", teacher_layers=40)
     if where == "its states":
-        monkeypatch.setattr(cached, "states", lambda model: [])
+        monkeypatch.setattr(kv_cache, "cache_entries", lambda model: [])
     else:
         traced = packing.traced
 
         def whole(sketch, model, format):
-            if isinstance(sketch.module, cached.Steps):
+            if isinstance(sketch.module, kv_cache.CachedForward):
                 raise UserError("no such operator")
             return traced(sketch, model, format)
 
@@ -227,36 +282,53 @@ def test_without_a_cache_it_reads_all_again(tmp_path, monkeypatch, where):
 
 @pytest.mark.parametrize("how", ["dynamic", slow("static"), slow("weights")])
 def test_integers_are_cached_too(tmp_path, monkeypatch, how):
-    monkeypatch.setattr(served, "AGREEMENT_INT8", 0.5)  # the next tokens of a random model are close calls
+    monkeypatch.setattr(
+        runtime_proof, "AGREEMENT_INT8", 0.5
+    )  # the next tokens of a random model are close calls
     monkeypatch.setattr(
         served_files,
         "calibration",
-        lambda run, task, read: [{"input_ids": torch.tensor([read(text)["input_ids"]])} for text in tiny_runs.TEXTS],
+        lambda run, task, read: [
+            {"input_ids": torch.tensor([read(text)["input_ids"]])} for text in tiny_runs.TEXTS
+        ],
     )
     final, proof = proven(made(tmp_path, TASK, "gpt2", teacher_layers=40), quantize=how)
     assert proof["cached"] and proof["generated"]["agreement"] > 0.5
     operators = {node.op_type for node in onnx.load(final / packing.FILE).graph.node}
-    assert ("MatMulInteger" in operators, "QuantizeLinear" in operators) == (how == "dynamic", how == "static")
-    assert isinstance(program_of(final, monkeypatch)["answer"](["she", "a cat sees"]), numpy.ndarray)
+    assert ("MatMulInteger" in operators, "QuantizeLinear" in operators) == (
+        how == "dynamic",
+        how == "static",
+    )
+    assert isinstance(
+        program_of(final, monkeypatch)["answer"](["she", "a cat sees"]), numpy.ndarray
+    )
 
 
 def test_a_program_that_writes_other_tokens_is_refused(tmp_path, monkeypatch):
     """Such as one whose cache is of another text."""
-    text = served_files.program("onnx", TASK.pipeline)
-    monkeypatch.setattr(served_files, "program", lambda *of: text.replace("logits[0, -1].argmax()", "logits[0, -1].argmin()"))
+    text = served_files.runtime_program("onnx", TASK.pipeline)
+    monkeypatch.setattr(
+        served_files,
+        "runtime_program",
+        lambda *of: text.replace("logits[0, -1].argmax()", "logits[0, -1].argmin()"),
+    )
     ready = made(tmp_path, TASK, "gpt2", teacher_layers=40)
     with pytest.raises(
-        RunFailed, match="the export is not equal: 0.00% of the 32 tokens that it generated are the student's, but 100% must"
+        RunFailed,
+        match="the export is not equal: 0.00% of the 32 tokens that it generated are the student's, but 100% must",
     ):
         proven(ready)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
 
-@pytest.mark.parametrize(("right", "needed", "passes"), [(32, 1.0, True), (31, 1.0, False), (30, 0.97, True), (20, 0.97, False)])
+@pytest.mark.parametrize(
+    ("right", "needed", "passes"),
+    [(32, 1.0, True), (31, 1.0, False), (30, 0.97, True), (20, 0.97, False)],
+)
 def test_a_few_tokens_are_judged_by_their_interval(tmp_path, right, needed, passes):
     found = {"tokens": 32, "agreement": right / 32}
     if passes:
-        served.check_generated(found, needed, tmp_path, "way out")
+        runtime_proof.check_generated(found, needed, tmp_path, "way out")
         return
     with pytest.raises(RunFailed, match=f"{needed:.0%} must be the same: way out"):
-        served.check_generated(found, needed, tmp_path, "way out")
+        runtime_proof.check_generated(found, needed, tmp_path, "way out")

@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from distill import export, fit, models, student
+from distill import export, models, student
 from distill.module import Distillation
-from distill.tracking import Tracker
+from distill.training import loop
+from distill.training.loggers import Tracker
 from tests import worlds
 from tests.techniques import TECHNIQUES
 from tests.unit.tiny_runs import ask_here
@@ -33,7 +34,9 @@ def small():
         **STILL["bert"],
     }
     return world(
-        teacher={"config": teacher, "outputs": "online", "dtype": "float32"}, trainer={"max_steps": STEPS}, data={"batch_size": 120}
+        teacher={"config": teacher, "outputs": "online", "dtype": "float32"},
+        trainer={"max_steps": STEPS},
+        data={"batch_size": 120},
     )
 
 
@@ -44,7 +47,11 @@ def made(_module_store):
 
 def described(made, row):
     packing, callbacks = TECHNIQUES[row]
-    return replace(made.run, callbacks=copy.deepcopy(callbacks), export=replace(made.run.export, format=packing))
+    return replace(
+        made.run,
+        callbacks=copy.deepcopy(callbacks),
+        export=replace(made.run.export, format=packing),
+    )
 
 
 def prepared(made, row):
@@ -52,24 +59,36 @@ def prepared(made, row):
     run = described(made, row)
     torch.manual_seed(0)
     tutor = made.model()
-    built, classes = student.build(run, made.task, made.tokenizer, tutor)
+    built, classes = student.build_student(run, made.task, made.tokenizer, tutor)
     module = Distillation(made.task, built, tutor, run.loss, run.optimizer, STEPS, classes)
-    return module, student.informed(run, made.task, made.tokenizer, student.callbacks(run), made.raw["train"], made.examples["train"])
+    return module, student.bind_callbacks(
+        run,
+        made.task,
+        made.tokenizer,
+        student.build_callbacks(run),
+        made.raw["train"],
+        made.examples["train"],
+    )
 
 
 def trainer(made, callbacks, folder, **options):
     return worlds.trainer(
-        STEPS, *callbacks, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=PER_EPOCH, save_top_k=-1), **options
+        STEPS,
+        *callbacks,
+        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=PER_EPOCH, save_top_k=-1),
+        **options,
     )
 
 
 def fitted(made, row, folder, resume=None):
     """Everything that a training leaves: weights, the optimizer's state, and what the callbacks remember."""
     module, callbacks = prepared(made, row)
-    train, _ = fit.loaders(made.run, made.examples["train"], made.examples["validation"], made.task, made.pad_id)
+    train, _ = loop.make_loaders(
+        made.run, made.examples["train"], made.examples["validation"], made.task, made.pad_id
+    )
     assert train.plan.steps == PER_EPOCH
     driver = trainer(made, callbacks, folder)
-    with fit.quiet():
+    with loop.silence_lightning():
         driver.fit(module, train, ckpt_path=resume)
     return torch.load(folder / f"step={STEPS}.ckpt", weights_only=True)
 
@@ -77,7 +96,9 @@ def fitted(made, row, folder, resume=None):
 def same(one, other):
     """Whether two nests hold the same bytes."""
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        return (
+            isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        )
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
@@ -90,31 +111,57 @@ def same(one, other):
 def test_a_resumed_training_ends_with_the_same_bytes(made, row, tmp_path):
     whole = fitted(made, row, tmp_path / "whole")
     for step in (PER_EPOCH, 2 * PER_EPOCH):  # while the schedules are under way, and after
-        resumed = fitted(made, row, tmp_path / f"from {step}", resume=tmp_path / "whole" / f"step={step}.ckpt")
+        resumed = fitted(
+            made, row, tmp_path / f"from {step}", resume=tmp_path / "whole" / f"step={step}.ckpt"
+        )
         for part in ("state_dict", "optimizer_states", "student_config"):
             assert same(whole[part], resumed[part]), part
-        ours = {key: state for key, state in whole["callbacks"].items() if not key.startswith("ModelCheckpoint")}
+        ours = {
+            key: state
+            for key, state in whole["callbacks"].items()
+            if not key.startswith("ModelCheckpoint")
+        }
         assert same(ours, {key: resumed["callbacks"][key] for key in ours})
 
 
 @ROWS
 def test_what_is_trained_is_what_is_saved_and_exported(made, row, tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.fresh.ask", ask_here)
+    monkeypatch.setattr("distill.isolated.run_isolated", ask_here)
     run = described(made, row)
     tutor = made.model()
-    callbacks = student.informed(run, made.task, made.tokenizer, student.callbacks(run), made.raw["train"], made.examples["train"])
-    student.distil(run, made.task, made.tokenizer, made.examples, tutor, callbacks, tmp_path, Tracker(run, tmp_path))
+    callbacks = student.bind_callbacks(
+        run,
+        made.task,
+        made.tokenizer,
+        student.build_callbacks(run),
+        made.raw["train"],
+        made.examples["train"],
+    )
+    student.distil(
+        run,
+        made.task,
+        made.tokenizer,
+        made.examples,
+        tutor,
+        callbacks,
+        tmp_path,
+        Tracker(run, tmp_path),
+    )
     models.save(tutor, made.tokenizer, tmp_path / "teacher")
     trained = answers_of_the_best_checkpoint(made, row, tmp_path)
     tokenizer = models.load_tokenizer(str(tmp_path / "student"))
-    saved = models.load(str(tmp_path / "student"), None, made.task, "student", tokenizer, strict=True)
+    saved = models.load(
+        str(tmp_path / "student"), None, made.task, "student", tokenizer, strict=True
+    )
     assert torch.equal(trained, answers(made, saved, tokenizer))
     folder = export.export(run, made.task, made.raw["test"], tokenizer, tmp_path)
     proof = json.loads((folder / "proof.json").read_text())
     assert proof["agreement"] == 1.0
     exported = models.load(str(folder), None, made.task, "student", tokenizer, strict=True)
     assert torch.equal(answers(made, saved, tokenizer), answers(made, exported, tokenizer))
-    assert export.weight_bytes(folder) < export.weight_bytes(tmp_path / "dense") or row == "vocabulary"  # this corpus uses every token
+    assert (
+        export.weight_bytes(folder) < export.weight_bytes(tmp_path / "dense") or row == "vocabulary"
+    )  # this corpus uses every token
 
 
 def answers_of_the_best_checkpoint(made, row, folder):
@@ -138,11 +185,16 @@ def answers(made, model, tokenizer):
 def test_two_processes_agree(tmp_path):
     """One launch for all techniques: both ranks end with the same weights, masks and moments, also when they were resumed."""
     script = Path(__file__).with_name("two_processes.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0].keys() > TECHNIQUES.keys()
     assert ranks[0] == ranks[1]
     for row in TECHNIQUES:
-        (weights, _, moments), whole = ranks[0][f"{row}, resumed"], ranks[0][row]  # nobody remembers masks of what is cut out
+        (weights, _, moments), whole = (
+            ranks[0][f"{row}, resumed"],
+            ranks[0][row],
+        )  # nobody remembers masks of what is cut out
         assert [weights, moments] == [whole[0], whole[2]], row

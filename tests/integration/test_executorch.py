@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distill import export, models
-from distill.compress.quantize import Spec, quantized
+from distill.compress.quantizer import QuantSpec, fake_quantize_weight
 from distill.errors import RunFailed, UserError
 from distill.tasks import CausalLanguageModelling
 from tests.unit import tiny_runs
@@ -22,12 +22,18 @@ DYNAMIC, FIXED = {"bits": 8, "range": None}, {"bits": 8, "range": [-1.0, 1.0]}
 
 
 def ready(folder, model_type):
-    task = CausalLanguageModelling(max_length=16) if model_type == "gpt2" else tiny_runs.classifier("no", "perhaps", "yes")
+    task = (
+        CausalLanguageModelling(max_length=16)
+        if model_type == "gpt2"
+        else tiny_runs.classifier("no", "perhaps", "yes")
+    )
     return tiny_runs.made(folder, task, model_type)
 
 
 def student_of(ready):
-    return models.load(str(ready[4] / "student"), None, ready[1], "student", ready[3], strict=True).eval()
+    return models.load(
+        str(ready[4] / "student"), None, ready[1], "student", ready[3], strict=True
+    ).eval()
 
 
 def written(folder, ready, quantize=None):
@@ -42,16 +48,24 @@ def written(folder, ready, quantize=None):
 
 def apart(method, student, rows, columns):
     """The largest difference of logits at this shape, of the tokens that count, and the largest logit."""
-    ids, mask = torch.randint(student.config.vocab_size, (rows, columns)), torch.ones(rows, columns, dtype=torch.long)
+    ids, mask = (
+        torch.randint(student.config.vocab_size, (rows, columns)),
+        torch.ones(rows, columns, dtype=torch.long),
+    )
     mask[-1, (columns + 1) // 2 :] = 0
     given = [ids, mask, torch.zeros_like(ids)][: method.metadata.num_inputs()]
     with torch.inference_mode():
         expected = models.logits(student, {"input_ids": ids, "attention_mask": mask})
     counted = mask.bool() if expected.dim() == 3 else torch.ones(rows, dtype=torch.bool)
-    return float((method.execute(given)[0] - expected)[counted].abs().max()), max(1.0, float(expected.abs().max()))
+    return float((method.execute(given)[0] - expected)[counted].abs().max()), max(
+        1.0, float(expected.abs().max())
+    )
 
 
-SLOWER = [pytest.param("bert", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)]  # half a minute each
+SLOWER = [
+    pytest.param("bert", marks=pytest.mark.slow),
+    pytest.param("gpt2", marks=pytest.mark.slow),
+]  # half a minute each
 
 
 @pytest.mark.parametrize("model_type", ["distilbert", *SLOWER])
@@ -86,9 +100,9 @@ def test_what_is_quantized_now_is_close_and_small(tmp_path):
 def test_an_embedding_looks_up_what_was_trained(bits, symmetric, group):
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401
 
-    weight, spec = torch.randn(20, 16), Spec(bits=bits, symmetric=symmetric, group=group)
-    coded, ids = packing.CodedEmbedding(weight, spec, "table"), torch.randint(20, (3, 5))
-    assert torch.equal(coded(ids), quantized(weight, spec)[ids])
+    weight, spec = torch.randn(20, 16), QuantSpec(bits=bits, symmetric=symmetric, group=group)
+    coded, ids = packing.QuantEmbedding(weight, spec, "table"), torch.randint(20, (3, 5))
+    assert torch.equal(coded(ids), fake_quantize_weight(weight, spec)[ids])
     assert coded.codes.nbytes == weight.numel() // (2 if bits <= 4 else 1)
 
 
@@ -96,8 +110,10 @@ def test_an_embedding_looks_up_what_was_trained(bits, symmetric, group):
 @pytest.mark.parametrize("bits", [3, 8])
 def test_integers_of_a_linear_layer_stand_for_what_was_trained(bits, group):
     pytest.importorskip("torchao")
-    weight, spec = torch.randn(6, 16), Spec(bits=bits, group=group)
-    assert torch.equal(packing.int8(weight, spec, "layer").dequantize(), quantized(weight, spec))
+    weight, spec = torch.randn(6, 16), QuantSpec(bits=bits, group=group)
+    assert torch.equal(
+        packing.int8(weight, spec, "layer").dequantize(), fake_quantize_weight(weight, spec)
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +127,9 @@ def test_integers_of_a_linear_layer_stand_for_what_was_trained(bits, group):
 def test_what_it_cannot_hold_is_refused_in_a_sentence(tmp_path, spec, activations, quantize, said):
     made = ready(tmp_path, "distilbert")
     tiny_runs.quantized(made[4], made[1], made[3], activations, **spec)
-    with pytest.raises(UserError, match=f"^export.format is executorch, but .*{said}.*: .*") as error:
+    with pytest.raises(
+        UserError, match=f"^export.format is executorch, but .*{said}.*: .*"
+    ) as error:
         packing.save(student_of(made), made[1], made[3], tmp_path, quantize, [])
     assert "\n" not in str(error.value) and not (tmp_path / packing.FILE).exists()
 
@@ -120,7 +138,10 @@ def test_a_model_that_cannot_be_lowered_is_said_in_a_sentence(tmp_path):
     made = ready(tmp_path, "distilbert")
     student = student_of(made)
     student.classifier = Branching()
-    with pytest.raises(RunFailed, match="^export.format is executorch, but DistilBert.* cannot be lowered .*: choose") as error:
+    with pytest.raises(
+        RunFailed,
+        match="^export.format is executorch, but DistilBert.* cannot be lowered .*: choose",
+    ) as error:
         packing.save(student, made[1], made[3], tmp_path, None, [])
     assert "\n" not in str(error.value)
 
@@ -137,11 +158,18 @@ class Branching(nn.Module):
 def test_it_stands_alone(tmp_path, quantize):
     """With the proof in its own process, which can import neither this library nor transformers."""
     made = tiny_runs.made(
-        tmp_path, tiny_runs.classifier("no", "perhaps", "yes"), "distilbert", format="executorch", quantize=quantize, examples=6
+        tmp_path,
+        tiny_runs.classifier("no", "perhaps", "yes"),
+        "distilbert",
+        format="executorch",
+        quantize=quantize,
+        examples=6,
     )
     made[0].teacher = None  # such a small program is no smaller than a teacher's weights
     final = export.export(*made)
     proof = json.loads((final / "proof.json").read_text())
     assert proof["agreement"] == 1
     assert (proof["max_difference"] <= 1e-5 * max(1, proof["max_logit"])) == (quantize is None)
-    assert {"model.pte", "tokenizer.json", "config.json", "README.md", "proof.json"} <= {file.name for file in final.iterdir()}
+    assert {"model.pte", "tokenizer.json", "config.json", "README.md", "proof.json"} <= {
+        file.name for file in final.iterdir()
+    }

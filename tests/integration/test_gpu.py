@@ -13,7 +13,15 @@ KINDS = {
     "fine-tuned teacher": {"teacher": {"finetune": {"epochs": 0.2, "lr": 1e-3}}},
     "hidden states": {
         "teacher": {"outputs": "online"},
-        "loss": {"terms": {"hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {0: 0, 1: 2}}}},
+        "loss": {
+            "terms": {
+                "hidden": {
+                    "_target_": "distill.terms.HiddenStates",
+                    "weight": 1.0,
+                    "layers": {0: 0, 1: 2},
+                }
+            }
+        },
     },
     "language model": LANGUAGE,
 }

@@ -14,7 +14,9 @@ def finished(recipe, cwd):
     code, out, err = call("train", f"recipe={recipe}", cwd=cwd, OMP_NUM_THREADS="2")
     assert code == 0, err
     folder = run_folders(cwd)[0]
-    return out, *(json.loads((folder / file).read_text()) for file in ("metrics.json", "export/proof.json"))
+    return out, *(
+        json.loads((folder / file).read_text()) for file in ("metrics.json", "export/proof.json")
+    )
 
 
 def accuracies(metrics):
@@ -25,7 +27,9 @@ def test_the_main_recipe_keeps_its_promise(tmp_path):
     out, metrics, proof = finished("bert_to_distil", tmp_path)
     teacher, student = accuracies(metrics)
     assert teacher > 0.85
-    assert student > 0.97 * teacher  # the README's figure is a mean over seeds; one seed on another machine may be a little off it
+    assert (
+        student > 0.97 * teacher
+    )  # the README's figure is a mean over seeds; one seed on another machine may be a little off it
     assert proof["agreement"] == 1
     assert proof["ratio"] < 0.8
     assert "student" in out

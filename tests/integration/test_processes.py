@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from distill import data, ranks, teacher
+from distill import data, teacher
+from distill.processes import ranks
 from tests.integration.commands import assert_one_sentence, call, run_folders, start
 from tests.processes import on_ranks
 from tests.worlds import world
@@ -21,8 +22,19 @@ pytestmark = pytest.mark.slow
 
 SMALL = "{model_type: bert, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 4, intermediate_size: 64, "
 STILL = SMALL + "hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
-FAST = ["recipe=tiny", "evaluate.bootstrap=20", "evaluate.requests=2", "evaluate.batches=1", "teacher.finetune.epochs=1"]
-STEPS = ["trainer.max_steps=12", "trainer.validations=2", "trainer.precision=32-true", "data.batch_size=50"]
+FAST = [
+    "recipe=tiny",
+    "evaluate.bootstrap=20",
+    "evaluate.requests=2",
+    "evaluate.batches=1",
+    "teacher.finetune.epochs=1",
+]
+STEPS = [
+    "trainer.max_steps=12",
+    "trainer.validations=2",
+    "trainer.precision=32-true",
+    "data.batch_size=50",
+]
 ROUNDING = 1e-4  # of weights after steps of 1e-3
 SHORT = [*FAST, *STEPS, f"teacher.config={STILL}"]
 CPU = ["trainer.accelerator=cpu"]
@@ -56,7 +68,9 @@ EITHER = pytest.mark.parametrize("several", ["pair", "split"], indirect=True)
 
 
 def ran(cwd, *arguments, **environment):
-    code, out, err = call("train", *arguments, cwd=cwd, DISTILL_CACHE=str(cwd / "store"), **environment)
+    code, out, err = call(
+        "train", *arguments, cwd=cwd, DISTILL_CACHE=str(cwd / "store"), **environment
+    )
     assert code == 0, err
     (folder,) = run_folders(cwd)
     return folder, out, err
@@ -64,7 +78,10 @@ def ran(cwd, *arguments, **environment):
 
 def rows(folder, stage="student"):
     with (folder / "logs" / stage / "metrics.csv").open() as stream:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(stream)
+        ]
 
 
 # ---- one run
@@ -100,7 +117,10 @@ def apart(one, other, model="student"):
 @EITHER
 def test_losses_and_metrics_are_those_of_one_process(alone, several):
     assert_same_losses(alone[0], several[0])
-    quality = [json.loads((folder / "metrics.json").read_text())["student"]["quality"] for folder, *_ in (alone, several)]
+    quality = [
+        json.loads((folder / "metrics.json").read_text())["student"]["quality"]
+        for folder, *_ in (alone, several)
+    ]
     assert quality[0].keys() == quality[1].keys()
 
 
@@ -129,18 +149,41 @@ class Pulled(Callback):
         if trainer.global_step == 7 and "PULL" in os.environ and trainer.max_steps == 12:
             os.kill(os.getpid(), signal.SIGKILL)
 """
-RESUMED = {"ddp": (PAIR, PAIR), "fsdp": (SPLIT, SPLIT), "fsdp, then ddp": (SPLIT, PAIR), "two, then one": (PAIR, ["trainer.devices=1"])}
+RESUMED = {
+    "ddp": (PAIR, PAIR),
+    "fsdp": (SPLIT, SPLIT),
+    "fsdp, then ddp": (SPLIT, PAIR),
+    "two, then one": (PAIR, ["trainer.devices=1"]),
+}
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_killed_run_goes_on_with_as_many_processes_or_with_others(case, alone, pair, split, tmp_path):
+def test_a_killed_run_goes_on_with_as_many_processes_or_with_others(
+    case, alone, pair, split, tmp_path
+):
     first, second = RESUMED[case]
     (tmp_path / "pulled.py").write_text(PULLED)
-    kept = ["trainer.accumulate=3", "trainer.checkpoint.steps=2", "callbacks.pulled._target_=pulled.Pulled", "hydra.run.dir=mine"]
-    own = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "DISTILL_CACHE": str(tmp_path / "store")}
+    kept = [
+        "trainer.accumulate=3",
+        "trainer.checkpoint.steps=2",
+        "callbacks.pulled._target_=pulled.Pulled",
+        "hydra.run.dir=mine",
+    ]
+    own = {
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        "DISTILL_CACHE": str(tmp_path / "store"),
+    }
     code, _, _ = call("train", *SHORT, *first, *kept, cwd=tmp_path, **own, PULL="1")
     assert code == 137
-    other = [] if second is first else [argument for argument in second if argument.startswith(("trainer.devices", "trainer.strategy"))]
+    other = (
+        []
+        if second is first
+        else [
+            argument
+            for argument in second
+            if argument.startswith(("trainer.devices", "trainer.strategy"))
+        ]
+    )
     other += ["trainer.strategy=ddp"] if case == "fsdp, then ddp" else []
     code, _, err = call("train", "resume=mine", *other, cwd=tmp_path, **own)
     assert code == 0, err
@@ -153,9 +196,23 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_with_others(case, alone,
 
 
 def test_torchrun_needs_no_folder_and_makes_one(tmp_path, alone):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distill.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "distill.train",
+    ]
     environment = os.environ | {"DISTILL_CACHE": str(tmp_path / "store")}
-    done = subprocess.run([*command, *SHORT, *CPU, "export.format=null"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *SHORT, *CPU, "export.format=null"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = run_folders(tmp_path)
     assert len(list(folder.parent.iterdir())) == 1
@@ -175,11 +232,13 @@ def test_a_sweep_over_several_devices_is_refused(tmp_path):
 def filled(folder):
     """The cache of all ranks, in many chunks, as it is on the disk."""
     os.environ["DISTILL_CACHE"] = str(folder / "store")
-    with ranks.first_then_others():
+    with ranks.rank_zero_first():
         made = world(teacher={"config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                                          "intermediate_size": 32}, "outputs": "cached"})  # fmt: skip
     teacher.TOGETHER, model = 37, made.model().eval()
-    cached = teacher.with_outputs(made.run, model, made.examples["train"], made.task, made.tokenizer)
+    cached = teacher.with_outputs(
+        made.run, model, made.examples["train"], made.task, made.tokenizer
+    )
     teacher._write = None  # the second time nothing is computed
     again = teacher.with_outputs(made.run, model, made.examples["train"], made.task, made.tokenizer)
     (file,) = (folder / "store").rglob("outputs.arrow")
@@ -213,7 +272,13 @@ class Fails(Callback):
 def test_one_rank_failing_ends_the_run_with_its_sentence(rank, pair, tmp_path):
     (tmp_path / "failing.py").write_text(FAILS)
     spec = ["callbacks.fails._target_=failing.Fails", f"callbacks.fails.rank={rank}"]
-    code, _, err = call("train", *LONG, *spec, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    code, _, err = call(
+        "train",
+        *LONG,
+        *spec,
+        cwd=tmp_path,
+        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    )
     assert code == 2
     assert_one_sentence(err, "callbacks.fails is here")
     assert err.count("callbacks.fails is here") == 1
@@ -221,8 +286,14 @@ def test_one_rank_failing_ends_the_run_with_its_sentence(rank, pair, tmp_path):
 
 def processes(start):
     """A process and all that it has started, by number."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
-    parents = {int(pid): int(parent) for pid, parent, state in map(str.split, listed.splitlines()) if not state.startswith("Z")}
+    listed = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
+    ).stdout
+    parents = {
+        int(pid): int(parent)
+        for pid, parent, state in map(str.split, listed.splitlines())
+        if not state.startswith("Z")
+    }
     found = {start} & parents.keys()
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
@@ -231,7 +302,11 @@ def processes(start):
 
 def running(numbers):
     states = {number: Path(f"/proc/{number}/status") for number in numbers}
-    return {number for number, file in states.items() if file.exists() and "\nState:\tZ" not in file.read_text()}
+    return {
+        number
+        for number, file in states.items()
+        if file.exists() and "\nState:\tZ" not in file.read_text()
+    }
 
 
 @pytest.mark.parametrize("killed", ["rank 0", "rank 1", "launcher"])
@@ -244,7 +319,9 @@ def test_killing_any_process_leaves_none(killed, tmp_path):
             break
     time.sleep(3)
     family = processes(process.pid)
-    by_rank = {rank_of(number): number for number in sorted(family - {process.pid}, reverse=True)}  # a rank is older than its workers
+    by_rank = {
+        rank_of(number): number for number in sorted(family - {process.pid}, reverse=True)
+    }  # a rank is older than its workers
     assert len(family) >= 5 and by_rank.keys() == {"rank 0", "rank 1"}, (family, said)
     os.kill(process.pid if killed == "launcher" else by_rank[killed], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
@@ -260,4 +337,6 @@ def test_killing_any_process_leaves_none(killed, tmp_path):
 
 def rank_of(number):
     environment = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
-    return next((f"rank {value[5:].decode()}" for value in environment if value.startswith(b"RANK=")), None)
+    return next(
+        (f"rank {value[5:].decode()}" for value in environment if value.startswith(b"RANK=")), None
+    )

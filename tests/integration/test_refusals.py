@@ -14,9 +14,15 @@ BEFORE_TORCH = [
     (["recipe=tiny", "loss.alpha=1.5"], ["loss.alpha is 1.5", "[0, 1]"]),
     (["recipe=tiny", "optimizer.lr=fast"], ["optimizer.lr", "'fast'"]),
     (["recipe=tiny", "task.max_lenght=3"], ["task.max_lenght", "did you mean max_length?"]),
-    (["recipe=tiny", "task._target_=distill.tasks.Clasification"], ["Clasification", "choose from"]),
+    (
+        ["recipe=tiny", "task._target_=distill.tasks.Clasification"],
+        ["Clasification", "choose from"],
+    ),
     (["recipe=tiny", "loss.divergence=forward"], ["distill.losses has no forward", "forward_kl"]),
-    (["recipe=tiny", "loss.terms.a._target_=distill.terms.HiddenState"], ["did you mean HiddenStates?"]),
+    (
+        ["recipe=tiny", "loss.terms.a._target_=distill.terms.HiddenState"],
+        ["did you mean HiddenStates?"],
+    ),
     (["recipe=tiny", "teacher=null"], ["student.layers is [0, 2]", "no teacher"]),
     (["recipe=tiny", "nonsense"], ["nonsense"]),
     (["-m", "recipe=tiny", "loss.alpha=2,3"], ["loss.alpha is 2"]),
@@ -25,7 +31,9 @@ BEFORE_TORCH = [
 
 @pytest.mark.parametrize(("arguments", "words"), BEFORE_TORCH, ids=lambda value: " ".join(value))
 def test_a_wrong_recipe_is_answered_before_torch_is_loaded(arguments, words, tmp_path):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")  # found first: the current folder is on the path
+    (tmp_path / "torch.py").write_text(
+        "raise SystemExit('torch was imported')"
+    )  # found first: the current folder is on the path
     code, _, err = call("train", *arguments, cwd=tmp_path)
     assert code == 2, err
     assert_one_sentence(err, *words)
@@ -54,7 +62,9 @@ def test_help_lists_recipes_and_keys(tmp_path):
 
 
 def test_the_traceback_is_there_for_those_who_ask(tmp_path):
-    code, _, err = call("train", "recipe=tiny", "loss.alpha=1.5", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    code, _, err = call(
+        "train", "recipe=tiny", "loss.alpha=1.5", cwd=tmp_path, HYDRA_FULL_ERROR="1"
+    )
     assert code == 1
     assert "Traceback" in err
     assert "loss.alpha is 1.5" in err

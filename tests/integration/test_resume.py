@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from distill import checkpoints, fresh, recipe, resume, store, tracking
+from distill import isolated, resume, store
 from distill.errors import UserError
+from distill.recipe import compose
 from distill.stages import Stages
 from distill.train import train
+from distill.training import checkpoints, loggers
 from tests.integration.commands import assert_one_sentence, call, run_folders, start
 from tests.techniques import TECHNIQUES
 from tests.unit.tiny_runs import ask_here
@@ -42,13 +44,21 @@ LONGER = {
     "online": job({"student": 3}, 5, {"teacher": {"outputs": "online"}}, **MANY),
 }
 SHORT = {"trainer": {"max_steps": 12, "validations": 3, "checkpoint": {"steps": 2}}}
-ROWS = {row: {"row": row, "changes": SHORT, "kills": {"student": 1}, "seed": seed} for seed, row in enumerate(TECHNIQUES)}
+ROWS = {
+    row: {"row": row, "changes": SHORT, "kills": {"student": 1}, "seed": seed}
+    for seed, row in enumerate(TECHNIQUES)
+}
 
 
 def killed(folder, jobs):
     """What differs after each kill, for each job; one process for all of them."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(folder), str(folder / "jobs.json")]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("killed.py")),
+        str(folder),
+        str(folder / "jobs.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "results.json").read_text())
@@ -92,7 +102,7 @@ def test_killed_more_often_in_more_ways(name, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch):
-    monkeypatch.setattr(fresh, "ask", ask_here)
+    monkeypatch.setattr(isolated, "run_isolated", ask_here)
 
 
 class Plug(BaseException):
@@ -101,7 +111,7 @@ class Plug(BaseException):
 
 def cut(monkeypatch, run, folder, step=7):
     """A run that ends as if killed after this step of the student's training."""
-    seen = checkpoints.StepSeed.on_train_batch_start
+    seen = checkpoints.PerBatchSeed.on_train_batch_start
 
     def pulled(self, trainer, *rest):
         if trainer.global_step == step:
@@ -109,17 +119,23 @@ def cut(monkeypatch, run, folder, step=7):
         seen(self, trainer, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Plug):
-        patch.setattr(checkpoints.StepSeed, "on_train_batch_start", pulled)
+        patch.setattr(checkpoints.PerBatchSeed, "on_train_batch_start", pulled)
         train(run, folder)
 
 
 def everything(folder):
     """All files with their contents and times."""
-    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file): (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def small(**changes):
-    trainer = {"max_steps": 10, "validations": 2, "checkpoint": {"steps": 2}} | changes.pop("trainer", {})
+    trainer = {"max_steps": 10, "validations": 2, "checkpoint": {"steps": 2}} | changes.pop(
+        "trainer", {}
+    )
     return tiny(trainer=trainer, **changes)
 
 
@@ -127,18 +143,25 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tmp_path, capsys):
     metrics = train(small(), tmp_path / "run")
     before = everything(tmp_path / "run")
     capsys.readouterr()
-    assert train(recipe.load_recipe(str(tmp_path / "run" / "recipe.yaml")), tmp_path / "run") == json.loads(json.dumps(metrics))
+    assert train(
+        compose.load_recipe(str(tmp_path / "run" / "recipe.yaml")), tmp_path / "run"
+    ) == json.loads(json.dumps(metrics))
     assert capsys.readouterr().out == f"{tmp_path / 'run'} is finished: nothing is left to do\n"
     assert everything(tmp_path / "run") == before
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_end_is_the_same(tmp_path, monkeypatch, caplog):
+def test_a_damaged_newest_checkpoint_is_named_and_the_end_is_the_same(
+    tmp_path, monkeypatch, caplog
+):
     train(small(), tmp_path / "whole")
     cut(monkeypatch, small(), tmp_path / "cut")
-    newest = checkpoints.newest(tmp_path / "cut" / "checkpoints")
+    newest = checkpoints.newest_intact(tmp_path / "cut" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-100])
     train(small(), tmp_path / "cut")
-    assert "step-00000005.ckpt in" in caplog.text and "step-00000004.ckpt is used in its place" in caplog.text
+    assert (
+        "step-00000005.ckpt in" in caplog.text
+        and "step-00000004.ckpt is used in its place" in caplog.text
+    )
     for name in ("student/model.safetensors", "logs/student/metrics.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
@@ -166,40 +189,51 @@ HARMFUL = {
     "teacher.dtype": {"teacher": {"dtype": "bfloat16"}},
     "trainer.accumulate": {"trainer": {"accumulate": 2}},
     "trainer.max_steps": {"trainer": {"max_steps": 9}},
-    "callbacks.mine._target_": {"callbacks": {"mine": {"_target_": "lightning.pytorch.callbacks.Timer"}}},
+    "callbacks.mine._target_": {
+        "callbacks": {"mine": {"_target_": "lightning.pytorch.callbacks.Timer"}}
+    },
 }
 
 
 def test_what_would_make_it_another_run_is_refused_with_the_list(tmp_path):
-    resume.take_up(small(), tmp_path)
+    resume.open_run_folder(small(), tmp_path)
     before = everything(tmp_path)
     for key, change in HARMFUL.items():
         with pytest.raises(UserError, match=rf"resume is {tmp_path}, but .* {key} was .* and is "):
-            resume.take_up(small(**change), tmp_path)
-    with pytest.raises(UserError, match=r"loss\.alpha was 0\.5 and is 0\.1, seed was 0 and is 3: leave them"):
-        resume.take_up(small(loss={"alpha": 0.1}, seed=3, tracking={"project": "other"}), tmp_path)
+            resume.open_run_folder(small(**change), tmp_path)
+    with pytest.raises(
+        UserError, match=r"loss\.alpha was 0\.5 and is 0\.1, seed was 0 and is 3: leave them"
+    ):
+        resume.open_run_folder(
+            small(loss={"alpha": 0.1}, seed=3, tracking={"project": "other"}), tmp_path
+        )
     assert everything(tmp_path) == before
 
 
 def test_what_changes_no_result_is_said_and_written_down(tmp_path, caplog):
-    resume.take_up(small(), tmp_path)
-    changed = small(tracking={"project": "other"}, data={"workers": 1}, trainer={"checkpoint": {"keep": 3}})
+    resume.open_run_folder(small(), tmp_path)
+    changed = small(
+        tracking={"project": "other"}, data={"workers": 1}, trainer={"checkpoint": {"keep": 3}}
+    )
     with caplog.at_level("INFO", logger="distill"):
-        resume.take_up(changed, tmp_path)
-    assert "data.workers was 0 and is 1, tracking.project was distill and is other, trainer.checkpoint.keep was 2 and is 3" in caplog.text
+        resume.open_run_folder(changed, tmp_path)
+    assert (
+        "data.workers was 0 and is 1, tracking.project was distill and is other, trainer.checkpoint.keep was 2 and is 3"
+        in caplog.text
+    )
 
 
 def test_a_change_holds_only_once_nothing_refuses_it(tmp_path):
     train(small(), tmp_path)
     before = everything(tmp_path)
     late = {"late": {"_target_": "distill.callbacks.Quantize", "start": 12}}
-    resume.take_up(small(trainer={"max_steps": 14}), tmp_path)
+    resume.open_run_folder(small(trainer={"max_steps": 14}), tmp_path)
     assert everything(tmp_path) == before
     with pytest.raises(UserError):
         train(small(trainer={"max_steps": 14}, callbacks=late), tmp_path)
     assert everything(tmp_path) == before
     train(small(trainer={"max_steps": 14}), tmp_path)
-    assert recipe.load_recipe(str(tmp_path / "recipe.yaml")).trainer.max_steps == 14
+    assert compose.load_recipe(str(tmp_path / "recipe.yaml")).trainer.max_steps == 14
 
 
 def test_other_examples_under_the_same_name_are_noticed(tmp_path, monkeypatch):
@@ -213,16 +247,18 @@ def test_what_is_no_run_s_is_neither_used_nor_removed(tmp_path):
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "mine.txt").write_text("mine")
     before = everything(tmp_path)
-    with pytest.raises(UserError, match=f"hydra.run.dir is {tmp_path}, but it holds student and no recipe.yaml"):
+    with pytest.raises(
+        UserError, match=f"hydra.run.dir is {tmp_path}, but it holds student and no recipe.yaml"
+    ):
         train(small(), tmp_path)
-    resume.clear(tmp_path)
+    resume.remove_if_unused(tmp_path)
     assert everything(tmp_path) == before
 
 
 def test_a_run_killed_while_it_wrote_its_recipe_begins_again(tmp_path):
-    (tmp_path / f"{store.WRITING}{resume.RECIPE}").write_text("seed: ")
-    resume.take_up(small(), tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [resume.RECIPE]
+    (tmp_path / f"{store.TEMPORARY_PREFIX}{resume.RECIPE_FILE}").write_text("seed: ")
+    resume.open_run_folder(small(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [resume.RECIPE_FILE]
 
 
 def test_what_a_refused_run_left_is_removed_unless_somebody_is_at_work(tmp_path):
@@ -231,20 +267,29 @@ def test_what_a_refused_run_left_is_removed_unless_somebody_is_at_work(tmp_path)
         (tmp_path / name / "train.log").write_text("refused")
         return tmp_path / name
 
-    with store.alone(left("busy")):
-        resume.clear(tmp_path / "busy")
-    resume.clear(left("idle"))
+    with store.exclusive_access(left("busy")):
+        resume.remove_if_unused(tmp_path / "busy")
+    resume.remove_if_unused(left("idle"))
     assert [folder.name for folder in tmp_path.iterdir()] == ["busy"]
 
 
 def test_more_steps_go_on_from_the_last(tmp_path):
     train(small(), tmp_path)
     metrics = train(small(trainer={"max_steps": 14}), tmp_path)
-    steps = [int(line.split(",")[1]) for line in (tmp_path / "logs" / "student" / "metrics.csv").read_text().splitlines()[1:]]
+    steps = [
+        int(line.split(",")[1])
+        for line in (tmp_path / "logs" / "student" / "metrics.csv").read_text().splitlines()[1:]
+    ]
     assert metrics["training"]["steps"] == 14
     assert steps == sorted(steps) and steps[-1] == 13
-    rates = [float(row["train/lr"]) for row in logged(tmp_path) if row["train/lr"] and int(row["step"]) >= 10]
-    assert rates == sorted(rates, reverse=True)  # of the schedule as it is now: it does not begin at the end of the former
+    rates = [
+        float(row["train/lr"])
+        for row in logged(tmp_path)
+        if row["train/lr"] and int(row["step"]) >= 10
+    ]
+    assert rates == sorted(
+        rates, reverse=True
+    )  # of the schedule as it is now: it does not begin at the end of the former
     assert len(rates) == 4 and rates[-1] > 0
 
 
@@ -262,18 +307,31 @@ def test_another_measurement_is_made_of_the_same_student(tmp_path):
 
 
 def test_what_a_killed_process_left_is_gone_and_its_earlier_export_comes_back(tmp_path):
-    for name in (".writing-a/b", ".export-1a2b/model", ".export-3c4d-old/model", "checkpoints/.writing-step.ckpt/x"):
+    for name in (
+        ".writing-a/b",
+        ".export-1a2b/model",
+        ".export-3c4d-old/model",
+        "checkpoints/.writing-step.ckpt/x",
+    ):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("x")
-    resume.tidy(tmp_path)
-    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == ["checkpoints", "export", "export/model"]
+    resume.remove_leftovers(tmp_path)
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == [
+        "checkpoints",
+        "export",
+        "export/model",
+    ]
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PATIENCE", 0)
-    with store.alone(tmp_path), pytest.raises(UserError, match="another process is at work in it"), store.alone(tmp_path):
+    with (
+        store.exclusive_access(tmp_path),
+        pytest.raises(UserError, match="another process is at work in it"),
+        store.exclusive_access(tmp_path),
+    ):
         pass
-    with store.alone(tmp_path):
+    with store.exclusive_access(tmp_path):
         pass
 
 
@@ -281,15 +339,19 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path, monkeypatch):
 
 
 def test_no_step_is_twice_in_the_table(tmp_path):
-    table = tracking.Csv(tmp_path / "metrics.csv")
+    table = loggers.CsvLogger(tmp_path / "metrics.csv")
     for step in range(6):
-        table.log_metrics({"train/loss": step / 2} | ({"val/accuracy": 0.5} if step % 2 else {}), step)
+        table.log_metrics(
+            {"train/loss": step / 2} | ({"val/accuracy": 0.5} if step % 2 else {}), step
+        )
     whole = table.file.read_bytes()
     table.file.write_bytes(whole[:-3])  # as a killed process may leave it
-    again = tracking.Csv(tmp_path / "metrics.csv")
-    again.forget_from(3)
+    again = loggers.CsvLogger(tmp_path / "metrics.csv")
+    again.drop_from_step(3)
     for step in range(3, 6):
-        again.log_metrics({"train/loss": step / 2} | ({"val/accuracy": 0.5} if step % 2 else {}), step)
+        again.log_metrics(
+            {"train/loss": step / 2} | ({"val/accuracy": 0.5} if step % 2 else {}), step
+        )
     assert table.file.read_bytes() == whole
 
 
@@ -303,13 +365,13 @@ def test_what_a_killed_run_has_sent_to_wandb_is_not_sent_again(tmp_path):
 
     run, experiment = small(tracking={"wandb": "disabled"}), Experiment()
     for first, last in ((0, 6), (3, 9)):
-        tracker = tracking.Tracker(run, tmp_path)
+        tracker = loggers.Tracker(run, tmp_path)
         tracker.run = experiment
-        loggers = tracker.loggers("student")
-        loggers[0].forget_from(first)
+        own = tracker.loggers("student")
+        own[0].drop_from_step(first)
         for step in range(first, last):
             for row in ({"train/loss": step / 2, "epoch": 0}, {"val/accuracy": 0.5, "epoch": 0}):
-                for logger in loggers:
+                for logger in own:
                     logger.log_metrics(row, step)
     steps = [(row["trainer/global_step"], "student/train/loss" in row) for row in experiment.sent]
     assert steps == [(step, first) for step in range(9) for first in (True, False)]
@@ -318,10 +380,12 @@ def test_what_a_killed_run_has_sent_to_wandb_is_not_sent_again(tmp_path):
 def test_wandb_goes_on_under_the_same_id(tmp_path, monkeypatch):
     started = []
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr("wandb.init", lambda **given: started.append((given["id"], given["resume"])))
+    monkeypatch.setattr(
+        "wandb.init", lambda **given: started.append((given["id"], given["resume"]))
+    )
     for _ in range(2):
-        tracking.start(small(tracking={"wandb": "offline"}), tmp_path)
-    tracking.start(small(tracking={"wandb": "offline"}), tmp_path / "other")
+        loggers.start_wandb(small(tracking={"wandb": "offline"}), tmp_path)
+    loggers.start_wandb(small(tracking={"wandb": "offline"}), tmp_path / "other")
     assert started[0] == started[1] != started[2]
     assert started[0][1] == "allow"
 
@@ -342,16 +406,16 @@ def test_wandb_goes_on_under_the_same_id(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_resumed_is_one_sentence(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
-        resume.arguments(arguments)
+        resume.expand_resume(arguments)
     assert all(word in str(refused.value) for word in words)
 
 
 def test_last_is_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for age, name in ((30, "runs/b/1"), (10, "runs/a/it's 2"), (20, "runs/sweeps/1/0")):
-        recipe.save(small(), tmp_path / name / "recipe.yaml")
+        compose.save_recipe(small(), tmp_path / name / "recipe.yaml")
         os.utime(tmp_path / name / "recipe.yaml", (time.time() - age,) * 2)
-    assert resume.arguments(["resume=last", "trainer.epochs=9"]) == [
+    assert resume.expand_resume(["resume=last", "trainer.epochs=9"]) == [
         "recipe=runs/a/it's 2/recipe.yaml",
         "trainer.epochs=9",
         "hydra.run.dir='runs/a/it\\'s 2'",
@@ -376,30 +440,61 @@ def ended(cwd, number, *arguments, at="step 15 of 1200"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 75, "ended by SIGTERM"), (signal.SIGINT, 130, "interrupted")])
-def test_a_signal_in_training_saves_says_how_to_go_on_and_a_scheduler_s_command_does(number, code, word, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 75, "ended by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_in_training_saves_says_how_to_go_on_and_a_scheduler_s_command_does(
+    number, code, word, tmp_path
+):
     command = ["recipe=tiny", *FAST, "hydra.run.dir=mine"]
-    found, err = ended(tmp_path, number, *command, "trainer.epochs=40", "trainer.validations=80", at="step 15 of 1200")
+    found, err = ended(
+        tmp_path,
+        number,
+        *command,
+        "trainer.epochs=40",
+        "trainer.validations=80",
+        at="step 15 of 1200",
+    )
     assert found == code, err
     assert_one_sentence(err, word, "go on with python -m distill.train resume=mine")
-    newest = checkpoints.step_of(checkpoints.newest(tmp_path / "mine" / "checkpoints"))
+    newest = checkpoints.step_of(checkpoints.newest_intact(tmp_path / "mine" / "checkpoints"))
     assert newest >= 15
-    code, _, err = call("train", "resume=mine", "loss.alpha=0.1", cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store"))
+    code, _, err = call(
+        "train",
+        "resume=mine",
+        "loss.alpha=0.1",
+        cwd=tmp_path,
+        DISTILL_CACHE=str(tmp_path / "store"),
+    )
     assert code == 2
     assert_one_sentence(err, "resume is mine", "loss.alpha was 0.5 and is 0.1")
-    found, err = ended(tmp_path, signal.SIGTERM, *command, "trainer.epochs=40", "trainer.validations=80", at="going on from")
+    found, err = ended(
+        tmp_path,
+        signal.SIGTERM,
+        *command,
+        "trainer.epochs=40",
+        "trainer.validations=80",
+        at="going on from",
+    )
     assert found == 75, err
     assert f"going on from mine/checkpoints/step-{newest:08d}.ckpt" in err
 
 
 @pytest.mark.slow
 def test_a_signal_elsewhere_ends_at_once(tmp_path):
-    code, err = ended(tmp_path, signal.SIGTERM, "recipe=tiny", *FAST, at="measuring teacher and student: cost")
+    code, err = ended(
+        tmp_path, signal.SIGTERM, "recipe=tiny", *FAST, at="measuring teacher and student: cost"
+    )
     assert code == 75, err
     folder = run_folders(tmp_path)[0].relative_to(tmp_path)
     assert_one_sentence(err, "ended by SIGTERM", f"resume={folder}")
-    code, out, err = call("train", "resume=last", cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store"))
+    code, out, err = call(
+        "train", "resume=last", cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store")
+    )
     assert code == 0, err
     assert "── student " not in err and "── evaluate " in err
-    code, out, err = call("train", "resume=last", cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store"))
+    code, out, err = call(
+        "train", "resume=last", cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store")
+    )
     assert (code, out, err) == (0, f"{folder} is finished: nothing is left to do\n", "")

@@ -10,8 +10,9 @@ from datasets import Dataset
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from distill import config, fresh, models, recipe
+from distill import isolated, models
 from distill.errors import RunFailed, UserError
+from distill.recipe import compose, config
 from distill.train import train
 from tests.unit.tiny_runs import ask_here
 from tests.worlds import LANGUAGE, TINY, tiny, world
@@ -20,38 +21,65 @@ from tests.worlds import LANGUAGE, TINY, tiny, world
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch):
     """Cost and proof are measured here; that they work in fresh processes is tested where they live, and in test_command_line."""
-    monkeypatch.setattr(fresh, "ask", ask_here)
+    monkeypatch.setattr(isolated, "run_isolated", ask_here)
 
 
 def rows(task, count=60):
     """Texts whose first word decides their label, of the kind that the task needs."""
     label = {
         "SingleLabelClassification": lambda number: ["no", "yes"][number % 2],
-        "MultiLabelClassification": lambda number: [["small"], ["odd"], ["small", "odd"]][number % 3],
+        "MultiLabelClassification": lambda number: [["small"], ["odd"], ["small", "odd"]][
+            number % 3
+        ],
         "Regression": lambda number: float(number % 5),
     }[task]
-    return [{"text": f"{'abcde'[number % 5]} text of the number {number}", "label": label(number)} for number in range(count)]
+    return [
+        {"text": f"{'abcde'[number % 5]} text of the number {number}", "label": label(number)}
+        for number in range(count)
+    ]
 
 
 TASKS = ["SingleLabelClassification", "MultiLabelClassification", "Regression"]
-RELATIONS = {"_target_": "distill.terms.AttentionRelations", "weight": 1.0, "student_layer": 1, "teacher_layer": 2, "heads": 4}
+RELATIONS = {
+    "_target_": "distill.terms.AttentionRelations",
+    "weight": 1.0,
+    "student_layer": 1,
+    "teacher_layer": 2,
+    "heads": 4,
+}
 KINDS = {
     "cached": {},
     "online": {"teacher": {"outputs": "online"}},
     "few labels": {"data": {"labelled": 20}},
     "labels alone": {"loss": {"alpha": 1.0}},
-    "no teacher": {"teacher": None, "loss": {"alpha": 1.0}, "student": {"layers": None, "config": TINY["teacher"]["config"]}},
+    "no teacher": {
+        "teacher": None,
+        "loss": {"alpha": 1.0},
+        "student": {"layers": None, "config": TINY["teacher"]["config"]},
+    },
     "fine-tuned teacher": {"teacher": {"finetune": {"epochs": 0.1, "lr": 1e-3}}},
     "bf16 teacher": {"teacher": {"dtype": "bfloat16"}},
     "distilbert student": {"student": {"architecture": "distilbert"}},
     "hidden states": {
         "teacher": {"outputs": "online"},
-        "loss": {"terms": {"hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {0: 0, 1: 2}}}},
+        "loss": {
+            "terms": {
+                "hidden": {
+                    "_target_": "distill.terms.HiddenStates",
+                    "weight": 1.0,
+                    "layers": {0: 0, 1: 2},
+                }
+            }
+        },
     },
     "relations": {"teacher": {"outputs": "online"}, "loss": {"terms": {"last": RELATIONS}}},
     "accumulation": {"trainer": {"accumulate": 4}},
     "language model": LANGUAGE,
-    "callback": {"callbacks": {"stop": {"_target_": "lightning.pytorch.callbacks.Timer", "duration": "00:01:00:00"}}},
+    "callback": {
+        "callbacks": {
+            "stop": {"_target_": "lightning.pytorch.callbacks.Timer", "duration": "00:01:00:00"}
+        }
+    },
 }
 
 
@@ -70,7 +98,11 @@ def test_every_kind_of_run_ends_with_a_proven_student(changes, tmp_path):
 
 def assert_plain(folder: Path, run: config.Run) -> None:
     """Plain transformers loads the export, which holds the student's tensors and no other."""
-    kind = AutoModelForCausalLM if "Language" in run.task["_target_"] else AutoModelForSequenceClassification
+    kind = (
+        AutoModelForCausalLM
+        if "Language" in run.task["_target_"]
+        else AutoModelForSequenceClassification
+    )
     exported, info = kind.from_pretrained(folder / "export", output_loading_info=True)
     student = kind.from_pretrained(folder / "student")
     assert not info["unexpected_keys"] and not info["missing_keys"]
@@ -88,8 +120,15 @@ def test_a_user_s_own_files_take_the_place_of_a_hub_name(task, suffix, tmp_path)
             pytest.skip("a CSV cell holds no list")
         examples.to_csv(tmp_path / "mine.csv")
     else:
-        getattr(examples, {"jsonl": "to_json", "parquet": "to_parquet"}[suffix])(tmp_path / f"mine.{suffix}")
-    held_out = {"source": str(tmp_path / f"mine.{suffix}"), "validation": None, "test": None, "holdout": 0.2}
+        getattr(examples, {"jsonl": "to_json", "parquet": "to_parquet"}[suffix])(
+            tmp_path / f"mine.{suffix}"
+        )
+    held_out = {
+        "source": str(tmp_path / f"mine.{suffix}"),
+        "validation": None,
+        "test": None,
+        "holdout": 0.2,
+    }
     run = tiny(task={"_target_": f"distill.tasks.{task}", "max_length": 16}, data=held_out)
     metrics = train(run, tmp_path / "run")
     assert metrics["examples"] == 12
@@ -115,8 +154,11 @@ def test_the_saved_recipe_gives_the_same_weights_again(tmp_path, monkeypatch):
     run = tiny(teacher={"finetune": {"epochs": 0.2, "lr": 1e-3}}, export={"format": None})
     train(run, tmp_path / "first")
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "empty"))
-    train(recipe.load_recipe(str(tmp_path / "first" / "recipe.yaml")), tmp_path / "again")
-    first, again = ((tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("first", "again"))
+    train(compose.load_recipe(str(tmp_path / "first" / "recipe.yaml")), tmp_path / "again")
+    first, again = (
+        (tmp_path / name / "student" / "model.safetensors").read_bytes()
+        for name in ("first", "again")
+    )
     assert first == again
 
 
@@ -141,7 +183,10 @@ def test_the_learning_curve_is_logged_step_by_step(tmp_path):
 WITH_DATA_AND_MODELS = [
     (["student.layers=[0,9]"], ["student.layers has 9", "0 to 2"]),
     (["student.architecture=gpt2"], ["student.architecture is gpt2", "bert or distilbert"]),
-    (["teacher.config=null", "teacher.model=no/such-model", "tokenizer.vocab_size=null"], ["no/such-model", "local folder"]),
+    (
+        ["teacher.config=null", "teacher.model=no/such-model", "tokenizer.vocab_size=null"],
+        ["no/such-model", "local folder"],
+    ),
     (["data.source=missing.csv"], ["missing.csv", "no such file"]),
     (["data.text=[body]"], ["data.text is body", "text, label"]),
     (["data.labelled=100000"], ["data.labelled is 100000"]),
@@ -151,9 +196,13 @@ WITH_DATA_AND_MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), WITH_DATA_AND_MODELS, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(
+    ("arguments", "words"), WITH_DATA_AND_MODELS, ids=lambda value: " ".join(value)
+)
 def test_what_only_data_and_models_can_tell_is_one_sentence(arguments, words, tmp_path):
-    composed = OmegaConf.merge(OmegaConf.structured(config.Run), TINY, OmegaConf.from_dotlist(arguments))
+    composed = OmegaConf.merge(
+        OmegaConf.structured(config.Run), TINY, OmegaConf.from_dotlist(arguments)
+    )
     with pytest.raises(UserError) as refused:
-        train(recipe.checked(composed), tmp_path)
+        train(compose.validate(composed), tmp_path)
     assert all(word in str(refused.value) for word in words), str(refused.value)

@@ -8,14 +8,19 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+)
 
 from distill import corpora, losses
-from distill.config import Data
-from distill.data import BatchPlan, encode, load, loader
+from distill.data import BatchPlan, encode, load, make_loader
 from distill.errors import UserError
 from distill.models import logits
 from distill.models.tokenizers import train_tokenizer
+from distill.recipe.config import Data
 from distill.tasks import CausalLanguageModelling, SingleLabelClassification
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -28,23 +33,42 @@ def split_of(count: int, longest: int = 60) -> Dataset:
     lengths = generator.integers(1, longest + 1, count)
     ids = [generator.integers(1, 50, length).tolist() for length in lengths]
     labels = generator.integers(-1, 3, count)
-    columns = {"input_ids": ids, "labels": np.where(labels < 0, -100, labels), "size": [1] * count, "length": lengths, "rows": [1] * count}
+    columns = {
+        "input_ids": ids,
+        "labels": np.where(labels < 0, -100, labels),
+        "size": [1] * count,
+        "length": lengths,
+        "rows": [1] * count,
+    }
     return Dataset.from_dict(columns)
 
 
 def texts_of(count: int) -> list[str]:
     """From one word to more than a window holds."""
     generator = np.random.default_rng(count)
-    return [" ".join(generator.choice(WORDS.split(), size)) for size in generator.choice([1, 2, 5, 30], count)]
+    return [
+        " ".join(generator.choice(WORDS.split(), size))
+        for size in generator.choice([1, 2, 5, 30], count)
+    ]
 
 
 @pytest.fixture(scope="module")
 def language():
-    task, tokenizer = CausalLanguageModelling(max_length=24), train_tokenizer(texts_of(50), 300, classification=False)
+    task, tokenizer = (
+        CausalLanguageModelling(max_length=24),
+        train_tokenizer(texts_of(50), 300, classification=False),
+    )
     raw = DatasetDict(train=Dataset.from_dict({"text": texts_of(21)}))
     split = encode(raw, task, tokenizer, Data(source="none"))["train"]
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, attn_implementation="eager")
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        attn_implementation="eager",
+    )
     return task, split, AutoModelForCausalLM.from_config(config).eval(), tokenizer.pad_token_id
 
 
@@ -53,8 +77,15 @@ def classification():
     task = SingleLabelClassification()
     task.names = ("a", "b", "c")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=50, num_labels=3, attn_implementation="eager", initializer_range=0.5, **sizes)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = BertConfig(
+        vocab_size=50, num_labels=3, attn_implementation="eager", initializer_range=0.5, **sizes
+    )
     return task, split_of(21), AutoModelForSequenceClassification.from_config(config).eval(), 0
 
 
@@ -80,7 +111,9 @@ def test_every_example_comes_once_per_epoch(count, keys):
     for epoch in (0, 1):
         plan.set_epoch(epoch)
         micro_batches = list(plan)
-        assert sorted(index for micro in micro_batches for index in micro.indices) == list(range(count))
+        assert sorted(index for micro in micro_batches for index in micro.indices) == list(
+            range(count)
+        )
         assert len(micro_batches) == len(plan)
         assert all(micro.indices for micro in micro_batches)
 
@@ -105,7 +138,10 @@ def test_the_number_of_micro_batches_does_not_change_what_shares_a_step(accumula
     split = split_of(101)
     whole, parts = BatchPlan(split, 8, 1, 0, grouped), BatchPlan(split, 8, accumulate, 0, grouped)
     micro_batches = list(parts)
-    steps = [micro_batches[start : start + accumulate] for start in range(0, len(micro_batches), accumulate)]
+    steps = [
+        micro_batches[start : start + accumulate]
+        for start in range(0, len(micro_batches), accumulate)
+    ]
     assert len(steps) == parts.steps == whole.steps == len(whole)
     for one, several in zip(whole, steps, strict=True):
         assert [index for micro in several for index in micro.indices] == one.indices
@@ -122,7 +158,9 @@ def test_the_incomplete_batch_comes_last_and_is_any_examples():
         assert sizes == [8] * 12 + [5]
         left_over += list(plan)[-1].indices
     means = np.asarray(split["length"])[left_over].mean(), np.mean(split["length"])
-    assert means[0] == pytest.approx(means[1], rel=0.1)  # neither the short nor the long ones end each epoch
+    assert means[0] == pytest.approx(
+        means[1], rel=0.1
+    )  # neither the short nor the long ones end each epoch
 
 
 def test_long_and_short_batches_come_in_any_order():
@@ -145,7 +183,7 @@ def test_normalisers_are_sums_over_the_global_batch(language):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_follows_its_plan_and_leaves_the_global_generator_alone(classification, workers):
     task, split, _, pad_id = classification
-    batches = loader(split, task, pad_id, 6, 2, seed=3, workers=workers)
+    batches = make_loader(split, task, pad_id, 6, 2, seed=3, workers=workers)
     state = torch.get_rng_state()
     for epoch in (0, 1):
         batches.sampler.set_epoch(epoch)
@@ -153,7 +191,10 @@ def test_a_loader_follows_its_plan_and_leaves_the_global_generator_alone(classif
         for micro, batch in zip(batches.sampler, batches, strict=True):
             ids = [split["input_ids"][index] for index in micro.indices]
             assert [
-                row[mask.bool()].tolist() for row, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True)
+                row[mask.bool()].tolist()
+                for row, mask in zip(
+                    batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True
+                )
             ] == ids
             assert (batch.rows, batch.tokens) == (micro.rows, micro.tokens)
     assert torch.equal(torch.get_rng_state(), state)
@@ -162,19 +203,26 @@ def test_a_loader_follows_its_plan_and_leaves_the_global_generator_alone(classif
 @pytest.mark.parametrize("width", [-1, 3])  # lists of any length, or of one that the type fixes
 def test_cached_outputs_travel_with_their_examples(language, width, tmp_path):
     task, split, _, pad_id = language
-    rows = [[[float(place), float(row), -0.5] for row in range(count)] for place, count in enumerate(split["rows"])]
+    rows = [
+        [[float(place), float(row), -0.5] for row in range(count)]
+        for place, count in enumerate(split["rows"])
+    ]
     assert len({len(each) for each in rows}) > 1
     outputs = pa.table({"teacher_logits": pa.array(rows, pa.list_(pa.list_(pa.float32(), width)))})
     with pa.ipc.new_stream(tmp_path / "outputs.arrow", outputs.schema) as stream:
         stream.write_table(outputs, max_chunksize=4)
-    cached = concatenate_datasets([split, Dataset.from_file(str(tmp_path / "outputs.arrow"))], axis=1)
+    cached = concatenate_datasets(
+        [split, Dataset.from_file(str(tmp_path / "outputs.arrow"))], axis=1
+    )
     for some in (cached, cached.select([5, 3, 8, 0])):
-        batches = loader(some, task, pad_id, 3, seed=1)
+        batches = make_loader(some, task, pad_id, 3, seed=1)
         for micro, batch in zip(batches.plan, batches, strict=True):
             assert batch.teacher.dtype == torch.float32
-            assert batch.teacher.tolist() == [row for index in micro.indices for row in some["teacher_logits"][index]]
+            assert batch.teacher.tolist() == [
+                row for index in micro.indices for row in some["teacher_logits"][index]
+            ]
             assert len(batch.teacher) == len(batch.labels)
-    assert all(batch.teacher is None for batch in loader(split, task, pad_id, 3))
+    assert all(batch.teacher is None for batch in make_loader(split, task, pad_id, 3))
 
 
 # ---- padding
@@ -187,7 +235,9 @@ def test_grouping_by_length_wastes_little_on_news():
     except UserError:
         pytest.skip("the extra `demo` is not installed")
     raw = DatasetDict(train=raw["train"])
-    split = encode(raw, task, train_tokenizer(raw["train"]["text"][:200], 5000, classification=True), data)["train"]
+    split = encode(
+        raw, task, train_tokenizer(raw["train"]["text"][:200], 5000, classification=True), data
+    )["train"]
     assert BatchPlan(split, 32, 1, seed=0).padding() < 0.05
 
 
@@ -201,8 +251,8 @@ def test_grouping_by_length_wastes_little_on_texts_of_any_length():
 def test_the_log_says_how_much_of_what_models_are_trained_on_is_padding(classification, caplog):
     task, split, _, pad_id = classification
     with caplog.at_level(logging.INFO, logger="distill"):
-        loader(split, task, pad_id, 6)  # measuring says nothing
-        batches = loader(split, task, pad_id, 6, 2, seed=3)
+        make_loader(split, task, pad_id, 6)  # measuring says nothing
+        batches = make_loader(split, task, pad_id, 6, 2, seed=3)
     masks = [batch.inputs["attention_mask"] for batch in batches]
     share = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
     assert batches.plan.padding() == pytest.approx(share)
@@ -216,13 +266,15 @@ def padded_further(batch, more: int, pad_id: int, task):
         name: torch.nn.functional.pad(tensor, (0, more), value=pad_id if name == "input_ids" else 0)
         for name, tensor in batch.inputs.items()
     }
-    index = None if batch.index is None else batch.index // width * (width + more) + batch.index % width
+    index = (
+        None if batch.index is None else batch.index // width * (width + more) + batch.index % width
+    )
     return batch._replace(inputs=inputs, index=index)
 
 
 def test_padding_changes_no_loss(problem):
     task, split, model, pad_id = problem
-    batch = next(iter(loader(split, task, pad_id, 7, seed=1)))
+    batch = next(iter(make_loader(split, task, pad_id, 7, seed=1)))
     with torch.inference_mode():
         tight, wide = (
             task.supervised(task.rows(logits(model, each.inputs), each), each.labels)
@@ -240,12 +292,14 @@ def test_neighbours_change_no_loss(problem):
 
 def _row_losses(task, split, model, pad_id, batch_size):
     """Summed over the rows of each example, in the order of the split."""
-    batches = loader(split, task, pad_id, batch_size)
+    batches = make_loader(split, task, pad_id, batch_size)
     values = torch.zeros(len(split))
     with torch.inference_mode():
         for micro, batch in zip(batches.sampler, batches, strict=True):
             rows = task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels)
-            values[micro.indices] = torch.zeros(len(micro.indices)).index_add(0, batch.example, rows)
+            values[micro.indices] = torch.zeros(len(micro.indices)).index_add(
+                0, batch.example, rows
+            )
     return values
 
 
@@ -258,19 +312,28 @@ def _loss_and_gradient(task, model, batches):
     total = torch.zeros(())
     for batch in batches:
         rows = task.rows(logits(model, batch.inputs), batch)
-        part = losses.mean_over(losses.distillation(task.supervised(rows, batch.labels), rows.square().mean(-1), 0.3), batch.rows)
+        part = losses.mean_over(
+            losses.distillation(task.supervised(rows, batch.labels), rows.square().mean(-1), 0.3),
+            batch.rows,
+        )
         part.backward()
         total = total + part.detach()
-    return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    return total, torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    )
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 7])
 def test_the_micro_batches_of_a_step_sum_to_the_loss_of_the_whole_batch(problem, accumulate):
     task, split, model, pad_id = problem
-    whole, parts = (list(loader(split, task, pad_id, 7, count, seed=1)) for count in (1, accumulate))
+    whole, parts = (
+        list(make_loader(split, task, pad_id, 7, count, seed=1)) for count in (1, accumulate)
+    )
     rows = [len(batch.labels) for batch in parts[:accumulate]]
     assert sum(rows) == len(whole[0].labels)
-    assert len(set(rows)) > 1 or (task.uses_labels and accumulate == 7)  # so that a mean of their means would be another
+    assert len(set(rows)) > 1 or (
+        task.uses_labels and accumulate == 7
+    )  # so that a mean of their means would be another
     one, one_gradient = _loss_and_gradient(task, model, whole[:1])
     several, several_gradient = _loss_and_gradient(task, model, parts[:accumulate])
     torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
@@ -279,7 +342,7 @@ def test_the_micro_batches_of_a_step_sum_to_the_loss_of_the_whole_batch(problem,
 
 def test_the_loss_of_a_step_is_the_mean_over_its_tokens_not_its_texts(language):
     task, split, model, pad_id = language
-    batch = next(iter(loader(split, task, pad_id, len(split))))
+    batch = next(iter(make_loader(split, task, pad_id, len(split))))
     with torch.inference_mode():
         rows = task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels)
     assert batch.rows == len(rows) == sum(split["rows"])
@@ -289,10 +352,14 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_not_its_texts(language):
 def test_the_loss_is_that_of_transformers(language):
     """Which shifts by itself: on a single window both must find the same mean."""
     task, split, model, pad_id = language
-    batch = next(iter(loader(split, task, pad_id, 1)))
-    labels = torch.tensor([split[next(iter(loader(split, task, pad_id, 1).sampler)).indices[0]]["labels"]])
+    batch = next(iter(make_loader(split, task, pad_id, 1)))
+    labels = torch.tensor(
+        [split[next(iter(make_loader(split, task, pad_id, 1).sampler)).indices[0]]["labels"]]
+    )
     with torch.inference_mode():
-        ours = losses.mean_over(task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels), batch.rows)
+        ours = losses.mean_over(
+            task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels), batch.rows
+        )
         theirs = model(**batch.inputs, labels=labels).loss
     torch.testing.assert_close(ours, theirs)
 
@@ -312,9 +379,16 @@ def test_the_number_of_windows_does_not_change_what_is_counted():
     raw = DatasetDict(train=Dataset.from_dict({"text": texts_of(21)}))
     totals = set()
     for max_length in (5, 24, 200):
-        split = encode(raw, CausalLanguageModelling(max_length), tokenizer, Data(source="none"))["train"]
+        split = encode(raw, CausalLanguageModelling(max_length), tokenizer, Data(source="none"))[
+            "train"
+        ]
         totals.add((sum(split["rows"]), sum(split["size"])))
-    assert totals == {(sum(map(len, tokenizer(texts_of(21))["input_ids"])), sum(len(text.encode()) for text in texts_of(21)))}
+    assert totals == {
+        (
+            sum(map(len, tokenizer(texts_of(21))["input_ids"])),
+            sum(len(text.encode()) for text in texts_of(21)),
+        )
+    }
 
 
 def test_made_up_texts_are_all_seen():
@@ -326,7 +400,7 @@ def test_made_up_texts_are_all_seen():
     for name, size in corpora.GENERATED.items():
         seen = [
             tuple(row[row != tokenizer.pad_token_id].tolist())
-            for batch in loader(splits[name], task, tokenizer.pad_token_id, 32)
+            for batch in make_loader(splits[name], task, tokenizer.pad_token_id, 32)
             for row in batch.inputs["input_ids"]
         ]
         assert sorted(seen) == sorted(map(tuple, tokenizer(raw[name]["text"][:])["input_ids"]))

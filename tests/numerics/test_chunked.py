@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from distill import chunked, losses
-from distill.chunked import Projected
+from distill import losses
+from distill.losses import chunked
+from distill.losses.chunked import FactoredLogits
 
 N, V, D = 23, 301, 16
 DIVERGENCES = {
@@ -20,24 +21,40 @@ CHUNKS = [1, 5, N, 2 * N, None]
 
 
 def normal(seed, *shape, dtype=torch.float64, scale=1.0):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+    return (
+        scale
+        * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ).to(dtype)
 
 
 def factors(dtype=torch.float64, bias=True, seed=1, width=D, rows=N):
     """Hidden states, head and bias, all of them to be learned."""
-    tensors = normal(seed, rows, width, dtype=dtype), normal(seed + 1, V, width, dtype=dtype), normal(seed + 2, V, dtype=dtype)
-    return Projected(*(tensor.requires_grad_() for tensor in (tensors if bias else tensors[:2])), *([] if bias else [None]))
+    tensors = (
+        normal(seed, rows, width, dtype=dtype),
+        normal(seed + 1, V, width, dtype=dtype),
+        normal(seed + 2, V, dtype=dtype),
+    )
+    return FactoredLogits(
+        *(tensor.requires_grad_() for tensor in (tensors if bias else tensors[:2])),
+        *([] if bias else [None]),
+    )
 
 
 def teacher(dtype=torch.float64, rows=N):
-    return Projected(normal(11, rows, D + 3, dtype=dtype), normal(12, V, D + 3, dtype=dtype), None)
+    return FactoredLogits(
+        normal(11, rows, D + 3, dtype=dtype), normal(12, V, D + 3, dtype=dtype), None
+    )
 
 
-LABELS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(0)).where(torch.arange(N) % 4 > 0, losses.IGNORED)
+LABELS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(0)).where(
+    torch.arange(N) % 4 > 0, losses.IGNORED
+)
 WEIGHTS = torch.linspace(0, 2, N, dtype=torch.float64)
 
 
-def sums(student, taught, labels, weights=None, divergence=losses.forward_kl, alpha=0.3, temperature=2.0):
+def sums(
+    student, taught, labels, weights=None, divergence=losses.forward_kl, alpha=0.3, temperature=2.0
+):
     supervised = losses.cross_entropy(student, labels)
     divergent = supervised * 0 if taught is None else divergence(student, taught, temperature)
     total = losses.distillation(supervised, divergent, alpha) * (1 if weights is None else weights)
@@ -49,8 +66,12 @@ def both(function, student, taught, columns=(LABELS,), rows=5, autocast=nullcont
     learned = [tensor for tensor in student if tensor is not None]
     for whole in (True, False):
         with autocast():
-            given = (student.logits(), taught and chunked.taught(taught, slice(None))) if whole else (student, taught)
-            values = chunked.summed(function, *given, columns, rows)
+            given = (
+                (student.logits(), taught and chunked.teacher_chunk(taught, slice(None)))
+                if whole
+                else (student, taught)
+            )
+            values = chunked.sum_in_chunks(function, *given, columns, rows)
         yield values.detach(), torch.autograd.grad(values[0] / 7, learned)
 
 
@@ -68,7 +89,12 @@ def test_values_and_gradients_are_the_whole_s_in_float64(name, rows, bias):
 def test_values_and_gradients_are_the_whole_s_in_float32(name):
     function = partial(sums, divergence=DIVERGENCES[name])
     whole, parts = both(function, factors(torch.float32), teacher(torch.float32))
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4 * max(gradient.abs().max().item() for gradient in whole[1]))
+    torch.testing.assert_close(
+        parts,
+        whole,
+        rtol=1e-4,
+        atol=1e-4 * max(gradient.abs().max().item() for gradient in whole[1]),
+    )
     exact, _ = both(function, factors(), teacher())
     for mine, theirs, right in zip(parts[1], whole[1], exact[1], strict=True):
         assert (mine - right).norm() < 2 * (theirs - right).norm() + 1e-7 * right.norm()
@@ -80,8 +106,16 @@ def test_under_autocast_it_is_as_exact_as_the_whole(taught, dtype):
     """The head's gradient is added up in float32 here, so that it may be nearer to the truth."""
     autocast = partial(torch.autocast, "cpu", dtype)
     whole, parts = both(sums, factors(torch.float32), teacher(taught), autocast=autocast)
-    exact, _ = both(sums, factors(), Projected(*(None if tensor is None else tensor.double() for tensor in teacher(taught))))
-    torch.testing.assert_close(parts[0], whole[0], rtol=2e-4, atol=0)  # logits of few rows and of many are not rounded alike
+    exact, _ = both(
+        sums,
+        factors(),
+        FactoredLogits(
+            *(None if tensor is None else tensor.double() for tensor in teacher(taught))
+        ),
+    )
+    torch.testing.assert_close(
+        parts[0], whole[0], rtol=2e-4, atol=0
+    )  # logits of few rows and of many are not rounded alike
     for mine, theirs, right in zip(parts[1], whole[1], exact[1], strict=True):
         assert mine.dtype == theirs.dtype == torch.float32
         assert (mine - right).norm() < 1.05 * (theirs - right).norm()
@@ -112,13 +146,16 @@ def test_labels_alone_need_no_teacher():
 
 def test_cached_logits_teach_as_their_factors_do():
     student, taught = factors(), teacher()
-    values = [chunked.summed(sums, student, given, (LABELS,), 5) for given in (taught, taught.logits())]
+    values = [
+        chunked.sum_in_chunks(sums, student, given, (LABELS,), 5)
+        for given in (taught, taught.logits())
+    ]
     torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
 
 
 def test_no_rows_are_zero_and_attached():
     student = factors(rows=0)
-    values = chunked.summed(sums, student, teacher(rows=0), (LABELS[:0],), 5)
+    values = chunked.sum_in_chunks(sums, student, teacher(rows=0), (LABELS[:0],), 5)
     values[0].backward()
     assert values.eq(0).all()
     assert all(tensor.grad.eq(0).all() for tensor in student)
@@ -127,7 +164,9 @@ def test_no_rows_are_zero_and_attached():
 def test_equal_factors_have_no_divergence_and_no_gradient():
     student = factors(torch.float32)
     function = partial(sums, alpha=0.0)
-    values = chunked.summed(function, student, Projected(*(tensor.detach() for tensor in student)), (LABELS,), 5)
+    values = chunked.sum_in_chunks(
+        function, student, FactoredLogits(*(tensor.detach() for tensor in student)), (LABELS,), 5
+    )
     values[0].backward()
     assert values[0] == 0
     assert max(tensor.grad.abs().max() for tensor in student) < 1e-5
@@ -136,7 +175,7 @@ def test_equal_factors_have_no_divergence_and_no_gradient():
 def test_without_gradients_nothing_is_formed(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was formed"))
     with torch.no_grad():
-        values = chunked.summed(sums, factors(), teacher(), (LABELS,), 5)
+        values = chunked.sum_in_chunks(sums, factors(), teacher(), (LABELS,), 5)
     torch.testing.assert_close(values, sums(factors().logits(), teacher().logits(), LABELS))
 
 
@@ -145,10 +184,14 @@ def test_what_is_frozen_has_no_gradient(learned):
     student = factors()
     for place, tensor in enumerate(student):
         tensor.requires_grad_(place == learned)
-    chunked.summed(sums, student, teacher(), (LABELS,), 5)[0].backward()
-    assert [tensor.grad is not None for tensor in student] == [place == learned for place in range(3)]
+    chunked.sum_in_chunks(sums, student, teacher(), (LABELS,), 5)[0].backward()
+    assert [tensor.grad is not None for tensor in student] == [
+        place == learned for place in range(3)
+    ]
     _, (_, gradients) = both(sums, factors(), teacher())
-    torch.testing.assert_close(student[learned].grad, 7 * gradients[learned], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        student[learned].grad, 7 * gradients[learned], rtol=1e-11, atol=1e-12
+    )
 
 
 def test_a_tied_head_has_the_gradients_of_both_uses():
@@ -156,8 +199,10 @@ def test_a_tied_head_has_the_gradients_of_both_uses():
     ends = []
     for whole in (True, False):
         table = normal(3, V, D).requires_grad_()
-        student = Projected(torch.tanh(nn.functional.embedding(tokens, table)), table, None)
-        chunked.summed(sums, student.logits() if whole else student, teacher(), (LABELS,), 5)[0].backward()
+        student = FactoredLogits(torch.tanh(nn.functional.embedding(tokens, table)), table, None)
+        chunked.sum_in_chunks(
+            sums, student.logits() if whole else student, teacher(), (LABELS,), 5
+        )[0].backward()
         ends.append(table.grad)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-11, atol=1e-12)
 
@@ -167,7 +212,7 @@ def test_backward_passes_add_up():
     student, taught = factors(), teacher()
     for part, factor in ((slice(0, 9), 1.0), (slice(9, N), 1.0), (slice(0, N), 1024.0)):
         mine, theirs = (each._replace(hidden_ND=each.hidden_ND[part]) for each in (student, taught))
-        (factor * chunked.summed(sums, mine, theirs, (LABELS[part],), 4)[0]).backward()
+        (factor * chunked.sum_in_chunks(sums, mine, theirs, (LABELS[part],), 4)[0]).backward()
     _, (_, gradients) = both(sums, factors(), taught)
     for tensor, gradient in zip(student, gradients, strict=True):
         torch.testing.assert_close(tensor.grad, 1025 * 7 * gradient, rtol=1e-10, atol=1e-12)
@@ -180,7 +225,11 @@ class Widest(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         made = function(*arguments, **(options or {}))
-        tensors = [each for each in (made if isinstance(made, tuple | list) else [made]) if isinstance(each, torch.Tensor)]
+        tensors = [
+            each
+            for each in (made if isinstance(made, tuple | list) else [made])
+            if isinstance(each, torch.Tensor)
+        ]
         self.seen = max([self.seen, *(tensor.numel() for tensor in tensors)])
         return made
 
@@ -191,5 +240,5 @@ def test_no_tensor_is_larger_than_a_chunk_or_the_head(dtype):
     labels = torch.zeros(500, dtype=torch.long)
     for rows, largest in ((10, 500 * (D + 3)), (100, 100 * V)):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), Widest() as widest:
-            chunked.summed(sums, student, taught, (labels,), rows)[0].backward()
+            chunked.sum_in_chunks(sums, student, taught, (labels,), rows)[0].backward()
         assert widest.seen <= largest < 500 * V

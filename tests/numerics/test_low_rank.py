@@ -57,11 +57,15 @@ def test_weighted_factors_disturb_the_outputs_least(shape, kind):
     moment = low_rank.second_moment(input_ND)
     better = 0
     for rank in range(1, min(shape)):
-        weighted, plain = (((weight - product(weight, rank, each)) @ input_ND.T).norm() for each in (moment, None))
+        weighted, plain = (
+            ((weight - product(weight, rank, each)) @ input_ND.T).norm() for each in (moment, None)
+        )
         scale = (weight @ input_ND.T).norm()
         assert weighted <= plain + 1e-3 * scale  # the ridge
         better += weighted < 0.9 * plain
-        bound = torch.linalg.svdvals(weight @ input_ND.T)[rank:].norm()  # no matrix of this rank does better
+        bound = torch.linalg.svdvals(weight @ input_ND.T)[
+            rank:
+        ].norm()  # no matrix of this rank does better
         torch.testing.assert_close(weighted, bound, rtol=1e-3, atol=1e-3 * float(scale))
     assert better
 
@@ -74,7 +78,9 @@ def test_a_diagonal_moment_is_that_of_independent_inputs():
 
 def test_moments_of_very_wide_inputs_are_diagonal(monkeypatch):
     input_ND = random(5, 9)
-    torch.testing.assert_close(low_rank.second_moment(input_ND), sum(torch.outer(x, x) for x in input_ND))
+    torch.testing.assert_close(
+        low_rank.second_moment(input_ND), sum(torch.outer(x, x) for x in input_ND)
+    )
     monkeypatch.setattr(low_rank, "FULL", 8)
     torch.testing.assert_close(low_rank.second_moment(input_ND), (input_ND**2).sum(0))
 
@@ -107,7 +113,11 @@ def test_the_rank_of_an_energy_keeps_it_and_one_less_does_not(energy):
     weight = random(12, 9)
     _, values = low_rank.spectrum(weight)
     rank = low_rank.rank_of(values, energy)
-    kept = [float(product(weight, each).square().sum() / weight.square().sum()) for each in (rank, rank - 1) if each]
+    kept = [
+        float(product(weight, each).square().sum() / weight.square().sum())
+        for each in (rank, rank - 1)
+        if each
+    ]
     assert kept[0] >= energy - 1e-12
     assert all(share < energy for share in kept[1:])
     assert energy < 1 or rank == 9
@@ -116,5 +126,9 @@ def test_the_rank_of_an_energy_keeps_it_and_one_less_does_not(energy):
 @pytest.mark.parametrize(("out", "inputs"), [(16, 16), (16, 32), (33, 17), (1, 5), (2, 2)])
 def test_only_fewer_numbers_are_worthwhile(out, inputs):
     sizes = {rank: rank * (out + inputs) for rank in range(1, out + inputs)}
-    assert {rank for rank in sizes if low_rank.worthwhile(rank, out, inputs)} == {r for r, size in sizes.items() if size < out * inputs}
-    assert low_rank.largest(out, inputs) == max((r for r, size in sizes.items() if size < out * inputs), default=0)
+    assert {rank for rank in sizes if low_rank.worthwhile(rank, out, inputs)} == {
+        r for r, size in sizes.items() if size < out * inputs
+    }
+    assert low_rank.largest(out, inputs) == max(
+        (r for r, size in sizes.items() if size < out * inputs), default=0
+    )

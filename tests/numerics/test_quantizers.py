@@ -8,15 +8,27 @@ from torch import nn
 from torch.nn.functional import pad
 
 from distill.compress import codebook
-from distill.compress.quantize import Spec, codes, fake_quantize, grid, quantized, values
+from distill.compress.quantizer import (
+    QuantSpec,
+    fake_quantize_weight,
+    quantize_weight,
+    scale_and_zero_point,
+)
 from distill.errors import UserError
-from distill.runtime import modeling
+from distill.remote_code import modeling
+from distill.remote_code.modeling import dequantize as values
+from distill.remote_code.modeling import fake_quantize
 
 BITS = range(2, 9)
 SHAPES = [(1, 1), (5, 1), (3, 8), (7, 24), (64, 48)]
-LINEAR = [Spec("linear", bits, symmetric, group) for bits in BITS for symmetric in (True, False) for group in (-1, 0, 8, 1)]
-CODEBOOKS = [Spec("codebook", bits, False, group) for bits in BITS for group in (-1, 0, 8)]
-NF4S = [Spec("nf4", 4, False, group) for group in (1, 8, 24)]
+LINEAR = [
+    QuantSpec("linear", bits, symmetric, group)
+    for bits in BITS
+    for symmetric in (True, False)
+    for group in (-1, 0, 8, 1)
+]
+CODEBOOKS = [QuantSpec("codebook", bits, False, group) for bits in BITS for group in (-1, 0, 8)]
+NF4S = [QuantSpec("nf4", 4, False, group) for group in (1, 8, 24)]
 
 
 def weights(rows, columns):
@@ -53,31 +65,45 @@ def same_bytes(first, second):
     return torch.equal(first.contiguous().view(torch.int32), second.contiguous().view(torch.int32))
 
 
-@pytest.mark.parametrize("specs", [LINEAR, CODEBOOKS[:9], CODEBOOKS[-3:-1], NF4S], ids=["linear", "codebook", "codebook of 8 bits", "nf4"])
+@pytest.mark.parametrize(
+    "specs",
+    [LINEAR, CODEBOOKS[:9], CODEBOOKS[-3:-1], NF4S],
+    ids=["linear", "codebook", "codebook of 8 bits", "nf4"],
+)
 def test_quantizing_again_changes_nothing_and_the_codes_say_it_all(specs):
     for case, weight, spec in cases(specs):
-        value = quantized(weight, spec)
-        assert same_bytes(quantized(value, spec), value), case
+        value = fake_quantize_weight(weight, spec)
+        assert same_bytes(fake_quantize_weight(value, spec), value), case
         for given in (weight, value):
-            code, parameters = codes(given, spec)
-            assert code.dtype == torch.uint8 and code.shape == weight.shape and int(code.max()) < 2**spec.bits, case
+            code, parameters = quantize_weight(given, spec)
+            assert (
+                code.dtype == torch.uint8
+                and code.shape == weight.shape
+                and int(code.max()) < 2**spec.bits
+            ), case
             assert same_bytes(values(code, parameters, spec.as_dict()), value), case
 
 
 def test_groups_meet_the_law_of_idempotence_however_they_fall_on_the_grid():
     torch.manual_seed(0)
     for bits in BITS:
-        spec = Spec("linear", bits, False, 0)
-        for weight in (torch.randn(20_000, 6) + torch.randn(20_000, 1), torch.randn(20_000, 3) * torch.logspace(-7, 0, 20_000)[:, None]):
-            value = quantized(weight, spec)
-            assert same_bytes(quantized(value, spec), value)
+        spec = QuantSpec("linear", bits, False, 0)
+        for weight in (
+            torch.randn(20_000, 6) + torch.randn(20_000, 1),
+            torch.randn(20_000, 3) * torch.logspace(-7, 0, 20_000)[:, None],
+        ):
+            value = fake_quantize_weight(weight, spec)
+            assert same_bytes(fake_quantize_weight(value, spec), value)
 
 
 def test_the_error_is_at_most_half_a_step_and_order_is_kept():
     for case, weight, spec in cases(LINEAR):
         if "huge" in case and spec.bits < 8:
             continue  # beyond float16: clipped
-        value, (scale, _) = quantized(weight, spec), grid(spec.grouped(weight), spec)
+        value, (scale, _) = (
+            fake_quantize_weight(weight, spec),
+            scale_and_zero_point(spec.grouped(weight), spec),
+        )
         group, error = spec.grouped(weight), spec.grouped(value - weight).abs()
         if "huge" not in case:
             assert (error <= scale * 0.5 * (1 + 1e-4)).all(), case
@@ -89,20 +115,24 @@ def test_the_error_is_at_most_half_a_step_and_order_is_kept():
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 def test_values_of_a_grid_are_exact(bits, symmetric):
-    spec = Spec("linear", bits, symmetric, 0)
+    spec = QuantSpec("linear", bits, symmetric, 0)
     for zero in {2 ** (bits - 1) - 1} if symmetric else {0, 1, 2 ** (bits - 1), 2**bits - 1}:
         for scale in torch.tensor([1.0, 0.0123, 0.7, 3e-3]).half().float():
             weight = ((torch.arange(spec.levels + 1) - zero) * scale)[None]
-            assert torch.equal(quantized(weight, spec), weight)
+            assert torch.equal(fake_quantize_weight(weight, spec), weight)
 
 
 def test_scales_are_the_next_float16_above():
     for symmetric in (True, False):
         for weight in weights(7, 24).values():
-            spec = Spec("linear", 4, symmetric, 0)
-            scale, zero = grid(weight, spec)
+            spec = QuantSpec("linear", 4, symmetric, 0)
+            scale, zero = scale_and_zero_point(weight, spec)
             assert torch.equal(scale.half().float(), scale) and (scale > 0).all()
-            assert torch.equal(zero.round(), zero) and (zero >= 0).all() and (zero <= spec.levels).all()
+            assert (
+                torch.equal(zero.round(), zero)
+                and (zero >= 0).all()
+                and (zero <= spec.levels).all()
+            )
 
 
 def test_the_gradient_is_straight_through_inside_the_range_and_zero_outside():
@@ -117,11 +147,20 @@ def test_the_gradient_is_straight_through_inside_the_range_and_zero_outside():
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_a_codebook_is_never_worse_than_the_linear_grid(bits, group):
     torch.manual_seed(bits)
-    for weight in (torch.randn(96, 192), torch.rand(96, 192), torch.randn(96, 192) ** 3, weights(96, 192)["outlier"]):
-        spec = Spec("codebook", bits, False, group)
+    for weight in (
+        torch.randn(96, 192),
+        torch.rand(96, 192),
+        torch.randn(96, 192) ** 3,
+        weights(96, 192)["outlier"],
+    ):
+        spec = QuantSpec("codebook", bits, False, group)
         own, affine, centred = (
-            spec.grouped(quantized(weight, each) - weight).square().sum(1)
-            for each in (spec, Spec("linear", bits, False, group), Spec("linear", bits, True, group))
+            spec.grouped(fake_quantize_weight(weight, each) - weight).square().sum(1)
+            for each in (
+                spec,
+                QuantSpec("linear", bits, False, group),
+                QuantSpec("linear", bits, True, group),
+            )
         )
         assert (own <= affine * 1.0001).all()
         assert own.sum() < affine.sum() and own.sum() < centred.sum()
@@ -133,9 +172,14 @@ def test_more_iterations_of_the_codebook_never_hurt():
     ordered = codebook.Sorted.of(weight, sparse=False)
     centroids, last = ordered.linear(16), torch.inf
     for _ in range(5):
-        error = (codebook.nearest(weight, centroids.float()) - weight).square().sum()
+        error = (codebook.nearest_centroid(weight, centroids.float()) - weight).square().sum()
         assert error < last
-        torch.testing.assert_close(ordered.error(centroids).sum() + weight.double().square().sum(), error.double(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            ordered.error(centroids).sum() + weight.double().square().sum(),
+            error.double(),
+            rtol=1e-4,
+            atol=0,
+        )
         centroids, last = codebook.lloyd(ordered, centroids, 1), error
 
 
@@ -144,35 +188,46 @@ def test_the_zeros_of_a_sparse_tensor_stay_and_take_no_part_in_its_codebook():
     weight = torch.randn(8, 96)
     weight[torch.rand(8, 96) < 0.5] = 0
     for group in (-1, 0, 32):
-        spec = Spec("codebook", 2, False, group)
-        value = quantized(weight, spec, sparse=True)
+        spec = QuantSpec("codebook", 2, False, group)
+        value = fake_quantize_weight(weight, spec, sparse=True)
         assert torch.equal(value == 0, weight == 0)
-        assert same_bytes(quantized(value, spec, sparse=True), value)
-        code, parameters = codes(weight, spec, sparse=True)
-        assert torch.equal(values(code, parameters, spec.as_dict())[weight != 0], value[weight != 0])
+        assert same_bytes(fake_quantize_weight(value, spec, sparse=True), value)
+        code, parameters = quantize_weight(weight, spec, sparse=True)
+        assert torch.equal(
+            values(code, parameters, spec.as_dict())[weight != 0], value[weight != 0]
+        )
     kept = weight[weight != 0][None]
-    alone = quantized(kept, Spec("codebook", 2, False, -1))
-    assert torch.equal(quantized(weight, Spec("codebook", 2, False, -1), sparse=True)[weight != 0], alone[0])
+    alone = fake_quantize_weight(kept, QuantSpec("codebook", 2, False, -1))
+    assert torch.equal(
+        fake_quantize_weight(weight, QuantSpec("codebook", 2, False, -1), sparse=True)[weight != 0],
+        alone[0],
+    )
 
 
 def test_nf4_levels_are_the_quantiles_of_a_normal_distribution():
     from torchao.quantization import to_nf4
 
-    offset = (1 - 1 / (2 * 15) + 1 - 1 / (2 * 16)) / 2  # QLoRA: halfway between the outermost quantiles of 15 and of 16 levels
+    offset = (
+        1 - 1 / (2 * 15) + 1 - 1 / (2 * 16)
+    ) / 2  # QLoRA: halfway between the outermost quantiles of 15 and of 16 levels
     above = torch.special.ndtri(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat([below, torch.zeros(1), above]).sort().values / above.max()
-    torch.testing.assert_close(torch.tensor(modeling.NF4, dtype=torch.float64), levels, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(modeling.NF4, dtype=torch.float64), levels, rtol=0, atol=1e-6
+    )
     torch.manual_seed(0)
     weight = torch.randn(64, 64)
-    torch.testing.assert_close(to_nf4(weight, 64, 64).nf4, torch.tensor(modeling.NF4), rtol=0, atol=1e-4)  # it writes four digits
+    torch.testing.assert_close(
+        to_nf4(weight, 64, 64).nf4, torch.tensor(modeling.NF4), rtol=0, atol=1e-4
+    )  # it writes four digits
 
 
 def test_nf4_is_better_than_a_linear_grid_on_gaussian_blocks():
     torch.manual_seed(0)
     weight = torch.randn(256, 256)
     errors = [
-        (quantized(weight, Spec(method, 4, symmetric, 64)) - weight).square().mean()
+        (fake_quantize_weight(weight, QuantSpec(method, 4, symmetric, 64)) - weight).square().mean()
         for method, symmetric in (("nf4", False), ("linear", True))
     ]
     assert errors[0] < errors[1]
@@ -182,22 +237,30 @@ def test_nf4_is_better_than_a_linear_grid_on_gaussian_blocks():
 @pytest.mark.parametrize("method", ["linear", "codebook"])
 def test_some_rows_of_a_table_come_out_as_in_the_whole(method, group):
     for bits, symmetric in ((8, True), (3, False)):
-        weight, spec = weights(64, 48)["gaussian"], Spec(method, bits, symmetric, group)
-        centroids = codebook.centroids(spec.grouped(weight), bits) if method == "codebook" else None
+        weight, spec = weights(64, 48)["gaussian"], QuantSpec(method, bits, symmetric, group)
+        centroids = (
+            codebook.fit_centroids(spec.grouped(weight), bits) if method == "codebook" else None
+        )
         rows = torch.tensor([5, 0, 63, 5])
-        own = centroids if centroids is None or len(centroids) == 1 else centroids.view(64, -1, 2**bits)[rows].flatten(0, 1)
-        some = quantized(weight[rows], spec, False, own, whole_OI=weight)
-        assert same_bytes(some, quantized(weight, spec, False, centroids)[rows])
+        own = (
+            centroids
+            if centroids is None or len(centroids) == 1
+            else centroids.view(64, -1, 2**bits)[rows].flatten(0, 1)
+        )
+        some = fake_quantize_weight(weight[rows], spec, False, own, whole_OI=weight)
+        assert same_bytes(some, fake_quantize_weight(weight, spec, False, centroids)[rows])
 
 
-@pytest.mark.parametrize("spec", [LINEAR[0], LINEAR[5], CODEBOOKS[0], CODEBOOKS[1], NF4S[1]], ids=str)
+@pytest.mark.parametrize(
+    "spec", [LINEAR[0], LINEAR[5], CODEBOOKS[0], CODEBOOKS[1], NF4S[1]], ids=str
+)
 def test_weights_that_are_not_finite_are_no_crash(spec):
     for poison in (torch.nan, torch.inf, -torch.inf):
         weight = torch.randn(4, 16)
         weight[1, 3] = poison
-        value = quantized(weight, spec)
+        value = fake_quantize_weight(weight, spec)
         assert value.shape == weight.shape
-        values(*codes(weight, spec), spec.as_dict())
+        values(*quantize_weight(weight, spec), spec.as_dict())
 
 
 @pytest.mark.parametrize(
@@ -214,12 +277,14 @@ def test_weights_that_are_not_finite_are_no_crash(spec):
 )
 def test_what_no_quantizer_can_do_is_refused(wrong, words):
     with pytest.raises(UserError, match=words):
-        replace(Spec(), **wrong)
+        replace(QuantSpec(), **wrong)
 
 
 def test_a_group_must_divide_the_width():
-    with pytest.raises(UserError, match=r"group is 7, but it must divide the 24 inputs of here: 6 does"):
-        Spec("linear", 4, False, 7).check("here", 24)
+    with pytest.raises(
+        UserError, match=r"group is 7, but it must divide the 24 inputs of here: 6 does"
+    ):
+        QuantSpec("linear", 4, False, 7).check("here", 24)
 
 
 # ---- rounded inputs
@@ -227,12 +292,19 @@ def test_a_group_must_divide_the_width():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inputs_rounded_per_token_are_those_of_torchao_bit_for_bit(dtype):
-    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import _apply_int8_act_asym_per_token_quant_dequant
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        _apply_int8_act_asym_per_token_quant_dequant,
+    )
 
     for name, x in weights(64, 48).items():
         x = x.to(dtype)
-        assert torch.equal(modeling.round_per_token(x), _apply_int8_act_asym_per_token_quant_dequant(x)), name
-        assert torch.equal(modeling.round_per_token(x.view(4, 16, 48)).view(64, 48), modeling.round_per_token(x)), name
+        assert torch.equal(
+            modeling.fake_quantize_per_token(x), _apply_int8_act_asym_per_token_quant_dequant(x)
+        ), name
+        assert torch.equal(
+            modeling.fake_quantize_per_token(x.view(4, 16, 48)).view(64, 48),
+            modeling.fake_quantize_per_token(x),
+        ), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -247,22 +319,29 @@ def test_a_layer_on_rounded_inputs_answers_as_torchao_bit_for_bit(dtype):
     with torch.no_grad():
         ours.weight.copy_(theirs[0].weight.dequantize())
         ours.bias.copy_(theirs[0].bias)
-    modeling.round_input(ours, None)
+    modeling.quantize_input(ours, None)
     x = torch.randn(3, 7, 48).to(dtype)
     assert torch.equal(ours(x), theirs(x))
 
 
 def test_inputs_rounded_to_a_range_are_on_its_grid_with_a_gradient_inside_only():
     x = torch.linspace(-2, 3, 1001, requires_grad=True)
-    y = modeling.round_to_range(x, torch.tensor([-1.0, 1.55]))
+    y = modeling.fake_quantize_to_range(x, torch.tensor([-1.0, 1.55]))
     inside = (x > -1) & (x < 1.55)
     assert ((y - x)[inside].abs() <= 0.005 * 1.001).all()
-    assert y.min() == -1 and y.max().item() == pytest.approx(1.55) and len(y.unique()) == 256 and 0 in y
+    assert (
+        y.min() == -1
+        and y.max().item() == pytest.approx(1.55)
+        and len(y.unique()) == 256
+        and 0 in y
+    )
     y.sum().backward()
     assert (x.grad[inside] == 1).all() and (x.grad[(x < -1.006) | (x > 1.556)] == 0).all()
-    half = modeling.round_to_range(x.detach().bfloat16(), torch.tensor([-1.0, 1.55]))
+    half = modeling.fake_quantize_to_range(x.detach().bfloat16(), torch.tensor([-1.0, 1.55]))
     assert half.dtype == torch.bfloat16
-    assert torch.equal(modeling.round_to_range(torch.zeros(3), torch.tensor([0.5, 1.0])), torch.zeros(3))
+    assert torch.equal(
+        modeling.fake_quantize_to_range(torch.zeros(3), torch.tensor([0.5, 1.0])), torch.zeros(3)
+    )
 
 
 # ---- the shapes that a config cannot say
@@ -272,13 +351,27 @@ def test_a_described_model_takes_the_weights_it_was_described_from():
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     llama = LlamaForCausalLM(
-        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
     )
     name = "model.layers.1."
     described = {
-        "shapes": {f"{name}self_attn.q_proj": [16, 8], f"{name}self_attn.o_proj": [8, 16], f"{name}mlp.up_proj": [16, 24]},
+        "shapes": {
+            f"{name}self_attn.q_proj": [16, 8],
+            f"{name}self_attn.o_proj": [8, 16],
+            f"{name}mlp.up_proj": [16, 24],
+        },
         "low_rank": {f"{name}mlp.down_proj": 3},
-        "activations": {f"{name}mlp.down_proj.first": {"bits": 8, "range": [-1.0, 2.0]}, f"{name}mlp.up_proj": {"bits": 8, "range": None}},
+        "activations": {
+            f"{name}mlp.down_proj.first": {"bits": 8, "range": [-1.0, 2.0]},
+            f"{name}mlp.up_proj": {"bits": 8, "range": None},
+        },
     }
     modeling.apply(llama, described)
     first, second = (layer.self_attn.num_key_value_groups for layer in llama.model.layers)
@@ -289,18 +382,31 @@ def test_a_described_model_takes_the_weights_it_was_described_from():
     assert llama(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     factors = llama.get_submodule(f"{name}mlp.down_proj")
     assert isinstance(factors, modeling.LowRank) and factors.second.bias is None
-    assert isinstance(factors.first, modeling.RoundedLinear) and factors.first.input_range == [-1.0, 2.0]
+    assert isinstance(
+        factors.first, modeling.ActivationQuantLinear
+    ) and factors.first.input_range == [-1.0, 2.0]
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8))
-    modeling.apply(gpt2, {"shapes": {"transformer.h.0.mlp.c_fc": [16, 5], "transformer.h.0.mlp.c_proj": [5, 16]}})
-    assert gpt2.transformer.h[0].mlp.c_fc.weight.shape == (16, 5) and gpt2.transformer.h[0].mlp.c_proj.nf == 16
+    modeling.apply(
+        gpt2,
+        {"shapes": {"transformer.h.0.mlp.c_fc": [16, 5], "transformer.h.0.mlp.c_proj": [5, 16]}},
+    )
+    assert (
+        gpt2.transformer.h[0].mlp.c_fc.weight.shape == (16, 5)
+        and gpt2.transformer.h[0].mlp.c_proj.nf == 16
+    )
     assert gpt2.transformer.h[0].mlp.c_fc.bias.shape == (5,)
 
 
 def test_grids_of_groups_are_those_of_the_groups_alone():
     weight = weights(64, 48)["gaussian"]
     for symmetric in (True, False):
-        whole = quantized(weight, Spec("linear", 4, symmetric, 8))
-        parts = [quantized(weight[:, start : start + 8], Spec("linear", 4, symmetric, 0)) for start in range(0, 48, 8)]
+        whole = fake_quantize_weight(weight, QuantSpec("linear", 4, symmetric, 8))
+        parts = [
+            fake_quantize_weight(weight[:, start : start + 8], QuantSpec("linear", 4, symmetric, 0))
+            for start in range(0, 48, 8)
+        ]
         assert torch.equal(whole, torch.cat(parts, 1))
         wider = pad(weight, (0, 8))
-        assert torch.equal(quantized(wider, Spec("linear", 4, symmetric, 8))[:, :48], whole)
+        assert torch.equal(
+            fake_quantize_weight(wider, QuantSpec("linear", 4, symmetric, 8))[:, :48], whole
+        )

@@ -6,8 +6,11 @@ import lightning as L
 import pytest
 import torch
 
-from distill import config, data, fit, ranks, sharding
+from distill import data
 from distill.module import Distillation
+from distill.processes import fsdp, ranks
+from distill.recipe import config
+from distill.training import loop
 from tests.processes import on_ranks
 from tests.worlds import LANGUAGE, Rows, world
 
@@ -15,10 +18,19 @@ pytestmark = pytest.mark.slow
 
 TERMS = {
     "hidden": {"_target_": "distill.terms.HiddenStates", "weight": 0.7, "layers": {0: 1, 1: 2}},
-    "relations": {"_target_": "distill.terms.AttentionRelations", "weight": 0.3, "student_layer": 0, "teacher_layer": 1, "heads": 2},
+    "relations": {
+        "_target_": "distill.terms.AttentionRelations",
+        "weight": 0.3,
+        "student_layer": 0,
+        "teacher_layer": 1,
+        "heads": 2,
+    },
 }
 STILL = {  # models without dropout, and what makes a student of them
-    False: ({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, {"num_hidden_layers": 2}),
+    False: (
+        {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        {"num_hidden_layers": 2},
+    ),
     True: ({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, {"n_layer": 2}),
 }
 PROJECTED = "terms with projections"  # which compute in float32
@@ -49,11 +61,21 @@ class Seen(L.Callback):
         self.wrapped = sorted(name for name, _ in trainer.strategy.model.named_parameters())
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        found = [sharding.whole(parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+        found = [
+            fsdp.full_tensors(parameter.grad)
+            for parameter in module.parameters()
+            if parameter.grad is not None
+        ]
         self.gradients.append(torch.cat([gradient.flatten() for gradient in found]))
 
     def on_validation_epoch_end(self, trainer, module):
-        self.metrics.append({name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
+        self.metrics.append(
+            {
+                name: value.item()
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("val/")
+            }
+        )
 
 
 def trained(case, strategy="auto"):
@@ -61,19 +83,40 @@ def trained(case, strategy="auto"):
     made = world(**changes)
     still, form = STILL["language" in case]
     form = form | ({"hidden_size": 32} if case == PROJECTED else {})
-    teacher, student = made.model(seed=1, **still).double(), made.model("student", seed=2, **still, **form).double()
-    module = Distillation(made.task, student, teacher, config.Loss(alpha=0.4, terms=terms, chunk=7), config.Optimizer(), 3).double()
+    teacher, student = (
+        made.model(seed=1, **still).double(),
+        made.model("student", seed=2, **still, **form).double(),
+    )
+    module = Distillation(
+        made.task,
+        student,
+        teacher,
+        config.Loss(alpha=0.4, terms=terms, chunk=7),
+        config.Optimizer(),
+        3,
+    ).double()
     for term in module.terms.values():
         for projection in getattr(term, "projections", {}).values():
             projection.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
     module.settings.lr = 1e-30  # the weights stay: a step's difference is that of its own gradient
-    cut = {"pad_id": made.pad_id, "rank": ranks.rank(), "world": ranks.world()}
-    train = data.loader(made.examples["train"].select(range(examples)), made.task, batch_size=BATCH, accumulate=accumulate, seed=0, **cut)
-    look = data.loader(made.examples["validation"].select(range(validation)), made.task, batch_size=16, **cut)
+    cut = {"pad_id": made.pad_id, "rank": ranks.rank(), "world": ranks.world_size()}
+    train = data.make_loader(
+        made.examples["train"].select(range(examples)),
+        made.task,
+        batch_size=BATCH,
+        accumulate=accumulate,
+        seed=0,
+        **cut,
+    )
+    look = data.make_loader(
+        made.examples["validation"].select(range(validation)), made.task, batch_size=16, **cut
+    )
     seen, written = Seen(), Rows()
     trainer = L.Trainer(
-        **sharding.strategy(config.Trainer(accelerator="cpu", strategy=strategy)),
-        precision="64-true" if strategy == "auto" else "32-true",  # which leaves the models in float64, as they are
+        **fsdp.lightning_strategy(config.Trainer(accelerator="cpu", strategy=strategy)),
+        precision="64-true"
+        if strategy == "auto"
+        else "32-true",  # which leaves the models in float64, as they are
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         callbacks=[seen],
@@ -85,11 +128,14 @@ def trained(case, strategy="auto"):
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
-    with fit.quiet():
+    with loop.silence_lightning():
         trainer.fit(module, train, look)
     kept = {name: getattr(seen, name) for name in ("gradients", "metrics", "wrapped")}
     kept["logged"] = [row for row in written.rows if "train/loss" in row]
-    return kept | {"steps": trainer.global_step, "own": sorted(name for name, _ in module.named_parameters())}
+    return kept | {
+        "steps": trainer.global_step,
+        "own": sorted(name for name, _ in module.named_parameters()),
+    }
 
 
 def all_cases(folder, strategy="auto"):
@@ -109,7 +155,11 @@ def alone(tmp_path_factory, _module_store):
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world[0]} {world[1]}")
 def together(request, tmp_path_factory):
     strategy, count = request.param
-    return on_ranks(all_cases_split if strategy == "fsdp" else all_cases, tmp_path_factory.mktemp("ranks"), count)
+    return on_ranks(
+        all_cases_split if strategy == "fsdp" else all_cases,
+        tmp_path_factory.mktemp("ranks"),
+        count,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,7 +170,9 @@ def test_gradients_are_those_of_one_process(case, alone, together):
             assert mine.dtype == torch.float64
             assert whole.abs().max() > 1e-3
             rtol = 1e-6 if case == PROJECTED else 1e-12
-            torch.testing.assert_close(mine, whole, rtol=rtol, atol=0.1 * rtol * whole.abs().max().item())
+            torch.testing.assert_close(
+                mine, whole, rtol=rtol, atol=0.1 * rtol * whole.abs().max().item()
+            )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,7 +180,17 @@ def test_what_is_logged_is_the_whole_batch_s(case, alone, together):
     for rank in together:
         assert len(rank[case]["logged"]) == rank[case]["steps"]
         for mine, whole in zip(rank[case]["logged"], alone[case]["logged"], strict=True):
-            assert {"train/loss", "train/supervised", "train/divergence", "train/grad_norm", "train/lr"} <= mine.keys() == whole.keys()
+            assert (
+                {
+                    "train/loss",
+                    "train/supervised",
+                    "train/divergence",
+                    "train/grad_norm",
+                    "train/lr",
+                }
+                <= mine.keys()
+                == whole.keys()
+            )
             assert mine == pytest.approx(whole, rel=1e-5)
 
 

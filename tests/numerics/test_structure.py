@@ -9,23 +9,45 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from distill.compress import importance, structure
 from distill.compress.observe import Observer
-from distill.compress.rebuild import rebuild
+from distill.compress.restore import restore_structure
 from distill.errors import UserError
 from distill.models import blocks
 from distill.models.architectures import ffn_width, head_width
 
-BERT = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 20, "max_position_embeddings": 40}
-LLAMA = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 20}
+BERT = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 40,
+}
+LLAMA = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 20,
+}
 CAUSAL = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
 SIZES = {
     "bert": BERT,
     "roberta": BERT,
-    "distilbert": {"dim": 24, "n_layers": 3, "n_heads": 3, "hidden_dim": 20, "max_position_embeddings": 40},
+    "distilbert": {
+        "dim": 24,
+        "n_layers": 3,
+        "n_heads": 3,
+        "hidden_dim": 20,
+        "max_position_embeddings": 40,
+    },
     "gpt2": {"n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 40},
     "llama": LLAMA | {"tie_word_embeddings": True},
     "mistral": LLAMA,
     "qwen2": LLAMA
-    | {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 4},
+    | {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "use_sliding_window": True,
+        "sliding_window": 4,
+    },
     "qwen3": LLAMA | {"head_dim": 6, "attention_bias": True},
 }
 HEADS = [name for name in SIZES if name != "gpt2"]
@@ -38,7 +60,14 @@ MASK[1, 9:] = 0
 def model(family, attention="eager", seed=0, **changes):
     """A random model whose biases and weights are all far from 0."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, vocab_size=40, pad_token_id=1, bos_token_id=2, eos_token_id=None, **(SIZES[family] | changes))
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=40,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=None,
+        **(SIZES[family] | changes),
+    )
     auto = AutoModelForCausalLM if family in CAUSAL else AutoModelForSequenceClassification
     made = auto.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
@@ -88,17 +117,23 @@ def test_what_is_removed_answers_as_what_is_masked(family, kind, attention):
     for groups, mask in zip(groups_of(twin, kind), kept, strict=True):
         structure.zero(groups, mask)
     cut(made, kind, kept)
-    torch.testing.assert_close(answers(made), answers(twin), rtol=0, atol=1e-6 * max(1, float(whole.abs().max())))
+    torch.testing.assert_close(
+        answers(made), answers(twin), rtol=0, atol=1e-6 * max(1, float(whole.abs().max()))
+    )
     assert (answers(made) - whole).abs().max() > 1e-3
     assert [groups.count for groups in groups_of(made, kind)] == [int(mask.sum()) for mask in kept]
-    assert sum(p.numel() for p in made.parameters()) == sum(int((p != 0).sum()) for p in twin.parameters())
+    assert sum(p.numel() for p in made.parameters()) == sum(
+        int((p != 0).sum()) for p in twin.parameters()
+    )
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_removing_nothing_changes_nothing(family, kind):
     made = model(family)
     before, parameters = answers(made), list(made.parameters())
-    cut(made, kind, [torch.ones(groups.count, dtype=torch.bool) for groups in groups_of(made, kind)])
+    cut(
+        made, kind, [torch.ones(groups.count, dtype=torch.bool) for groups in groups_of(made, kind)]
+    )
     assert structure.declare(made) == {}
     assert all(one is other for one, other in zip(parameters, made.parameters(), strict=True))
     assert torch.equal(answers(made), before)
@@ -110,7 +145,10 @@ def test_generation_with_a_cache_is_that_without(family, attention):
     made = model(family, attention)
     cut(made, "heads", some(groups_of(made, "heads")))
     structure.keep_blocks(made, [0, 2])
-    cached, fresh = (made.generate(IDS[:1], max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False))
+    cached, fresh = (
+        made.generate(IDS[:1], max_new_tokens=8, do_sample=False, use_cache=use)
+        for use in (True, False)
+    )
     assert torch.equal(cached, fresh)
     assert cached.shape[1] == IDS.shape[1] + 8
 
@@ -120,7 +158,11 @@ def test_query_heads_go_with_the_key_and_value_head_that_they_share():
     cut(made, "heads", some(groups_of(made, "heads")))
     for block in blocks(made):
         attention = block.self_attn
-        assert attention.q_proj.out_features == 2 * attention.k_proj.out_features == attention.o_proj.in_features
+        assert (
+            attention.q_proj.out_features
+            == 2 * attention.k_proj.out_features
+            == attention.o_proj.in_features
+        )
         assert attention.k_proj.out_features == attention.v_proj.out_features
         assert attention.num_key_value_groups == 2
 
@@ -147,7 +189,10 @@ def step(made, optimizer):
     optimizer.step()
 
 
-@pytest.mark.parametrize(("family", "kind"), [("bert", "heads"), ("llama", "heads"), ("gpt2", "neurons"), ("llama", "neurons")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("bert", "heads"), ("llama", "heads"), ("gpt2", "neurons"), ("llama", "neurons")],
+)
 def test_the_moments_of_what_survives_are_slices_of_the_old_ones(family, kind):
     made = model(family)
     optimizer, kept = stepped(made), some(groups_of(made, kind))
@@ -155,7 +200,11 @@ def test_the_moments_of_what_survives_are_slices_of_the_old_ones(family, kind):
     for groups, mask in zip(groups_of(made, kind), kept, strict=True):
         for part in groups.parts:
             assert part.parameter in optimizer.state
-            marked[part.layer, part.name] = (part, part.indices(mask), dict(optimizer.state[part.parameter]))
+            marked[part.layer, part.name] = (
+                part,
+                part.indices(mask),
+                dict(optimizer.state[part.parameter]),
+            )
     cut(made, kind, kept, optimizer)
     for part, places, old in marked.values():
         new = optimizer.state[part.parameter]
@@ -166,7 +215,10 @@ def test_the_moments_of_what_survives_are_slices_of_the_old_ones(family, kind):
     assert len(optimizer.state) == len(list(made.parameters()))
 
 
-@pytest.mark.parametrize(("family", "kind"), [("distilbert", "neurons"), ("bert", "heads"), ("llama", "heads"), ("qwen2", "neurons")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("distilbert", "neurons"), ("bert", "heads"), ("llama", "heads"), ("qwen2", "neurons")],
+)
 def test_training_after_a_removal_is_training_of_the_masked_twin(family, kind):
     """Same gradients, same moments, hence the same steps."""
     made = model(family)
@@ -183,7 +235,10 @@ def test_training_after_a_removal_is_training_of_the_masked_twin(family, kind):
         step(twin, second)
     torch.testing.assert_close(answers(made), answers(twin), rtol=0, atol=2e-5)
     for groups, mask in zip(groups_of(twin, kind), kept, strict=True):
-        assert all(part.parameter.index_select(part.dim, part.indices(~mask)).eq(0).all() for part in groups.parts)
+        assert all(
+            part.parameter.index_select(part.dim, part.indices(~mask)).eq(0).all()
+            for part in groups.parts
+        )
 
 
 def test_masking_clears_moments_and_gradients_too():
@@ -193,7 +248,12 @@ def test_masking_clears_moments_and_gradients_too():
     structure.zero(groups, mask, optimizer)
     for part in groups.parts:
         moments = optimizer.state[part.parameter]
-        for tensor in (part.parameter, part.parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+        for tensor in (
+            part.parameter,
+            part.parameter.grad,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+        ):
             assert tensor.index_select(part.dim, part.indices(~mask)).eq(0).all()
             assert tensor.index_select(part.dim, part.indices(mask)).ne(0).any()
 
@@ -202,7 +262,9 @@ def test_masking_clears_moments_and_gradients_too():
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [(name, "neurons") for name in SIZES] + [(name, "heads") for name in ("llama", "mistral", "qwen2", "qwen3")]
+    ("family", "kind"),
+    [(name, "neurons") for name in SIZES]
+    + [(name, "heads") for name in ("llama", "mistral", "qwen2", "qwen3")],
 )
 def test_equal_widths_load_plainly(family, kind, tmp_path):
     made = model(family)
@@ -219,12 +281,20 @@ def test_unequal_widths_are_recorded(family, kind):
     made = model(family)
     cut(made, kind, some(groups_of(made, kind)))
     shapes, skeleton = structure.declare(made), type(made)(made.config)
-    built = {name: layer.weight.shape for name, layer in skeleton.named_modules() if isinstance(layer, nn.Linear | structure.Conv1D)}
+    built = {
+        name: layer.weight.shape
+        for name, layer in skeleton.named_modules()
+        if isinstance(layer, nn.Linear | structure.Conv1D)
+    }
     for name, layer in made.named_modules():
         if name in built:
             assert (name in shapes) == (layer.weight.shape != built[name])
         if name in shapes:
-            assert shapes[name] == list(layer.weight.shape if isinstance(layer, structure.Conv1D) else layer.weight.shape[::-1])
+            assert shapes[name] == list(
+                layer.weight.shape
+                if isinstance(layer, structure.Conv1D)
+                else layer.weight.shape[::-1]
+            )
     assert shapes
 
 
@@ -237,7 +307,10 @@ def test_equal_heads_of_bert_are_recorded_since_its_config_cannot_say_them():
 
 
 def test_numbers_of_heads_that_a_family_s_config_refuses_are_recorded(tmp_path):
-    for family, recorded in (("llama", True), ("mistral", False)):  # 5 * 2 query heads do not divide 64 features
+    for family, recorded in (
+        ("llama", True),
+        ("mistral", False),
+    ):  # 5 * 2 query heads do not divide 64 features
         made = model(family, hidden_size=64, num_attention_heads=16, num_key_value_heads=8)
         cut(made, "heads", [torch.arange(8) < 5] * 3)
         assert bool(structure.declare(made)) == recorded
@@ -280,12 +353,16 @@ def test_a_fresh_student_takes_the_described_form(family, kind):
             cut(made, one, some(groups_of(made, one), unequal=False))
     record(made)
     fresh = model(family, seed=5)
-    rebuild(fresh, made.config.to_dict())
+    restore_structure(fresh, made.config.to_dict())
     fresh.load_state_dict(made.state_dict())
     assert torch.equal(answers(fresh), answers(made))
     left, right = fresh.config.to_dict(), made.config.to_dict()
-    assert {key: left[key] for key in right if key != "compression"} == {key: right[key] for key in right if key != "compression"}
-    assert [name for name, _ in fresh.named_parameters()] == [name for name, _ in made.named_parameters()]
+    assert {key: left[key] for key in right if key != "compression"} == {
+        key: right[key] for key in right if key != "compression"
+    }
+    assert [name for name, _ in fresh.named_parameters()] == [
+        name for name, _ in made.named_parameters()
+    ]
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
@@ -294,7 +371,7 @@ def test_a_fresh_student_takes_recorded_shapes(family, kind):
     cut(made, kind, some(groups_of(made, kind)))
     record(made)
     fresh = model(family, seed=5)
-    rebuild(fresh, made.config.to_dict())
+    restore_structure(fresh, made.config.to_dict())
     fresh.load_state_dict(made.state_dict())
     assert torch.equal(answers(fresh), answers(made))
     assert fresh.config.compression == made.config.compression
@@ -303,7 +380,7 @@ def test_a_fresh_student_takes_recorded_shapes(family, kind):
 def test_rebuilding_a_student_of_the_same_form_changes_nothing():
     made = model("bert")
     parameters = list(made.parameters())
-    rebuild(made, made.config.to_dict())
+    restore_structure(made, made.config.to_dict())
     assert all(one is other for one, other in zip(parameters, made.parameters(), strict=True))
 
 
@@ -317,13 +394,20 @@ def test_magnitude_is_the_norm_of_a_group_s_weights(family, kind):
     scores = importance.magnitude(groups)
     for place in range(groups.count):
         alone = torch.arange(groups.count) == place
-        weights = [part.parameter.index_select(part.dim, part.indices(alone)).flatten() for part in groups.parts if part.name == "weight"]
+        weights = [
+            part.parameter.index_select(part.dim, part.indices(alone)).flatten()
+            for part in groups.parts
+            if part.name == "weight"
+        ]
         torch.testing.assert_close(scores[place], torch.cat(weights).norm())
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_first_order_is_the_slope_of_the_loss_in_a_gate_on_the_group(family, kind):
-    made, width = model(family).double(), 0.02  # wide: norms of the Llama families compute in float32
+    made, width = (
+        model(family).double(),
+        0.02,
+    )  # wide: norms of the Llama families compute in float32
     groups = groups_of(made, kind)[1]
     made(input_ids=IDS).logits.square().mean().backward()
     scores, weight = importance.first_order(groups), groups.output.parameter
@@ -333,7 +417,13 @@ def test_first_order_is_the_slope_of_the_loss_in_a_gate_on_the_group(family, kin
             gated = copy.deepcopy(made)
             with torch.no_grad():
                 other = groups_of(gated, kind)[1].output.parameter
-                other.copy_(weight.index_copy(groups.output.dim, columns, gate * weight.index_select(groups.output.dim, columns)))
+                other.copy_(
+                    weight.index_copy(
+                        groups.output.dim,
+                        columns,
+                        gate * weight.index_select(groups.output.dim, columns),
+                    )
+                )
                 losses.append(gated(input_ids=IDS).logits.square().mean())
         slope = (losses[0] - losses[1]).abs() / (2 * width)
         torch.testing.assert_close(scores[place].double(), slope, rtol=1e-2, atol=1e-5)
@@ -355,14 +445,17 @@ def test_a_block_that_passes_its_input_through_has_no_influence():
         for layer in (blocks(made)[1].attn.c_proj, blocks(made)[1].mlp.c_proj):
             layer.weight.zero_()
             layer.bias.zero_()
-    observer = importance.Influence(made)
+    observer = importance.BlockInfluence(made)
     made(input_ids=IDS, attention_mask=MASK)
     assert observer.values["1"].abs() < 1e-3
     assert min(observer.values["0"], observer.values["2"]) > 0.1
 
 
 def test_the_lowest_go_and_what_is_gone_stays_gone():
-    scores, kept = torch.tensor([3.0, 1.0, 2.0, 1.0, 9.0]), torch.tensor([True, True, True, True, False])
+    scores, kept = (
+        torch.tensor([3.0, 1.0, 2.0, 1.0, 9.0]),
+        torch.tensor([True, True, True, True, False]),
+    )
     assert importance.lowest(scores, kept, 0).tolist() == [True] * 5
     assert importance.lowest(scores, kept, 1).tolist() == [True, True, True, True, False]
     assert importance.lowest(scores, kept, 2).tolist() == [True, False, True, True, False]
@@ -374,32 +467,49 @@ def test_each_block_loses_its_share_and_all_together_theirs(share):
     torch.manual_seed(0)
     scores = [torch.rand(20), 100 * torch.rand(20), torch.rand(40)]
     none_gone = [torch.ones(len(block), dtype=torch.bool) for block in scores]
-    each, overall = (select(scores, none_gone, share) for select in (importance.kept_in_each, importance.kept_overall))
+    each, overall = (
+        select(scores, none_gone, share)
+        for select in (importance.keep_per_block, importance.keep_globally)
+    )
     assert [int((~mask).sum()) for mask in each] == [round(share * len(mask)) for mask in each]
     assert sum(int((~mask).sum()) for mask in overall) == round(share * 80)
-    further = importance.kept_overall(scores, overall, min(0.95, share + 0.1))
+    further = importance.keep_globally(scores, overall, min(0.95, share + 0.1))
     assert all(not (now & ~before).any() for now, before in zip(further, overall, strict=True))
 
 
 def test_one_group_stays_in_a_block_that_matters_little_and_scale_does_not_decide():
     kept = [torch.ones(4, dtype=torch.bool)] * 2
     low = torch.tensor([0.1, 0.2, 0.3, 0.05])
-    assert [mask.tolist() for mask in importance.kept_overall([low, 1000 * low], kept, 0.5)] == [[False, True, True, False]] * 2
+    assert [mask.tolist() for mask in importance.keep_globally([low, 1000 * low], kept, 0.5)] == [
+        [False, True, True, False]
+    ] * 2
     flat, peaked = torch.tensor([5.0, 5.0, 5.0, 5.1]), torch.tensor([0.0, 0.0, 0.0, 1.0])
-    assert [int(mask.sum()) for mask in importance.kept_overall([flat, peaked], kept, 0.75)] == [1, 1]
+    assert [int(mask.sum()) for mask in importance.keep_globally([flat, peaked], kept, 0.75)] == [
+        1,
+        1,
+    ]
 
 
 def test_too_much_is_told():
-    assert importance.too_much(0.5, [4, 4], True) == "" == importance.too_much(0.75, [4, 4], False)
-    assert importance.too_much(0.9, [4, 4], True) == "all 4 of a block"
-    assert importance.too_much(0.9, [4, 4], False) == "7 of 8, and 6 leave one to each block"
+    assert (
+        importance.explain_excess(0.5, [4, 4], True)
+        == ""
+        == importance.explain_excess(0.75, [4, 4], False)
+    )
+    assert importance.explain_excess(0.9, [4, 4], True) == "all 4 of a block"
+    assert importance.explain_excess(0.9, [4, 4], False) == "7 of 8, and 6 leave one to each block"
 
 
 def test_fused_heads_are_refused():
     made = model("gpt2")
-    with pytest.raises(UserError, match="the student is a gpt2, but heads can go only where query, key and value are separate"):
+    with pytest.raises(
+        UserError,
+        match="the student is a gpt2, but heads can go only where query, key and value are separate",
+    ):
         structure.heads(made, blocks(made)[0])
 
 
 def test_head_width_is_the_config_s():
-    assert [head_width(model(name).config) for name in ("bert", "distilbert", "llama", "qwen2", "qwen3")] == [8, 8, 4, 4, 6]
+    assert [
+        head_width(model(name).config) for name in ("bert", "distilbert", "llama", "qwen2", "qwen3")
+    ] == [8, 8, 4, 4, 6]

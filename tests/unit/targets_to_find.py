@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from distill.config import Loss as Loss
+from distill.recipe.config import Loss as Loss
 
 
 class Plain:

@@ -8,12 +8,22 @@ import pytest
 import torch
 from datasets import Dataset
 
-from distill.data import BatchPlan, idle, loader
+from distill.data import BatchPlan, is_dummy_batch, make_loader
 from distill.errors import UserError
 from distill.tasks import SingleLabelClassification
 
 # examples, batch size, micro-batches
-SIZES = [(1, 8, 1), (7, 8, 3), (8, 8, 8), (21, 8, 1), (21, 8, 3), (50, 7, 2), (17, 16, 2), (100, 500, 3), (33, 4, 4)]
+SIZES = [
+    (1, 8, 1),
+    (7, 8, 3),
+    (8, 8, 8),
+    (21, 8, 1),
+    (21, 8, 3),
+    (50, 7, 2),
+    (17, 16, 2),
+    (100, 500, 3),
+    (33, 4, 4),
+]
 WORLDS = (1, 2, 3, 5)
 SEEDS = ((0, True), (3, False))
 
@@ -23,18 +33,25 @@ def split_of(count):
     lengths = generator.integers(1, 40, count)
     ids = [generator.integers(1, 50, length).tolist() for length in lengths]
     ones = [1] * count
-    return Dataset.from_dict({"input_ids": ids, "labels": [0] * count, "size": ones, "length": lengths, "rows": ones})
+    return Dataset.from_dict(
+        {"input_ids": ids, "labels": [0] * count, "size": ones, "length": lengths, "rows": ones}
+    )
 
 
 def plans(size, world, seed, grouped):
     count, batch, accumulate = size
-    return [BatchPlan(split_of(count), batch, accumulate, seed, grouped, rank, world) for rank in range(world)]
+    return [
+        BatchPlan(split_of(count), batch, accumulate, seed, grouped, rank, world)
+        for rank in range(world)
+    ]
 
 
 def loader_of(count, batch=8, accumulate=1, seed=0, workers=0, rank=0, world=1):
     task = SingleLabelClassification()
     task.names = ("a", "b")
-    return loader(split_of(count), task, 0, batch, accumulate, seed, workers=workers, rank=rank, world=world)
+    return make_loader(
+        split_of(count), task, 0, batch, accumulate, seed, workers=workers, rank=rank, world=world
+    )
 
 
 # ---- the ranks
@@ -48,9 +65,19 @@ def test_every_example_comes_once_per_epoch_over_the_ranks(size, world):
         for plan in shares:
             plan.set_epoch(epoch)
         handed_out = [list(plan) for plan in shares]
-        seen = sorted(index for share in handed_out for micro in share if not idle(micro) for index in micro.indices)
+        seen = sorted(
+            index
+            for share in handed_out
+            for micro in share
+            if not is_dummy_batch(micro)
+            for index in micro.indices
+        )
         assert seen == list(range(size[0]))
-        assert {len(share) for share in handed_out} == {len(plan) for plan in shares} == {len(shares[0])}
+        assert (
+            {len(share) for share in handed_out}
+            == {len(plan) for plan in shares}
+            == {len(shares[0])}
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -58,9 +85,13 @@ def test_every_example_comes_once_per_epoch_over_the_ranks(size, world):
 def test_the_order_is_the_same_for_every_number_of_ranks(size, seed, grouped):
     alone = list(plans(size, 1, seed, grouped)[0])
     for world in WORLDS[1:]:
-        for turn, whole in zip(zip(*plans(size, world, seed, grouped), strict=True), alone, strict=True):
-            busy = [micro for micro in turn if not idle(micro)]
-            assert [micro.indices for micro in busy] == [whole.indices[rank::world] for rank in range(len(busy))]
+        for turn, whole in zip(
+            zip(*plans(size, world, seed, grouped), strict=True), alone, strict=True
+        ):
+            busy = [micro for micro in turn if not is_dummy_batch(micro)]
+            assert [micro.indices for micro in busy] == [
+                whole.indices[rank::world] for rank in range(len(busy))
+            ]
             assert {(micro.rows, micro.tokens) for micro in busy} == {(whole.rows, whole.tokens)}
 
 
@@ -69,23 +100,28 @@ def test_without_a_seed_batches_are_those_of_one_process_dealt_out_in_turn(size)
     count, batch, _ = size
     alone = list(BatchPlan(split_of(count), batch))
     for world in WORLDS:
-        shares = [list(BatchPlan(split_of(count), batch, rank=rank, world=world)) for rank in range(world)]
+        shares = [
+            list(BatchPlan(split_of(count), batch, rank=rank, world=world)) for rank in range(world)
+        ]
         dealt = [micro for turn in zip(*shares, strict=True) for micro in turn]
         assert dealt[: len(alone)] == alone
-        assert all(idle(micro) for micro in dealt[len(alone) :])
+        assert all(is_dummy_batch(micro) for micro in dealt[len(alone) :])
 
 
 def test_an_idle_micro_batch_is_one_example_that_counts_for_nothing():
     shares = plans((17, 16, 1), 2, 0, True)
     last = list(shares[1])[-1]
-    assert idle(last) and len(last.indices) == 1 and last.rows == last.tokens == math.inf
-    assert [idle(batch) for batch in loader_of(17, 16, rank=1, world=2)] == [False, True]
+    assert is_dummy_batch(last) and len(last.indices) == 1 and last.rows == last.tokens == math.inf
+    assert [is_dummy_batch(batch) for batch in loader_of(17, 16, rank=1, world=2)] == [False, True]
     assert torch.tensor(3.5) / loader_of(17, 16, rank=1, world=2).dataset[last].rows == 0
 
 
 def test_padding_is_told_of_all_ranks():
     """More ranks have smaller batches, which pad less; none of them counts alone."""
-    said = {world: {plan.padding() for plan in plans((100, 16, 1), world, 0, False)} for world in (1, 2, 4)}
+    said = {
+        world: {plan.padding() for plan in plans((100, 16, 1), world, 0, False)}
+        for world in (1, 2, 4)
+    }
     assert all(len(shares) == 1 for shares in said.values())
     one, two, four = (min(shares) for shares in said.values())
     assert one > two > four > 0
@@ -131,7 +167,10 @@ def test_a_loader_goes_on_where_its_state_was_taken(workers, cut):
     assert state["position"] == cut
     resumed = loader_of(**size)
     resumed.load_state_dict(state)
-    assert resumed.state_dict() in (state, state | {"epoch": 1, "position": 0})  # the edge of an epoch is the next one's start
+    assert resumed.state_dict() in (
+        state,
+        state | {"epoch": 1, "position": 0},
+    )  # the edge of an epoch is the next one's start
     rest = whole[0][cut:] or whole[1]
     assert ids(resumed) == rest
     for epoch in range(resumed.plan.epoch + 1, 3):
@@ -166,7 +205,11 @@ def test_a_state_serves_any_number_of_ranks():
 
 @pytest.mark.parametrize(
     ("other", "named"),
-    [({"count": 44}, "training examples"), ({"batch": 8}, "data.batch_size"), ({"accumulate": 3}, "trainer.accumulate")],
+    [
+        ({"count": 44}, "training examples"),
+        ({"batch": 8}, "data.batch_size"),
+        ({"accumulate": 3}, "trainer.accumulate"),
+    ],
 )
 def test_a_state_of_other_examples_or_batches_is_refused(other, named):
     size = {"count": 43, "batch": 16, "accumulate": 2}

@@ -11,9 +11,12 @@ import lightning as L
 import pytest
 import torch
 
-from distill import checkpoints, config, fit, signals, store
-from distill.checkpoints import DurableIO, at, newest, prune
+from distill import store
 from distill.errors import RunFailed
+from distill.processes import signals
+from distill.recipe import config
+from distill.training import checkpoints, loop
+from distill.training.checkpoints import AtomicCheckpointIO, checkpoint_path, newest_intact, prune
 from tests.unit.test_module import module_of
 from tests.worlds import world
 
@@ -21,20 +24,29 @@ from tests.worlds import world
 def saved(folder, *steps, best=None):
     folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        DurableIO().save_checkpoint({"weights": torch.arange(100.0) + step, checkpoints.BEST: best}, at(folder, step))
+        AtomicCheckpointIO().save_checkpoint(
+            {"weights": torch.arange(100.0) + step, checkpoints.BEST: best},
+            checkpoint_path(folder, step),
+        )
     return folder
 
 
 def test_what_was_saved_is_loaded(tmp_path):
     saved(tmp_path, 3)
-    assert torch.equal(DurableIO().load_checkpoint(at(tmp_path, 3))["weights"], torch.arange(100.0) + 3)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000003.ckpt", "step-00000003.json"]
+    assert torch.equal(
+        AtomicCheckpointIO().load_checkpoint(checkpoint_path(tmp_path, 3))["weights"],
+        torch.arange(100.0) + 3,
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "step-00000003.ckpt",
+        "step-00000003.json",
+    ]
 
 
 def test_nothing_is_unpickled(tmp_path):
-    torch.save({"weights": print}, at(tmp_path, 1))
+    torch.save({"weights": print}, checkpoint_path(tmp_path, 1))
     with pytest.raises(Exception, match="weights_only"):
-        DurableIO().load_checkpoint(at(tmp_path, 1), weights_only=False)
+        AtomicCheckpointIO().load_checkpoint(checkpoint_path(tmp_path, 1), weights_only=False)
 
 
 def flipped(content):
@@ -53,9 +65,9 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path, caplog):
     saved(tmp_path, 4, 8, 12)
-    damage(at(tmp_path, 12))
+    damage(checkpoint_path(tmp_path, 12))
     with caplog.at_level(logging.WARNING):
-        assert newest(tmp_path) == at(tmp_path, 8)
+        assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 8)
     assert [record.getMessage() for record in caplog.records] == [
         f"step-00000012.ckpt in {tmp_path} is damaged: step-00000008.ckpt is used in its place"
     ]
@@ -64,15 +76,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_pa
 def test_a_checkpoint_whose_best_one_is_damaged_is_of_no_use(tmp_path):
     saved(tmp_path, 4, 8)
     saved(tmp_path, 12, best=8)
-    DAMAGE["one bit"](at(tmp_path, 8))
-    assert newest(tmp_path) == at(tmp_path, 4)
+    DAMAGE["one bit"](checkpoint_path(tmp_path, 8))
+    assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 4)
 
 
 def test_without_a_whole_one_training_begins_anew(tmp_path, caplog):
-    assert newest(tmp_path / "none") is None
+    assert newest_intact(tmp_path / "none") is None
     assert not caplog.records
-    DAMAGE["empty"](at(saved(tmp_path, 4), 4))
-    assert newest(tmp_path) is None
+    DAMAGE["empty"](checkpoint_path(saved(tmp_path, 4), 4))
+    assert newest_intact(tmp_path) is None
     assert "begins anew" in caplog.text
 
 
@@ -81,9 +93,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     saved(tmp_path, 8, best=4)
     saved(tmp_path, 10, best=8)
     prune(tmp_path, 2)
-    assert sorted(file.stem for file in tmp_path.glob("*.ckpt")) == ["step-00000004", "step-00000008", "step-00000010"]
+    assert sorted(file.stem for file in tmp_path.glob("*.ckpt")) == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000010",
+    ]
     prune(tmp_path, 1)
-    assert sorted(file.stem for file in tmp_path.glob("*.ckpt")) == ["step-00000008", "step-00000010"]
+    assert sorted(file.stem for file in tmp_path.glob("*.ckpt")) == [
+        "step-00000008",
+        "step-00000010",
+    ]
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -104,9 +123,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_older_ones(tmp_path, no_room)
     saved(tmp_path, 4)
     before = sorted(tmp_path.iterdir())
     no_room()
-    with pytest.raises(RunFailed, match=r"step-00000008\.ckpt cannot be written \(.*\), but .*: make room .*step-00000004\.ckpt is intact"):
-        DurableIO().save_checkpoint({"weights": torch.zeros(10_000)}, at(tmp_path, 8))
-    assert newest(tmp_path) == at(tmp_path, 4)
+    with pytest.raises(
+        RunFailed,
+        match=r"step-00000008\.ckpt cannot be written \(.*\), but .*: make room .*step-00000004\.ckpt is intact",
+    ):
+        AtomicCheckpointIO().save_checkpoint(
+            {"weights": torch.zeros(10_000)}, checkpoint_path(tmp_path, 8)
+        )
+    assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 4)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -137,10 +161,17 @@ class Ticks(L.Callback):
 
 
 def fitted(made, folder, callback, steps=10, **settings):
-    asked = {"max_steps": steps, "validations": 3, "precision": "32-true", "accelerator": "cpu", "progress": False, "accumulate": 2}
+    asked = {
+        "max_steps": steps,
+        "validations": 3,
+        "precision": "32-true",
+        "accelerator": "cpu",
+        "progress": False,
+        "accumulate": 2,
+    }
     module = module_of(made)
     module.steps = steps
-    return fit.fit(
+    return loop.fit(
         module,
         made.loader(seed=0, accumulate=2),
         made.loader("validation"),
@@ -151,19 +182,23 @@ def fitted(made, folder, callback, steps=10, **settings):
     )
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 4), (signal.SIGINT, 9)])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 4), (signal.SIGINT, 9)]
+)
 def test_a_request_to_end_is_answered_when_the_step_is_saved(small, tmp_path, number, step):
     whole = Ticks()
     outcome = fitted(small, tmp_path / "whole", whole)
     first, second = Ticks(step, lambda: os.kill(os.getpid(), number)), Ticks()
     handler = signal.getsignal(number)
-    with pytest.raises(signals.Asked) as asked:
+    with pytest.raises(signals.StopRequested) as asked:
         fitted(small, tmp_path / "cut", first)
     assert asked.value.number == number
     assert signal.getsignal(number) is handler
-    assert newest(tmp_path / "cut") == at(tmp_path / "cut", step)
+    assert newest_intact(tmp_path / "cut") == checkpoint_path(tmp_path / "cut", step)
     assert fitted(small, tmp_path / "cut", second) == outcome
-    assert first.seen[: 2 * step] + second.seen == whole.seen  # the batch at which it ended comes again
+    assert (
+        first.seen[: 2 * step] + second.seen == whole.seen
+    )  # the batch at which it ended comes again
 
 
 def test_an_ended_training_is_not_trained_again(small, tmp_path):
@@ -196,13 +231,13 @@ def test_a_longer_training_goes_on_where_the_shorter_ended(small, tmp_path, firs
 @pytest.fixture
 def steps(monkeypatch):
     """At which steps checkpoints are taken."""
-    found, save = [], DurableIO.save_checkpoint
+    found, save = [], AtomicCheckpointIO.save_checkpoint
 
     def noted(self, made, path, storage_options=None):
         found.append(made["global_step"])
         save(self, made, path)
 
-    monkeypatch.setattr(DurableIO, "save_checkpoint", noted)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", noted)
     return found
 
 
@@ -220,9 +255,12 @@ def test_checkpoints_come_by_time(small, tmp_path, steps, monkeypatch):
 
 def test_a_full_disk_in_training_is_one_sentence(small, tmp_path, monkeypatch):
     def fill():
-        monkeypatch.setattr(store, "put", full)
+        monkeypatch.setattr(store, "write_file", full)
 
-    with pytest.raises(RunFailed, match=r"cannot be written \(No space left on device\).*step-00000004\.ckpt is intact"):
+    with pytest.raises(
+        RunFailed,
+        match=r"cannot be written \(No space left on device\).*step-00000004\.ckpt is intact",
+    ):
         fitted(small, tmp_path, Ticks(7, fill))
     monkeypatch.undo()
     whole = fitted(small, tmp_path / "whole", Ticks())

@@ -20,7 +20,10 @@ def has_bbc() -> bool:
 needs_bbc = pytest.mark.skipif(not has_bbc(), reason="the extra `demo` is not installed")
 
 
-@pytest.mark.parametrize("make", [pytest.param(corpora.bbc_news, marks=needs_bbc), corpora.python_reference, corpora.generated])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(corpora.bbc_news, marks=needs_bbc), corpora.python_reference, corpora.generated],
+)
 def test_a_corpus_is_the_same_each_time_and_its_splits_share_no_text(make):
     splits, again = make(), make()
     assert list(splits) == ["train", "validation", "test"]
@@ -33,8 +36,17 @@ def test_a_corpus_is_the_same_each_time_and_its_splits_share_no_text(make):
 @needs_bbc
 def test_bbc_news_is_stratified_and_declares_its_topics():
     splits = corpora.bbc_news()
-    assert splits["train"].features["label"].names == ["business", "entertainment", "politics", "sports", "tech"]
-    assert (len(splits["validation"]), len(splits["test"])) == (corpora.BBC_VALIDATION, corpora.BBC_TEST)
+    assert splits["train"].features["label"].names == [
+        "business",
+        "entertainment",
+        "politics",
+        "sports",
+        "tech",
+    ]
+    assert (len(splits["validation"]), len(splits["test"])) == (
+        corpora.BBC_VALIDATION,
+        corpora.BBC_TEST,
+    )
     total = Counter(label for split in splits.values() for label in split["label"])
     assert sum(total.values()) == 2103
     for split in splits.values():
@@ -55,7 +67,12 @@ def test_the_documents_of_the_reference_share_no_paragraph_and_lose_none():
     from pydoc_data.topics import topics
 
     def paragraphs(texts):
-        return [words for text in texts for part in text.split("\n\n") if len(words := " ".join(part.split())) >= corpora.REPEATED]
+        return [
+            words
+            for text in texts
+            for part in text.split("\n\n")
+            if len(words := " ".join(part.split())) >= corpora.REPEATED
+        ]
 
     splits = corpora.python_reference()
     found = paragraphs(text for split in splits.values() for text in split["text"])
@@ -69,9 +86,14 @@ def test_the_generated_texts_can_be_learnt_but_not_by_a_single_word():
     words = {name: set(corpora.TOPICS[name].split()) for name in names}
 
     def guess(text: str) -> int:
-        return max(range(len(names)), key=lambda label: sum(word in words[names[label]] for word in text.split()))
+        return max(
+            range(len(names)),
+            key=lambda label: sum(word in words[names[label]] for word in text.split()),
+        )
 
     test = splits["test"]
-    right = sum(guess(text) == label for text, label in zip(test["text"], test["label"], strict=True)) / len(test)
+    right = sum(
+        guess(text) == label for text, label in zip(test["text"], test["label"], strict=True)
+    ) / len(test)
     assert 0.8 < right < 1
     assert set(Counter(test["label"]).values()) == {len(test) // len(names)}

@@ -12,12 +12,17 @@ from datasets.exceptions import DatasetGenerationError
 
 from distill import corpora, store
 from distill import data as pipeline
-from distill.config import Data
 from distill.data import encoding
-from distill.data.splits import quotas
+from distill.data.splits import largest_remainder
 from distill.errors import UserError
 from distill.models.tokenizers import train_tokenizer
-from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression, SingleLabelClassification
+from distill.recipe.config import Data
+from distill.tasks import (
+    CausalLanguageModelling,
+    MultiLabelClassification,
+    Regression,
+    SingleLabelClassification,
+)
 
 ROWS = {"text": [f"text number {row}" for row in range(20)], "label": ["up", "down"] * 10}
 MORE = {"text": [f"other text {row}" for row in range(8)], "label": ["down", "up"] * 4}
@@ -32,7 +37,9 @@ def _own_store(tmp_path_factory, monkeypatch):
 def made() -> DatasetDict:
     """A source for the tests, by its dotted path."""
     return DatasetDict(
-        train=Dataset.from_dict(ROWS), validation=Dataset.from_dict(MORE), texts=Dataset.from_dict({"text": ["only", "texts"]})
+        train=Dataset.from_dict(ROWS),
+        validation=Dataset.from_dict(MORE),
+        texts=Dataset.from_dict({"text": ["only", "texts"]}),
     )
 
 
@@ -55,7 +62,9 @@ def write(split: Dataset, path) -> None:
 
 def load(source, task=None, seed=0, **keys) -> DatasetDict:
     keys = {"validation": None, "test": None} | keys
-    return pipeline.load(Data(source=str(source), **keys), task or SingleLabelClassification(), seed)
+    return pipeline.load(
+        Data(source=str(source), **keys), task or SingleLabelClassification(), seed
+    )
 
 
 # ---- sources
@@ -69,16 +78,25 @@ def test_a_local_file_is_the_training_split(suffix, tmp_path):
 
 def test_a_text_file_holds_an_example_a_line(tmp_path):
     (tmp_path / "news.txt").write_text("one\n\ntwo\n")
-    assert pipeline.open_source(str(tmp_path / "news.txt"))["train"]["text"][:] == ["one", "", "two"]
+    assert pipeline.open_source(str(tmp_path / "news.txt"))["train"]["text"][:] == [
+        "one",
+        "",
+        "two",
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_folder_holds_a_file_for_each_split(suffix, tmp_path):
     write(Dataset.from_dict(ROWS), tmp_path / f"train{suffix}")
-    write(Dataset.from_dict({"text": MORE["text"]}), tmp_path / f"test{suffix}")  # splits may differ in their columns
+    write(
+        Dataset.from_dict({"text": MORE["text"]}), tmp_path / f"test{suffix}"
+    )  # splits may differ in their columns
     (tmp_path / "README.md").write_text("Words about them.")
     splits = pipeline.open_source(str(tmp_path))
-    assert {name: split.to_dict() for name, split in splits.items()} == {"train": ROWS, "test": {"text": MORE["text"]}}
+    assert {name: split.to_dict() for name, split in splits.items()} == {
+        "train": ROWS,
+        "test": {"text": MORE["text"]},
+    }
 
 
 def test_a_file_is_known_by_its_content_not_by_its_name_and_time(tmp_path):
@@ -99,7 +117,11 @@ def test_a_folder_laid_out_as_on_the_hub_is_known_by_its_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "denied", "/elsewhere/x")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "denied", "/elsewhere/x"),
+    ],
 )
 def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_source(error, tmp_path, monkeypatch):
     def fail(*_, **__):
@@ -107,7 +129,9 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_source(error, tmp_p
 
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=rf"^{store.root()} cannot be written \(.*set DISTILL_CACHE"):
+    with pytest.raises(
+        UserError, match=rf"^{store.cache_root()} cannot be written \(.*set DISTILL_CACHE"
+    ):
         pipeline.open_source(str(tmp_path / "rows.csv"))
 
 
@@ -115,7 +139,10 @@ def test_a_cache_that_is_no_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "rows.csv"))
     (tmp_path / "more.csv").write_text("text,label\na,b\n")
-    with pytest.raises(UserError, match=r"rows\.csv cannot be written \(.*but what is read from .*more\.csv is kept there"):
+    with pytest.raises(
+        UserError,
+        match=r"rows\.csv cannot be written \(.*but what is read from .*more\.csv is kept there",
+    ):
         pipeline.open_source(str(tmp_path / "more.csv"))
 
 
@@ -141,10 +168,15 @@ def test_a_folder_saved_by_datasets(tmp_path):
 def test_a_folder_laid_out_as_on_the_hub_takes_the_place_of_a_hub_name(tmp_path, monkeypatch):
     (tmp_path / "owner" / "news" / "data").mkdir(parents=True)
     for name, rows in (("train", ROWS), ("validation", MORE)):
-        Dataset.from_dict(rows).to_parquet(tmp_path / "owner" / "news" / "data" / f"{name}-00000-of-00001.parquet")
+        Dataset.from_dict(rows).to_parquet(
+            tmp_path / "owner" / "news" / "data" / f"{name}-00000-of-00001.parquet"
+        )
     monkeypatch.chdir(tmp_path)
     splits = pipeline.open_source("owner/news")
-    assert {name: split.to_dict() for name, split in splits.items()} == {"train": ROWS, "validation": MORE}
+    assert {name: split.to_dict() for name, split in splits.items()} == {
+        "train": ROWS,
+        "validation": MORE,
+    }
 
 
 def test_a_function_by_its_dotted_path():
@@ -160,7 +192,10 @@ def test_a_function_by_its_dotted_path():
         ("no_such_module.function", "no_such_module cannot be imported"),
         (f"{HERE}.nothing", f"the module {HERE} has no nothing"),
         (f"{HERE}.ROWS", "that is a dict of other things"),
-        (f"{HERE}.wrong", "it returned an object of the type int: let it return a datasets.DatasetDict"),
+        (
+            f"{HERE}.wrong",
+            "it returned an object of the type int: let it return a datasets.DatasetDict",
+        ),
     ],
 )
 def test_a_source_that_is_not_there_is_named(source, message):
@@ -170,7 +205,9 @@ def test_a_source_that_is_not_there_is_named(source, message):
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "news.xlsx").write_text("?")
-    with pytest.raises(UserError, match=r"news\.xlsx, but files are read by their suffix, one of \.csv"):
+    with pytest.raises(
+        UserError, match=r"news\.xlsx, but files are read by their suffix, one of \.csv"
+    ):
         pipeline.open_source(str(tmp_path / "news.xlsx"))
     (tmp_path / "news.csv").write_text("")
     with pytest.raises(UserError, match=r"news\.csv is empty, but it must hold examples"):
@@ -185,7 +222,9 @@ def test_folders_that_cannot_be_read_are_named(tmp_path):
         pipeline.open_source(str(tmp_path))
     for suffix in (".csv", ".jsonl"):
         write(Dataset.from_dict(ROWS), tmp_path / f"train{suffix}")
-    with pytest.raises(UserError, match=r"holds train\.csv, train\.jsonl, but each split needs one file"):
+    with pytest.raises(
+        UserError, match=r"holds train\.csv, train\.jsonl, but each split needs one file"
+    ):
         pipeline.open_source(str(tmp_path))
 
 
@@ -196,7 +235,8 @@ def test_an_unreachable_hub_is_one_sentence(source, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        UserError, match=rf"{source} \(small\), but it could not be read .*\(Couldn't reach '{source}' on the Hub\): .* local file"
+        UserError,
+        match=rf"{source} \(small\), but it could not be read .*\(Couldn't reach '{source}' on the Hub\): .* local file",
     ):
         pipeline.open_source(source, "small")
 
@@ -223,7 +263,10 @@ def test_words_that_other_readers_take_for_empty_are_kept(tmp_path):
 
 
 def test_numbers_with_empty_cells_stay_labels(tmp_path):
-    (tmp_path / "numbers.csv").write_text("text,label\n" + "".join(f"text {row},{'' if row % 3 == 0 else row % 2}\n" for row in range(30)))
+    (tmp_path / "numbers.csv").write_text(
+        "text,label\n"
+        + "".join(f"text {row},{'' if row % 3 == 0 else row % 2}\n" for row in range(30))
+    )
     task = SingleLabelClassification()
     splits = load(tmp_path / "numbers.csv", task)
     assert task.names == ("0", "1")
@@ -234,12 +277,30 @@ def test_numbers_with_empty_cells_stay_labels(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"text": ["body"]}, "data.text is body, but split train of .* has the columns text, label: name one of them"),
-        ({"label": "topic"}, "data.label is topic, but split train of .* has the columns text, label: name one of them"),
-        ({"train": "training"}, "data.train is training, but .* has the splits train, validation, texts: name one of them"),
-        ({"test": "test"}, "data.test is test, but .* has the splits .* or null to hold examples out"),
-        ({"labels": ["up", "left"]}, "column 'label' of split train of .* is 'down' in row 1, but the labels are up, left: correct it"),
-        ({"validation": "texts"}, "data.label is label, but split texts of .* has the columns text"),
+        (
+            {"text": ["body"]},
+            "data.text is body, but split train of .* has the columns text, label: name one of them",
+        ),
+        (
+            {"label": "topic"},
+            "data.label is topic, but split train of .* has the columns text, label: name one of them",
+        ),
+        (
+            {"train": "training"},
+            "data.train is training, but .* has the splits train, validation, texts: name one of them",
+        ),
+        (
+            {"test": "test"},
+            "data.test is test, but .* has the splits .* or null to hold examples out",
+        ),
+        (
+            {"labels": ["up", "left"]},
+            "column 'label' of split train of .* is 'down' in row 1, but the labels are up, left: correct it",
+        ),
+        (
+            {"validation": "texts"},
+            "data.label is label, but split texts of .* has the columns text",
+        ),
     ],
 )
 def test_what_the_source_lacks_is_named(keys, message):
@@ -249,28 +310,43 @@ def test_what_the_source_lacks_is_named(keys, message):
 
 def test_names_that_no_example_has_are_said(caplog):
     load(f"{HERE}.made", labels=["up", "left", "down"])
-    assert f"no training example of {HERE}.made is labelled left: the model cannot learn it" in caplog.text
+    assert (
+        f"no training example of {HERE}.made is labelled left: the model cannot learn it"
+        in caplog.text
+    )
 
 
 def test_a_text_must_be_a_string(tmp_path):
     write(Dataset.from_dict({"text": [1, 2], "label": ["a", "b"]}), tmp_path / "n.csv")
-    with pytest.raises(UserError, match=r"column 'text' of split train of .*n\.csv holds int64, but a text is a string"):
+    with pytest.raises(
+        UserError,
+        match=r"column 'text' of split train of .*n\.csv holds int64, but a text is a string",
+    ):
         load(tmp_path / "n.csv")
 
 
 def test_empty_texts_are_dropped_and_counted_once(tmp_path, caplog):
     texts = [*ROWS["text"], "", "  \n", None]
-    write(Dataset.from_dict({"text": texts, "label": [*ROWS["label"], "up", "up", "up"]}), tmp_path / "gaps.jsonl")
+    write(
+        Dataset.from_dict({"text": texts, "label": [*ROWS["label"], "up", "up", "up"]}),
+        tmp_path / "gaps.jsonl",
+    )
     with caplog.at_level(logging.INFO, logger="distill"):
         splits = load(tmp_path / "gaps.jsonl")
-    assert sorted(text for split in splits.values() for text in split["text"]) == sorted(ROWS["text"])
+    assert sorted(text for split in splits.values() for text in split["text"]) == sorted(
+        ROWS["text"]
+    )
     assert [record.getMessage() for record in caplog.records] == [
         f"3 of 23 examples in split train of {tmp_path}/gaps.jsonl are empty: dropped, the first in row 20"
     ]
 
 
 def test_pairs_with_one_empty_side_are_kept_and_counted_once(tmp_path, tokenizer, caplog):
-    rows = {"a": [*ROWS["text"], "", "x", None], "b": [*ROWS["text"], "y", None, " "], "label": [*ROWS["label"], "up", "up", "up"]}
+    rows = {
+        "a": [*ROWS["text"], "", "x", None],
+        "b": [*ROWS["text"], "y", None, " "],
+        "label": [*ROWS["label"], "up", "up", "up"],
+    }
     write(Dataset.from_dict(rows), tmp_path / "pairs.jsonl")
     task, keys = SingleLabelClassification(), {"text": ["a", "b"], "validation": None, "test": None}
     with caplog.at_level(logging.INFO, logger="distill"):
@@ -280,7 +356,12 @@ def test_pairs_with_one_empty_side_are_kept_and_counted_once(tmp_path, tokenizer
         f"2 of 23 pairs in split train of {tmp_path}/pairs.jsonl have one empty side: kept, the first in row 20",
         f"1 of 23 examples in split train of {tmp_path}/pairs.jsonl are empty: dropped, the first in row 22",
     ]
-    assert sum(map(len, pipeline.encode(splits, task, tokenizer, Data(source="none", **keys)).values())) == 22
+    assert (
+        sum(
+            map(len, pipeline.encode(splits, task, tokenizer, Data(source="none", **keys)).values())
+        )
+        == 22
+    )
 
 
 def test_nothing_but_empty_texts_is_refused(tmp_path):
@@ -297,21 +378,35 @@ def test_a_held_back_test_split_cannot_test(tmp_path):
     )
     splits.save_to_disk(tmp_path)
     assert set(load(tmp_path)["test"]["label"]) <= {"a", "b"}
-    with pytest.raises(UserError, match=r"data.test is test, but none of its examples has a label: name another split, or null"):
+    with pytest.raises(
+        UserError,
+        match=r"data.test is test, but none of its examples has a label: name another split, or null",
+    ):
         load(tmp_path, test="test")
 
 
 @pytest.mark.parametrize(
     ("task", "cells"),
-    [(MultiLabelClassification(), [["a"], ["a", "b"], []]), (Regression(), [0.5, 2.0, None]), (CausalLanguageModelling(), [9, 8, 7])],
+    [
+        (MultiLabelClassification(), [["a"], ["a", "b"], []]),
+        (Regression(), [0.5, 2.0, None]),
+        (CausalLanguageModelling(), [9, 8, 7]),
+    ],
 )
 def test_labels_of_other_tasks(task, cells, tmp_path):
-    write(Dataset.from_dict({"text": [f"text {row}" for row in range(30)], "label": cells * 10}), tmp_path / "rows.jsonl")
+    write(
+        Dataset.from_dict({"text": [f"text {row}" for row in range(30)], "label": cells * 10}),
+        tmp_path / "rows.jsonl",
+    )
     splits = load(tmp_path / "rows.jsonl", task)
     if not task.uses_labels:
         assert splits["train"].column_names == ["text"]
     else:
-        by_text = {text: label for split in splits.values() for text, label in zip(split["text"], split["label"], strict=True)}
+        by_text = {
+            text: label
+            for split in splits.values()
+            for text, label in zip(split["text"], split["label"], strict=True)
+        }
         assert [by_text[f"text {row}"] for row in range(30)] == cells * 10
 
 
@@ -323,7 +418,10 @@ def test_several_labels_in_a_string_are_answered_by_the_formats_that_have_lists(
 
 
 def test_labels_that_yaml_takes_for_truth_values_are_to_be_quoted():
-    with pytest.raises(UserError, match=r"is 'up' in row 0, but the labels are False, True: .* data.labels, 'yes' and 'no' in quotes$"):
+    with pytest.raises(
+        UserError,
+        match=r"is 'up' in row 0, but the labels are False, True: .* data.labels, 'yes' and 'no' in quotes$",
+    ):
         load(f"{HERE}.made", labels=["False", "True"])
 
 
@@ -338,7 +436,9 @@ def test_held_out_splits_do_not_depend_on_the_seed_and_share_nothing():
         assert None not in first[name]["label"][:]
     texts = [text for split in first.values() for text in split["text"]]
     assert sorted(texts) == sorted(ROWS["text"])
-    assert load(f"{HERE}.made", validation="validation")["test"].to_dict() == first["test"].to_dict()
+    assert (
+        load(f"{HERE}.made", validation="validation")["test"].to_dict() == first["test"].to_dict()
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,9 +449,15 @@ def test_held_out_splits_do_not_depend_on_the_seed_and_share_nothing():
             "data.validation is train, but data.train is that split too: name another, or set data.validation to null",
         ),
         ({"test": "train"}, "data.test is train, but data.train is that split too"),
-        ({"validation": "validation", "test": "validation"}, "data.test is validation, but data.validation is that split too"),
+        (
+            {"validation": "validation", "test": "validation"},
+            "data.test is validation, but data.validation is that split too",
+        ),
         ({"unlabelled": "train"}, "data.unlabelled is train, but data.train is that split too"),
-        ({"test": "validation", "unlabelled": "validation"}, "data.unlabelled is validation, but data.test is that split too"),
+        (
+            {"test": "validation", "unlabelled": "validation"},
+            "data.unlabelled is validation, but data.test is that split too",
+        ),
     ],
 )
 def test_a_split_has_one_use(keys, message):
@@ -360,11 +466,21 @@ def test_a_split_has_one_use(keys, message):
 
 
 def test_texts_that_are_trained_on_and_measured_on_are_said(tmp_path, caplog):
-    splits = {"train": ROWS, "validation": MORE, "test": {name: values[:3] for name, values in ROWS.items()}}
-    splits["test"] = splits["test"] | {"text": ["text number 0", " text\nnumber  1", "Text number 2"]}
-    DatasetDict({name: Dataset.from_dict(rows) for name, rows in splits.items()}).save_to_disk(tmp_path)
+    splits = {
+        "train": ROWS,
+        "validation": MORE,
+        "test": {name: values[:3] for name, values in ROWS.items()},
+    }
+    splits["test"] = splits["test"] | {
+        "text": ["text number 0", " text\nnumber  1", "Text number 2"]
+    }
+    DatasetDict({name: Dataset.from_dict(rows) for name, rows in splits.items()}).save_to_disk(
+        tmp_path
+    )
     loaded = load(tmp_path, validation="validation", test="test")
-    assert [record.getMessage() for record in caplog.records] == ["2 of 3 texts of the test split are texts of the training split too"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 texts of the test split are texts of the training split too"
+    ]
     assert [len(split) for split in loaded.values()] == [20, 8, 3]
     caplog.clear()
     (tmp_path / "more.txt").write_text("other text 0\nother text 9")
@@ -373,9 +489,14 @@ def test_texts_that_are_trained_on_and_measured_on_are_said(tmp_path, caplog):
 
 
 def test_pairs_are_compared_as_pairs(tmp_path, caplog):
-    for name, rows in {"train": {"a": ["x", "y"], "b": ["y", None]}, "test": {"a": ["x", "y"], "b": [None, ""]}}.items():
+    for name, rows in {
+        "train": {"a": ["x", "y"], "b": ["y", None]},
+        "test": {"a": ["x", "y"], "b": [None, ""]},
+    }.items():
         write(Dataset.from_dict(rows | {"label": ["up", "down"]}), tmp_path / f"{name}.jsonl")
-    write(Dataset.from_dict({"a": ["v"], "b": ["w"], "label": ["up"]}), tmp_path / "validation.jsonl")
+    write(
+        Dataset.from_dict({"a": ["v"], "b": ["w"], "label": ["up"]}), tmp_path / "validation.jsonl"
+    )
     load(tmp_path, text=["a", "b"], validation="validation", test="test")
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warned == ["1 of 2 texts of the test split are texts of the training split too"]
@@ -383,24 +504,31 @@ def test_pairs_are_compared_as_pairs(tmp_path, caplog):
 
 def test_too_few_examples_to_hold_out_are_refused(tmp_path):
     write(Dataset.from_dict({"text": ["a", "b"], "label": ["a", "b"]}), tmp_path / "few.csv")
-    with pytest.raises(UserError, match=r"data.validation is null, but 2 labelled training examples are too few"):
+    with pytest.raises(
+        UserError, match=r"data.validation is null, but 2 labelled training examples are too few"
+    ):
         load(tmp_path / "few.csv")
 
 
 def test_labels_are_taken_away_class_by_class():
-    one, same, other = (load(f"{HERE}.made", seed=seed, validation="validation", labelled=6)["train"] for seed in (3, 3, 4))
+    one, same, other = (
+        load(f"{HERE}.made", seed=seed, validation="validation", labelled=6)["train"]
+        for seed in (3, 3, 4)
+    )
     assert Counter(one["label"]) == {"up": 3, "down": 3, None: 12}
     assert one.to_dict() == same.to_dict()
     assert one["label"][:] != other["label"][:]
     assert one["text"][:] == other["text"][:]
     whole = dict(zip(ROWS["text"], ROWS["label"], strict=True))
-    assert all(label in (None, whole[text]) for text, label in zip(one["text"], one["label"], strict=True))
+    assert all(
+        label in (None, whole[text]) for text, label in zip(one["text"], one["label"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("total", [3, 4, 10, 57, 101])
 def test_quotas_are_in_proportion_and_leave_no_class_out(total):
     counts = {"many": 90, "some": 10, "one": 1}
-    shares = quotas(counts, total)
+    shares = largest_remainder(counts, total)
     assert sum(shares.values()) == total
     assert all(1 <= shares[name] <= counts[name] for name in counts)
     assert all(abs(shares[name] - total * counts[name] / 101) <= 2 for name in counts)
@@ -409,9 +537,17 @@ def test_quotas_are_in_proportion_and_leave_no_class_out(total):
 @pytest.mark.parametrize(
     ("labelled", "task", "message"),
     [
-        (1, None, "data.labelled is 1, but each of the 2 classes needs a labelled example: keep at least 2"),
+        (
+            1,
+            None,
+            "data.labelled is 1, but each of the 2 classes needs a labelled example: keep at least 2",
+        ),
         (99, None, "data.labelled is 99, but only 16 training examples have a label"),
-        (5, CausalLanguageModelling(), "data.labelled is 5, but the examples of .* are used without labels"),
+        (
+            5,
+            CausalLanguageModelling(),
+            "data.labelled is 5, but the examples of .* are used without labels",
+        ),
     ],
 )
 def test_labels_that_cannot_be_kept_are_refused(labelled, task, message):
@@ -427,7 +563,9 @@ def test_unlabelled_texts_join_the_training_split(tmp_path):
     assert file["text"][-2:] == ["from a file", "and again"]
     assert split["label"][-2:] == file["label"][-2:] == [None, None]
     assert len(split) == len(file) == 18
-    assert load(f"{HERE}.made", CausalLanguageModelling(), unlabelled="texts")["train"].column_names == ["text"]
+    assert load(f"{HERE}.made", CausalLanguageModelling(), unlabelled="texts")[
+        "train"
+    ].column_names == ["text"]
 
 
 def test_texts_alone_train_a_student_that_has_names():
@@ -475,19 +613,27 @@ def encoded(tokenizer, task=None, seed=0, **keys) -> DatasetDict:
 
 
 def entries(file="*") -> list:
-    return [*(store.root() / "examples").glob(f"*/{file}")]
+    return [*(store.cache_root() / "examples").glob(f"*/{file}")]
 
 
 def test_texts_are_tokenised_once_and_kept(tokenizer, counted):
     first = encoded(tokenizer)
     assert sum(counted) >= 28
     counted.clear()
-    tokenizer("the last use", truncation=True, max_length=3, padding="max_length")  # leaves its mark on the tokenizer's state
+    tokenizer(
+        "the last use", truncation=True, max_length=3, padding="max_length"
+    )  # leaves its mark on the tokenizer's state
     again = encoded(tokenizer)
     assert counted == []
-    assert {name: split.to_dict() for name, split in first.items()} == {name: split.to_dict() for name, split in again.items()}
+    assert {name: split.to_dict() for name, split in first.items()} == {
+        name: split.to_dict() for name, split in again.items()
+    }
     assert len(entries(encoding.FILE)) == 3
-    assert all(file["filename"] in map(str, entries()) for split in again.values() for file in split.cache_files)  # mapped, not read
+    assert all(
+        file["filename"] in map(str, entries())
+        for split in again.values()
+        for file in split.cache_files
+    )  # mapped, not read
     assert again["train"].cache_files
 
 
@@ -534,7 +680,11 @@ def test_a_damaged_file_is_made_again(damage, tokenizer, counted, caplog):
     for file in entries(encoding.FILE):
         content = file.read_bytes()
         middle = len(content) // 2
-        file.write_bytes(content[:100] if damage == "shortened" else content[: middle - 200] + bytes(400) + content[middle + 200 :])
+        file.write_bytes(
+            content[:100]
+            if damage == "shortened"
+            else content[: middle - 200] + bytes(400) + content[middle + 200 :]
+        )
     counted.clear()
     assert encoded(tokenizer)["train"].to_dict() == whole
     assert counted
@@ -544,12 +694,17 @@ def test_a_damaged_file_is_made_again(damage, tokenizer, counted, caplog):
 def test_texts_that_are_shortened_are_counted(tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="distill"):
         encoded(tokenizer, SingleLabelClassification(max_length=4))
-    assert "18 of 18 texts of the train split are longer than task.max_length, 4 tokens: shortened to it" in caplog.text
+    assert (
+        "18 of 18 texts of the train split are longer than task.max_length, 4 tokens: shortened to it"
+        in caplog.text
+    )
 
 
 def test_texts_without_anything_to_predict_are_refused(endless):
     raw = DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}))
-    with pytest.raises(UserError, match=r"the train split has 2 texts, but none of them holds a token to predict"):
+    with pytest.raises(
+        UserError, match=r"the train split has 2 texts, but none of them holds a token to predict"
+    ):
         pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"))
 
 
@@ -583,13 +738,18 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
 
 @pytest.mark.parametrize("task", [SingleLabelClassification, MultiLabelClassification, Regression])
 def test_labelled_only_leaves_out_what_has_no_label(task, tokenizer):
-    cells = {SingleLabelClassification: ["a", None, "b"], MultiLabelClassification: [["a"], None, []], Regression: [-100.0, None, 2.0]}[
-        task
-    ]
+    cells = {
+        SingleLabelClassification: ["a", None, "b"],
+        MultiLabelClassification: [["a"], None, []],
+        Regression: [-100.0, None, 2.0],
+    }[task]
     it, raw = task(), Dataset.from_dict({"text": ["x", "y", "z"], "label": cells})
     it.names = ("a", "b")
     split = pipeline.encode(DatasetDict(train=raw), it, tokenizer, Data(source="none"))["train"]
-    assert pipeline.labelled_only(split, it)["input_ids"][:] == [split["input_ids"][0], split["input_ids"][2]]
+    assert pipeline.only_labelled(split, it)["input_ids"][:] == [
+        split["input_ids"][0],
+        split["input_ids"][2],
+    ]
 
 
 @pytest.mark.parametrize("task", [SingleLabelClassification, MultiLabelClassification, Regression])
@@ -597,8 +757,11 @@ def test_nothing_labelled_is_refused(task, tokenizer):
     it, raw = task(), Dataset.from_dict({"text": ["x", "y"], "label": [None, None]})
     it.names = ("a", "b")
     split = pipeline.encode(DatasetDict(train=raw), it, tokenizer, Data(source="none"))["train"]
-    with pytest.raises(UserError, match=r"0 of 2 training examples have a label, but .* data.label, or a source that has them"):
-        pipeline.labelled_only(split, it)
+    with pytest.raises(
+        UserError,
+        match=r"0 of 2 training examples have a label, but .* data.label, or a source that has them",
+    ):
+        pipeline.only_labelled(split, it)
 
 
 def test_the_default_recipe_data_load():
@@ -607,6 +770,8 @@ def test_the_default_recipe_data_load():
     except UserError:
         pytest.skip("the extra `demo` is not installed")
     task = SingleLabelClassification()
-    splits = load("distill.corpora.bbc_news", task, validation="validation", test="test", labelled=100)
+    splits = load(
+        "distill.corpora.bbc_news", task, validation="validation", test="test", labelled=100
+    )
     assert len(task.names) == 5
     assert sum(label is not None for label in splits["train"]["label"]) == 100

@@ -13,11 +13,12 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
-from distill import config, evaluate, fresh, models, recipe
-from distill.compress import vocabulary
+from distill import evaluate, isolated, models
+from distill.compress import tokenizer_trim
 from distill.data import BatchPlan
 from distill.errors import UserError
 from distill.evaluate import measure, table
+from distill.recipe import compose, config
 from distill.tasks import CausalLanguageModelling, SingleLabelClassification
 from tests.unit import tiny_runs
 
@@ -54,31 +55,41 @@ def examples(lengths, labels=None):
 
 
 def one_pass(task, split, **logits):
-    from distill.data import loader
+    from distill.data import make_loader
 
-    return measure.outcomes(task, {name: Fixed(rows) for name, rows in logits.items()}, loader(split, task, 0, 2))
+    return measure.outcomes(
+        task, {name: Fixed(rows) for name, rows in logits.items()}, make_loader(split, task, 0, 2)
+    )
 
 
 def test_fidelity_is_the_share_of_equal_predictions_and_the_mean_divergence(task):
     teacher = [[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]]
     student = [[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [1.0, 0.0]]
-    columns, followed = one_pass(task, examples([4, 3, 2, 1], [0, 1, 1, 0]), teacher=teacher, student=student)
+    columns, followed = one_pass(
+        task, examples([4, 3, 2, 1], [0, 1, 1, 0]), teacher=teacher, student=student
+    )
     assert followed["student"]["agreement"] == 0.75
     p, q = torch.tensor(teacher).log_softmax(-1), torch.tensor(student).log_softmax(-1)
-    assert followed["student"]["divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert followed["student"]["divergence"] == pytest.approx(
+        float((p.exp() * (p - q)).sum(-1).mean())
+    )
     assert task.quality(columns["teacher"])["accuracy"] == 1.0
     assert task.quality(columns["student"])["accuracy"] == 0.75
 
 
 def test_windows_of_a_text_are_resampled_together():
     """In whatever order the windows were answered, their outcomes are added up text by text."""
-    split = Dataset.from_dict({"length": [3, 5, 2, 4], "rows": [1, 1, 1, 1], "begins": [1, 0, 1, 1]})
+    split = Dataset.from_dict(
+        {"length": [3, 5, 2, 4], "rows": [1, 1, 1, 1], "begins": [1, 0, 1, 1]}
+    )
     plan = BatchPlan(split, batch_size=2)
     order = [place for micro in plan for place in micro.indices]
     assert order == [1, 3, 0, 2]
     answered = torch.tensor([10.0**place for place in order])
     assert measure.by_text({"nll": answered}, split, plan)["nll"].tolist() == [11, 100, 1000]
-    assert measure.by_text({"nll": answered}, split.remove_columns("begins"), plan)["nll"] is answered
+    assert (
+        measure.by_text({"nll": answered}, split.remove_columns("begins"), plan)["nll"] is answered
+    )
 
 
 def test_a_model_is_perfectly_faithful_to_itself(task):
@@ -88,8 +99,14 @@ def test_a_model_is_perfectly_faithful_to_itself(task):
 
 
 def test_each_model_but_the_teacher_is_compared_with_it(task):
-    teacher, dense, student = [[2.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]], [[0.0, 2.0], [0.0, 1.0]]
-    columns, followed = one_pass(task, examples([1, 1]), teacher=teacher, dense=dense, student=student)
+    teacher, dense, student = (
+        [[2.0, 0.0], [0.0, 1.0]],
+        [[2.0, 0.0], [0.0, 1.0]],
+        [[0.0, 2.0], [0.0, 1.0]],
+    )
+    columns, followed = one_pass(
+        task, examples([1, 1]), teacher=teacher, dense=dense, student=student
+    )
     assert list(columns) == ["teacher", "dense", "student"]
     assert followed["dense"] == {"agreement": 1.0, "divergence": 0.0}
     assert followed["student"]["agreement"] == 0.5
@@ -99,14 +116,20 @@ def test_each_model_but_the_teacher_is_compared_with_it(task):
 
 def test_a_model_with_ids_of_its_own_is_matched_example_by_example(task):
     """Its encodings are of other lengths, which must not change the order in which examples are answered."""
-    from distill.data import loader
+    from distill.data import make_loader
 
     split, own = examples([1, 5, 3, 2], [0, 1, 1, 0]), examples([5, 1, 2, 9])
     logits = [[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]]
-    batches = loader(split, task, 0, 2)
-    read = {"student": measure._batches(task, measure.Reading(SimpleNamespace(pad_token_id=0), own), batches.plan)}
+    batches = make_loader(split, task, 0, 2)
+    read = {
+        "student": measure._batches(
+            task, measure.ModelInputs(SimpleNamespace(pad_token_id=0), own), batches.plan
+        )
+    }
     models_ = {"teacher": Fixed(logits), "student": Fixed(logits)}
-    assert measure.outcomes(task, models_, batches, read)[1] == {"student": {"agreement": 1.0, "divergence": 0.0}}
+    assert measure.outcomes(task, models_, batches, read)[1] == {
+        "student": {"agreement": 1.0, "divergence": 0.0}
+    }
 
 
 def test_outcomes_do_not_depend_on_the_teacher_being_there(task):
@@ -115,7 +138,9 @@ def test_outcomes_do_not_depend_on_the_teacher_being_there(task):
     together, _ = one_pass(task, examples([1, 2]), student=logits, teacher=[[0.0, 1.0]] * 2)
     assert followed == {}
     assert alone.keys() == {"student"}
-    assert all((column == together["student"][name]).all() for name, column in alone["student"].items())
+    assert all(
+        (column == together["student"][name]).all() for name, column in alone["student"].items()
+    )
 
 
 def test_classes_beyond_the_shared_vocabulary_are_left_out_of_fidelity():
@@ -134,21 +159,31 @@ def test_requests_are_single_and_batches_full_and_of_like_length(task):
 
 
 def test_few_examples_give_fewer_requests_and_one_batch(task):
-    singles, groups = measure.requests(task, examples([1, 2, 3]), 0, config.Evaluate(requests=50, batches=8, batch_size=32))
+    singles, groups = measure.requests(
+        task, examples([1, 2, 3]), 0, config.Evaluate(requests=50, batches=8, batch_size=32)
+    )
     assert len(singles) == 3
     assert [len(inputs["input_ids"]) for inputs in groups] == [3]
 
 
 def test_requests_of_a_language_model_are_its_windows():
     task = CausalLanguageModelling(max_length=4)
-    split = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], "size": [2], "length": [3], "rows": [2]})
+    split = Dataset.from_dict(
+        {
+            "input_ids": [[1, 2, 3]],
+            "labels": [[-100, 2, 3]],
+            "size": [2],
+            "length": [3],
+            "rows": [2],
+        }
+    )
     singles, _ = measure.requests(task, split, 0, config.Evaluate(requests=1, batches=1))
     assert singles[0]["input_ids"] == [[1, 2, 3]]
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 3), (3, 10), (200, 200), (1, 1)])
 def test_a_spread_has_distinct_places_in_order(size, count):
-    places = measure.spread(size, count)
+    places = measure.evenly_spaced(size, count)
     assert len(places) == len(set(places)) == min(size, count)
     assert places == sorted(places)
     assert places[0] == 0
@@ -156,20 +191,41 @@ def test_a_spread_has_distinct_places_in_order(size, count):
 
 
 def metrics(teacher=True, dense=False):
-    quality = {"accuracy": {"value": 0.9, "low": 0.85, "high": 0.95}, "mcc": {"value": math.nan, "low": math.nan, "high": math.nan}}
-    costs = {"parameters": 2_000_000, "disk_bytes": 8e6, "bits_per_weight": 7.77, "latency_p50_ms": 10.0, "examples_per_s": 100.0}
+    quality = {
+        "accuracy": {"value": 0.9, "low": 0.85, "high": 0.95},
+        "mcc": {"value": math.nan, "low": math.nan, "high": math.nan},
+    }
+    costs = {
+        "parameters": 2_000_000,
+        "disk_bytes": 8e6,
+        "bits_per_weight": 7.77,
+        "latency_p50_ms": 10.0,
+        "examples_per_s": 100.0,
+    }
     machine = {
         "cpu": "A CPU", "device": "cpu", "threads": 1, "dtype": "float32", "attention": "eager", "torch": "2", "requests": 50, "batches": 8
     }  # fmt: skip
-    found = {"split": "test", "examples": 200, "resamples": 1000, "student": {"quality": quality, "cost": costs}, "machine": machine}
+    found = {
+        "split": "test",
+        "examples": 200,
+        "resamples": 1000,
+        "student": {"quality": quality, "cost": costs},
+        "machine": machine,
+    }
     if teacher:
-        found["teacher"] = {"quality": quality, "cost": {key: 2 * value for key, value in costs.items()}}
+        found["teacher"] = {
+            "quality": quality,
+            "cost": {key: 2 * value for key, value in costs.items()},
+        }
         gap = {"value": -0.01, "low": -0.03, "high": 0.004}
         found["comparison"] = {"metric": "accuracy", "maximise": True, "difference": gap, "p": 0.2}
         found["fidelity"] = {"agreement": 0.93, "divergence": 0.021, "name": "forward_kl"}
     if dense:
         better = {"accuracy": {"value": 0.91, "low": 0.86, "high": 0.96}}
-        found["dense"] = {"quality": better, "cost": {key: 1.5 * value for key, value in costs.items()}}
+        found["dense"] = {
+            "quality": better,
+            "cost": {key: 1.5 * value for key, value in costs.items()},
+        }
     if teacher and dense:
         found["fidelity"]["dense"] = {"agreement": 0.97, "divergence": 0.013}
     return measure.finite(found)
@@ -178,7 +234,10 @@ def metrics(teacher=True, dense=False):
 def test_models_come_back_from_the_device_they_answered_on(monkeypatch):
     moves = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: moves.append("emptied"))
-    with pytest.raises(KeyboardInterrupt), models.on("cuda", SimpleNamespace(to=moves.append)):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        models.on_device("cuda", SimpleNamespace(to=moves.append)),
+    ):
         raise KeyboardInterrupt
     assert moves == ["cuda", "cpu", "emptied"]
 
@@ -220,8 +279,12 @@ def test_three_models_have_a_column_each():
     found = metrics(dense=True)
     lines = printed(found).splitlines()
     assert cells(lines[1]) == ["", "teacher", "dense", "student", "ratio"]
-    assert ["bytes on disk, MB", "16.0", "12.0", "8.000", "0.50x"] in [cells(line) for line in lines]
-    assert ["agreement with the teacher", "", "0.970", "0.930", ""] in [cells(line) for line in lines]
+    assert ["bytes on disk, MB", "16.0", "12.0", "8.000", "0.50x"] in [
+        cells(line) for line in lines
+    ]
+    assert ["agreement with the teacher", "", "0.970", "0.930", ""] in [
+        cells(line) for line in lines
+    ]
     card = table.markdown(found).splitlines()
     assert card[:2] == ["| | teacher | dense | student | ratio |", "|---|---:|---:|---:|---:|"]
     assert "| bytes on disk, MB | 16.0 | 12.0 | 8.000 | 0.50x |" in card
@@ -232,7 +295,11 @@ def test_without_compression_there_is_no_sign_of_it():
     found = metrics()
     shown = printed(found) + table.markdown(found)
     assert cells(printed(found).splitlines()[1]) == ["", "teacher", "student", "ratio"]
-    assert table.markdown(found).splitlines()[:3] == ["| | teacher | student | ratio |", "|---|---:|---:|---:|", "| **quality** | | | |"]
+    assert table.markdown(found).splitlines()[:3] == [
+        "| | teacher | student | ratio |",
+        "|---|---:|---:|---:|",
+        "| **quality** | | | |",
+    ]
     assert "dense" not in shown
     assert "bits per weight" not in shown
     assert "effective bits per weight" in printed(metrics(dense=True))
@@ -254,11 +321,21 @@ def test_labels_with_brackets_are_shown_as_they_are():
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_narrow_terminal_loses_no_digit(dense):
     words = set(printed(metrics(dense=dense), width=80).replace("│", " ").split())
-    assert {cell for row in table.rows(metrics(dense=dense)) for cell in " ".join(row[2:]).split()} <= words
+    assert {
+        cell for row in table.rows(metrics(dense=dense)) for cell in " ".join(row[2:]).split()
+    } <= words
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0, "0.000"), (0.0123, "0.012"), (0.00042, "0.00042"), (12.345, "12.3"), (12345.6, "12,346"), (None, "")]
+    ("value", "shown"),
+    [
+        (0, "0.000"),
+        (0.0123, "0.012"),
+        (0.00042, "0.00042"),
+        (12.345, "12.3"),
+        (12345.6, "12,346"),
+        (None, ""),
+    ],
 )
 def test_numbers_have_the_digits_that_matter(value, shown):
     assert table.number(value) == shown
@@ -272,8 +349,13 @@ def test_metrics_are_stored_whole_or_not_at_all(tmp_path):
 
 
 def test_what_training_could_not_know_is_stored_as_null(tmp_path):
-    evaluate.write({"training": {"best": {"val/pearson": -math.inf}}, "perplexity": math.nan}, tmp_path)
-    assert evaluate.read(tmp_path) == {"training": {"best": {"val/pearson": None}}, "perplexity": None}
+    evaluate.write(
+        {"training": {"best": {"val/pearson": -math.inf}}, "perplexity": math.nan}, tmp_path
+    )
+    assert evaluate.read(tmp_path) == {
+        "training": {"best": {"val/pearson": None}},
+        "perplexity": None,
+    }
 
 
 @pytest.mark.parametrize("content", [None, "", '{"a": 1', "[]", "\0"])
@@ -288,7 +370,9 @@ def test_a_terminal_sees_a_sign_of_life(terminal, progress, monkeypatch):
     said = io.StringIO()
     said.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stdout", said)
-    with evaluate.status(SimpleNamespace(trainer=config.Trainer(progress=progress)), "measuring cost"):
+    with evaluate.status(
+        SimpleNamespace(trainer=config.Trainer(progress=progress)), "measuring cost"
+    ):
         pass
     assert ("measuring cost" in said.getvalue()) == (terminal and progress)
 
@@ -300,7 +384,10 @@ def test_a_terminal_sees_a_sign_of_life(terminal, progress, monkeypatch):
         (["run=."], "holds no recipe.yaml"),
         (["ruun=x"], "ruun is given, but there is no such key: did you mean run?"),
         (["run=x", "threads=two"], "threads: Value 'two'"),
-        (["run=x", "split=dev"], "split is dev, but there is no such split: choose from train, validation, test"),
+        (
+            ["run=x", "split=dev"],
+            "split is dev, but there is no such split: choose from train, validation, test",
+        ),
         (["x"], "x is given, but options are written key=value"),
         ([], "exactly one is needed"),
         (["run=x", "recipe=y"], "exactly one is needed"),
@@ -309,7 +396,9 @@ def test_a_terminal_sees_a_sign_of_life(terminal, progress, monkeypatch):
         (["run=x", "output=no/such/file.json"], "its folder does not exist"),
     ],
 )
-def test_a_wrong_command_line_is_answered_in_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_line_is_answered_in_one_sentence(
+    arguments, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["distill.evaluate", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -321,7 +410,9 @@ def test_a_wrong_command_line_is_answered_in_one_sentence(arguments, said, tmp_p
 
 
 def test_options_out_of_range_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "_of_folder", lambda given: (SimpleNamespace(evaluate=config.Evaluate()), {}))
+    monkeypatch.setattr(
+        evaluate, "_of_folder", lambda given: (SimpleNamespace(evaluate=config.Evaluate()), {})
+    )
     with pytest.raises(UserError, match=r"evaluate\.requests is 0"):
         evaluate.described(evaluate.Options(run="x", requests=0))
 
@@ -329,14 +420,19 @@ def test_options_out_of_range_are_refused(tmp_path, monkeypatch):
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A run folder as training leaves it, with data of its own."""
-    monkeypatch.setattr(fresh, "ask", tiny_runs.ask_here)
+    monkeypatch.setattr(isolated, "run_isolated", tiny_runs.ask_here)
     monkeypatch.chdir(tmp_path)
-    lines = [f"{text},{label}" for text, label in zip(tiny_runs.TEXTS * 3, ["no", "yes"] * 18, strict=True)]
+    lines = [
+        f"{text},{label}"
+        for text, label in zip(tiny_runs.TEXTS * 3, ["no", "yes"] * 18, strict=True)
+    ]
     (tmp_path / "texts.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     run, *_ = tiny_runs.made(tmp_path, tiny_runs.classifier("no", "yes"))
-    run.data = config.Data(source="texts.csv", train="train", validation=None, test=None, holdout=0.2)
+    run.data = config.Data(
+        source="texts.csv", train="train", validation=None, test=None, holdout=0.2
+    )
     run.evaluate = config.Evaluate(bootstrap=20, requests=3, batches=2, batch_size=2)
-    recipe.save(run, tmp_path / "recipe.yaml")
+    compose.save_recipe(run, tmp_path / "recipe.yaml")
     return tmp_path
 
 
@@ -351,14 +447,25 @@ def test_the_command_line_measures_a_run_folder(finished, monkeypatch, capsys):
     assert (found["split"], found["examples"]) == ("test", 7)
     for who in ("teacher", "student"):
         assert found[who]["quality"].keys() >= {"accuracy", "macro_f1", "nll", "ece"}
-        assert found[who]["cost"].keys() >= {"latency_p50_ms", "examples_per_s", "disk_bytes", "memory_peak_bytes"}
+        assert found[who]["cost"].keys() >= {
+            "latency_p50_ms",
+            "examples_per_s",
+            "disk_bytes",
+            "memory_peak_bytes",
+        }
     assert 0 <= found["fidelity"]["agreement"] <= 1
     assert found["comparison"]["metric"] == "accuracy"
     assert "accuracy" in capsys.readouterr().out
 
 
 def test_the_command_line_measures_any_two_models_on_a_recipe(finished, monkeypatch, capsys):
-    arguments = ["recipe=recipe.yaml", "teacher=teacher", "student=teacher", "split=validation", "output=found.json"]
+    arguments = [
+        "recipe=recipe.yaml",
+        "teacher=teacher",
+        "student=teacher",
+        "split=validation",
+        "output=found.json",
+    ]
     called(monkeypatch, *arguments)
     found = json.loads((finished / "found.json").read_text())
     assert found["fidelity"] == {"agreement": 1.0, "divergence": 0.0, "name": "forward_kl"}
@@ -401,17 +508,21 @@ def test_a_compressed_student_is_shown_beside_what_it_was(compressed, monkeypatc
     assert [what for what in found if what in models_] == models_
     assert found["dense"]["quality"] == found["student"]["quality"]
     assert found["dense"]["cost"]["disk_bytes"] == found["student"]["cost"]["disk_bytes"]
-    assert found["fidelity"]["dense"] == {key: found["fidelity"][key] for key in ("agreement", "divergence")}
+    assert found["fidelity"]["dense"] == {
+        key: found["fidelity"][key] for key in ("agreement", "divergence")
+    }
     out = capsys.readouterr()
     assert "dense" in out.out
     assert "effective bits per weight" in (compressed / "report.md").read_text()
-    assert "dense" not in evaluate.of_run(config.Run(name="x", teacher=None), compressed / "teacher")
+    assert "dense" not in evaluate.of_run(
+        config.Run(name="x", teacher=None), compressed / "teacher"
+    )
 
 
 def test_the_student_is_measured_as_it_ships(compressed, monkeypatch, capsys):
-    run = recipe.load_recipe("recipe.yaml")
+    run = compose.load_recipe("recipe.yaml")
     run.export = config.Export(dtype="bfloat16")
-    recipe.save(run, compressed / "recipe.yaml")
+    compose.save_recipe(run, compressed / "recipe.yaml")
     called(monkeypatch, f"run={compressed}")
     found = evaluate.read(compressed)
     dense, student = (found[what]["cost"] for what in ("dense", "student"))
@@ -420,24 +531,35 @@ def test_the_student_is_measured_as_it_ships(compressed, monkeypatch, capsys):
     nll = [found[what]["quality"]["nll"]["value"] for what in ("dense", "student")]
     assert nll[0] != nll[1]
     assert nll[0] == pytest.approx(nll[1], rel=0.05)
-    called(monkeypatch, "recipe=recipe.yaml", "student=student", "output=found.json")  # any other folder is what it is
-    assert json.loads((compressed / "found.json").read_text())["student"]["cost"]["bits_per_weight"] == dense["bits_per_weight"]
+    called(
+        monkeypatch, "recipe=recipe.yaml", "student=student", "output=found.json"
+    )  # any other folder is what it is
+    assert (
+        json.loads((compressed / "found.json").read_text())["student"]["cost"]["bits_per_weight"]
+        == dense["bits_per_weight"]
+    )
 
 
 @pytest.fixture
 def trimmed(compressed):
     """The same with fewer texts, and a student that has lost the tokens that occur in none of them."""
-    lines = [line for line in (compressed / "texts.csv").read_text().splitlines() if "sees" not in line]
+    lines = [
+        line for line in (compressed / "texts.csv").read_text().splitlines() if "sees" not in line
+    ]
     (compressed / "texts.csv").write_text("\n".join([*lines, *lines[1:]]) + "\n")
     tokenizer = models.load_tokenizer(str(compressed / "student"))
     student = AutoModelForSequenceClassification.from_pretrained(compressed / "student")
-    ids = {i for ids in tokenizer([text for text in tiny_runs.TEXTS if "sees" not in text])["input_ids"] for i in ids}
-    kept = vocabulary.kept(tokenizer, ids)
+    ids = {
+        i
+        for ids in tokenizer([text for text in tiny_runs.TEXTS if "sees" not in text])["input_ids"]
+        for i in ids
+    }
+    kept = tokenizer_trim.ids_to_keep(tokenizer, ids)
     assert len(kept) < len(tokenizer)
     student.config.compression = {"vocabulary": student.config.vocab_size}
-    vocabulary.trim(student, kept)
+    tokenizer_trim.trim_embeddings(student, kept)
     shutil.rmtree(compressed / "student")
-    models.save(student, vocabulary.trimmed(tokenizer, kept), compressed / "student")
+    models.save(student, tokenizer_trim.trim_tokenizer(tokenizer, kept), compressed / "student")
     return compressed
 
 
@@ -445,27 +567,46 @@ def test_a_student_with_a_trimmed_vocabulary_is_given_its_own_ids(trimmed, monke
     called(monkeypatch, f"run={trimmed}")
     found = evaluate.read(trimmed)
     assert found["student"]["quality"] == found["dense"]["quality"]
-    assert found["fidelity"]["dense"] == {key: found["fidelity"][key] for key in ("agreement", "divergence")}
+    assert found["fidelity"]["dense"] == {
+        key: found["fidelity"][key] for key in ("agreement", "divergence")
+    }
     assert found["student"]["cost"]["parameters"] < found["dense"]["cost"]["parameters"]
-    called(monkeypatch, "recipe=recipe.yaml", "student=student", "teacher=dense", "output=found.json")
+    called(
+        monkeypatch, "recipe=recipe.yaml", "student=student", "teacher=dense", "output=found.json"
+    )
     assert json.loads((trimmed / "found.json").read_text())["fidelity"]["agreement"] == 1.0
     called(monkeypatch, "recipe=recipe.yaml", "student=student", "output=alone.json")
-    assert json.loads((trimmed / "alone.json").read_text())["student"]["quality"] == found["student"]["quality"]
+    assert (
+        json.loads((trimmed / "alone.json").read_text())["student"]["quality"]
+        == found["student"]["quality"]
+    )
 
 
 def test_cost_is_measured_on_the_ids_that_a_model_reads(trimmed, monkeypatch):
     asked = {}
-    monkeypatch.setattr(measure.cost, "measure", lambda *given, own: asked.update(own, shared=given[2:4]) or ({}, {}))
-    run = recipe.load_recipe("recipe.yaml")
+    monkeypatch.setattr(
+        measure.cost,
+        "measure",
+        lambda *given, own: asked.update(own, shared=given[2:4]) or ({}, {}),
+    )
+    run = compose.load_recipe("recipe.yaml")
     names = evaluate.of_run(run, trimmed)
     task, raw, encoded, tokenizer = evaluate.prepared(run, names, "test")
-    read = measure.readings(run, task, raw, measure.Reading(tokenizer, encoded), names, "test")
+    read = measure.inputs_by_model(
+        run, task, raw, measure.ModelInputs(tokenizer, encoded), names, "test"
+    )
     measure._costs(run, task, read, {}, "cpu")
     assert asked.keys() == {"shared", "student"}
-    highest = [max(i for call in calls for ids in call["input_ids"] for i in ids) for calls in (asked["student"][0], asked["shared"][0])]
+    highest = [
+        max(i for call in calls for ids in call["input_ids"] for i in ids)
+        for calls in (asked["student"][0], asked["shared"][0])
+    ]
     assert highest[0] < len(read["student"].tokenizer) <= highest[1]
     for ours, theirs in zip(asked["student"][0], asked["shared"][0], strict=True):
-        texts = [each.tokenizer.decode(call["input_ids"][0]) for each, call in ((read["student"], ours), (read["teacher"], theirs))]
+        texts = [
+            each.tokenizer.decode(call["input_ids"][0])
+            for each, call in ((read["student"], ours), (read["teacher"], theirs))
+        ]
         assert texts[0] == texts[1]
 
 
@@ -475,7 +616,9 @@ def test_other_ids_are_refused_for_any_other_reason(trimmed, monkeypatch, capsys
         settings = json.loads((trimmed / "student" / "config.json").read_text())
         (trimmed / "student" / "config.json").write_text(json.dumps(settings | {"compression": {}}))
     else:
-        models.train_tokenizer(["quite another text", "and yet another"], 320, True).save_pretrained(trimmed / "student")
+        models.train_tokenizer(
+            ["quite another text", "and yet another"], 320, True
+        ).save_pretrained(trimmed / "student")
     with pytest.raises(SystemExit) as ended:
         called(monkeypatch, f"run={trimmed}")
     assert ended.value.code == 2

@@ -12,10 +12,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from distill import config, export, fresh, packing, recipe
+from distill import export, isolated, packing
 from distill.errors import RunFailed
-from distill.export import equal, proof
+from distill.export import comparison, proof
 from distill.export.card import card
+from distill.recipe import compose, config
 from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression
 from tests.unit import tiny_runs
 from tests.unit.tiny_runs import classifier, made
@@ -28,7 +29,7 @@ def ready(tmp_path):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    monkeypatch.setattr(fresh, "ask", tiny_runs.ask_here)
+    monkeypatch.setattr(isolated, "run_isolated", tiny_runs.ask_here)
 
 
 @pytest.fixture
@@ -36,13 +37,13 @@ def tampered(monkeypatch):
     """Changes the export between its writing and its proof."""
 
     def tamper(change):
-        write = packing.write
+        write = packing.write_format
 
         def changed(run, task, tokenizer, student, draft):
             write(run, task, tokenizer, student, draft)
             change(draft)
 
-        monkeypatch.setattr(packing, "write", changed)
+        monkeypatch.setattr(packing, "write_format", changed)
 
     return tamper
 
@@ -111,15 +112,30 @@ def exchange(content):
         (lambda draft: (draft / "model.safetensors").unlink(), "not loadable"),
         (lambda draft: (draft / "model.safetensors").write_bytes(b"0123456789"), "not loadable"),
     ],
-    ids=["weight", "swapped labels", "renamed label", "tokenizer changed", "no head", "no tokenizer", "no weights", "damaged weights"],
+    ids=[
+        "weight",
+        "swapped labels",
+        "renamed label",
+        "tokenizer changed",
+        "no head",
+        "no tokenizer",
+        "no weights",
+        "damaged weights",
+    ],
 )
-def test_a_tampered_export_is_refused_and_leaves_nothing(ready, in_process, tampered, change, match):
+def test_a_tampered_export_is_refused_and_leaves_nothing(
+    ready, in_process, tampered, change, match
+):
     tampered(change)
     refused(ready, match)
 
 
-@pytest.mark.parametrize(("seconds", "flipped", "named"), [(0.5, False, True), (2.0, False, False), (0.5, True, False)])
-def test_a_faster_dtype_is_named_where_it_is_faster_and_agrees(ready, monkeypatch, seconds, flipped, named):
+@pytest.mark.parametrize(
+    ("seconds", "flipped", "named"), [(0.5, False, True), (2.0, False, False), (0.5, True, False)]
+)
+def test_a_faster_dtype_is_named_where_it_is_faster_and_agrees(
+    ready, monkeypatch, seconds, flipped, named
+):
     def asked(script, question):
         told = tiny_runs.ask_here(script, question)
         for form, answers in told["answers"].items():
@@ -129,16 +145,21 @@ def test_a_faster_dtype_is_named_where_it_is_faster_and_agrees(ready, monkeypatc
                     answer["logits"] = {name: -logit for name, logit in answer["logits"].items()}
         return told
 
-    monkeypatch.setattr(fresh, "ask", asked)
+    monkeypatch.setattr(isolated, "run_isolated", asked)
     folder = export.export(*ready)
     assert folder is not None
-    proof, card = json.loads((folder / "proof.json").read_text()), (folder / "README.md").read_text()
+    proof, card = (
+        json.loads((folder / "proof.json").read_text()),
+        (folder / "README.md").read_text(),
+    )
     assert ("faster" in proof) == named == ('dtype="bfloat16"' in card)
 
 
 def test_an_export_as_large_as_its_teacher_is_refused(tmp_path, in_process):
     ready = made(tmp_path, classifier("no", "yes"), teacher_layers=1)
-    refused(ready, r"not smaller: its weights take ([\d,]+) bytes on disk, but its teacher's take \1")
+    refused(
+        ready, r"not smaller: its weights take ([\d,]+) bytes on disk, but its teacher's take \1"
+    )
 
 
 def test_a_teacher_stored_without_safetensors_is_weighed_too(ready, in_process):
@@ -160,7 +181,7 @@ def test_a_teacher_stored_without_safetensors_is_weighed_too(ready, in_process):
 )
 def test_predictions_of_near_ties_are_equal(task, student, told, agreed):
     student_1C, told_1C = torch.tensor([student]), torch.tensor([told])
-    tied = equal.tied(student_1C, told_1C, equal.NEAR * 9 / 2)
+    tied = comparison.break_ties(student_1C, told_1C, comparison.NEAR * 9 / 2)
     assert task.agreement(told_1C, student_1C).item() == 0
     assert task.agreement(told_1C, tied).item() == agreed
 
@@ -178,8 +199,21 @@ def test_predictions_of_near_ties_are_equal(task, student, told, agreed):
 )
 def test_the_card_tells_no_path_of_this_machine(ready, given, shown):
     run, task, *_ = ready
-    run = replace(run, data=replace(run.data, source=given), teacher=config.Teacher(model=given), student=config.Student(model=given))
-    proof = {"bytes": 1, "teacher_bytes": None, "texts": 1, "agreement": 1, "max_difference": 0, "dtype": "float32", "threads": 1}
+    run = replace(
+        run,
+        data=replace(run.data, source=given),
+        teacher=config.Teacher(model=given),
+        student=config.Student(model=given),
+    )
+    proof = {
+        "bytes": 1,
+        "teacher_bytes": None,
+        "texts": 1,
+        "agreement": 1,
+        "max_difference": 0,
+        "dtype": "float32",
+        "threads": 1,
+    }
     proof |= {
         "format": "dense",
         "quantize": None,
@@ -205,7 +239,7 @@ def test_an_interrupted_export_leaves_nothing(ready, monkeypatch):
         assert len(left(ready[4])) == 3
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fresh, "ask", interrupted)
+    monkeypatch.setattr(isolated, "run_isolated", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export.export(*ready)
     assert left(ready[4]) == ["student", "teacher"]
@@ -271,9 +305,13 @@ def test_numbers_that_overflow_in_half_the_bits_are_refused(tmp_path, in_process
 
 
 def test_prompts_of_a_language_model_are_proven(tmp_path, in_process):
-    run, task, raw, tokenizer, folder = made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2", columns=("prompt", "answer"))
+    run, task, raw, tokenizer, folder = made(
+        tmp_path, CausalLanguageModelling(max_length=16), "gpt2", columns=("prompt", "answer")
+    )
     raw = Dataset.from_dict({"prompt": [*raw["prompt"][:3], None], "answer": raw["answer"][:4]})
-    found = json.loads((export.export(run, task, raw, tokenizer, folder) / "proof.json").read_text())
+    found = json.loads(
+        (export.export(run, task, raw, tokenizer, folder) / "proof.json").read_text()
+    )
     assert (found["texts"], found["agreement"]) == (4, 1)
 
 
@@ -286,7 +324,9 @@ def test_pairs_of_texts_are_proven_as_pairs(tmp_path, in_process, model_type):
 
 
 @pytest.mark.parametrize(
-    "task", [classifier("a", "b", "c", kind=MultiLabelClassification), classifier(kind=Regression)], ids=["several", "number"]
+    "task",
+    [classifier("a", "b", "c", kind=MultiLabelClassification), classifier(kind=Regression)],
+    ids=["several", "number"],
 )
 def test_other_classifiers_are_proven_too(tmp_path, in_process, task):
     found = json.loads((export.export(*made(tmp_path, task)) / "proof.json").read_text())
@@ -308,14 +348,19 @@ def test_a_tampered_language_model_is_refused(tmp_path, in_process, tampered):
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
 
     tampered(scale)
-    refused(made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2"), "not equal: .* logits differ")
+    refused(
+        made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2"),
+        "not equal: .* logits differ",
+    )
 
 
 def test_texts_longer_than_the_model_are_cut_as_in_training(tmp_path, in_process):
     ready = made(tmp_path, classifier("no", "yes"))
     run, task, _, tokenizer, folder = ready
     long = Dataset.from_dict({"text": ["the cat sees " * 50, "a dog"]})
-    found = json.loads((export.export(run, task, long, tokenizer, folder) / "proof.json").read_text())
+    found = json.loads(
+        (export.export(run, task, long, tokenizer, folder) / "proof.json").read_text()
+    )
     assert found["max_difference"] < 1e-5
     assert found["texts"] == 2
 
@@ -333,11 +378,20 @@ def test_the_export_stands_alone(ready, tmp_path):
     assert found["ratio"] < 1
     assert found["versions"]["torch"] == torch.__version__
     stored = {path.name: path.read_bytes() for path in final.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "proof.json"} <= stored.keys()
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "proof.json",
+    } <= stored.keys()
     for name in stored.keys() - {"README.md"}:
         assert b"distill" not in stored[name]
         assert str(tmp_path).encode() not in stored[name]
-    assert stored["README.md"].startswith(b"---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
+    assert stored["README.md"].startswith(
+        b"---\nlibrary_name: transformers\npipeline_tag: text-classification\n"
+    )
     assert left(tmp_path) == ["export", "student", "teacher"]
     assert final.stat().st_mode == (tmp_path / "student").stat().st_mode
     assert len({path.stat().st_mode for path in final.iterdir()}) == 1
@@ -348,7 +402,9 @@ def test_the_blocked_library_cannot_be_imported(tmp_path):
         f"import runpy, sys; sys.path.insert(0, {str(Path(export.__file__).parents[2])!r})\n"
         f"sys.meta_path.insert(0, runpy.run_path({proof.__file__!r})['Blocked']('distill'))\nimport json\nimport distill.errors"
     )
-    said = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    said = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert said.returncode == 1
     assert "distill is blocked" in said.stderr
 
@@ -366,7 +422,7 @@ def run_main(monkeypatch, *arguments):
 
 def test_the_command_line_exports_a_run_folder(ready, in_process, monkeypatch, capsys):
     run, task, raw, tokenizer, folder = ready
-    recipe.save(run, folder / "recipe.yaml")
+    compose.save_recipe(run, folder / "recipe.yaml")
     monkeypatch.setattr(export, "prepared", lambda run, folder: (task, raw, tokenizer))
     run_main(monkeypatch, f"run={folder}", "dtype=bfloat16", "examples=3")
     assert f"export: {folder / 'export'}" in capsys.readouterr().out
@@ -376,7 +432,7 @@ def test_the_command_line_exports_a_run_folder(ready, in_process, monkeypatch, c
 
 def test_damaged_metrics_are_left_out_of_the_card(ready, in_process, monkeypatch, capsys):
     run, task, raw, tokenizer, folder = ready
-    recipe.save(run, folder / "recipe.yaml")
+    compose.save_recipe(run, folder / "recipe.yaml")
     (folder / "metrics.json").write_text('{"student": ')
     monkeypatch.setattr(export, "prepared", lambda run, folder: (task, raw, tokenizer))
     run_main(monkeypatch, f"run={folder}")
@@ -391,7 +447,9 @@ def test_damaged_metrics_are_left_out_of_the_card(ready, in_process, monkeypatch
         (["run=x", "formt=onnx"], "formt is given, but there is no such key: did you mean format?"),
     ],
 )
-def test_a_wrong_command_line_is_answered_in_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_line_is_answered_in_one_sentence(
+    arguments, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         run_main(monkeypatch, *arguments)

@@ -9,15 +9,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distill import config, fit
 from distill.callbacks import factorize
-from distill.callbacks.base import record
+from distill.callbacks.base import compression_config
 from distill.callbacks.factorize import Factorize
 from distill.compress import low_rank
 from distill.errors import UserError
 from distill.models import logits
 from distill.module import Distillation
-from distill.runtime.modeling import LowRank
+from distill.recipe import config
+from distill.remote_code.modeling import LowRank
+from distill.training import loop
 from tests.worlds import LANGUAGE, STILL, few, trainer
 
 EPOCH = 4  # steps
@@ -40,13 +41,17 @@ def made(request):
 
 def module_of(made, steps=8):
     student = made.model("student", seed=1, **STILL[made.run.teacher.config["model_type"]])
-    return Distillation(made.task, student, made.model(), config.Loss(), config.Optimizer(lr=1e-2), steps)
+    return Distillation(
+        made.task, student, made.model(), config.Loss(), config.Optimizer(lr=1e-2), steps
+    )
 
 
 def trained(made, *callbacks, module=None, resume=None):
     module = module or module_of(made)
-    with fit.quiet():
-        trainer(module.steps, *callbacks, limit_val_batches=0).fit(module, made.loader(seed=0), made.loader("validation"), ckpt_path=resume)
+    with loop.silence_lightning():
+        trainer(module.steps, *callbacks, limit_val_batches=0).fit(
+            module, made.loader(seed=0), made.loader("validation"), ckpt_path=resume
+        )
     return module
 
 
@@ -63,7 +68,11 @@ class Around(L.Callback):
     def look(self, module):
         state = module.trainer.optimizers[0].state
         student = module.student
-        moments = {name: state[each]["exp_avg"].clone() for name, each in student.named_parameters() if each in state}
+        moments = {
+            name: state[each]["exp_avg"].clone()
+            for name, each in student.named_parameters()
+            if each in state
+        }
         weights = {name: (each, each.detach().clone()) for name, each in student.named_parameters()}
         return weights, moments
 
@@ -84,7 +93,7 @@ def test_all_layers_of_the_blocks_become_factors(made, weighted):
     found = layers_of(module.student)
     per_block = 6 if made.run.teacher.config["model_type"] == "bert" else 4
     assert len(found) == 3 * per_block
-    assert record(module.student)["low_rank"] == dict.fromkeys(found, 3)
+    assert compression_config(module.student)["low_rank"] == dict.fromkeys(found, 3)
     assert not any(isinstance(layer, Conv1D) for layer in module.student.modules())
     for layer in found.values():
         assert layer.first.weight.shape == (3, layer.in_features)
@@ -106,17 +115,23 @@ def test_full_rank_answers_as_before(made, weighted, monkeypatch):
     trained(made, technique, module=module)
     assert len(layers_of(module.student)) >= 12
     with torch.no_grad():
-        torch.testing.assert_close(logits(module.student.eval(), batch.inputs), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits(module.student.eval(), batch.inputs), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_everything_else_keeps_its_values_and_moments(made):
     before, after = Before(4), Around(4)
     module = trained(made, before, Factorize(rank=3, start=4), after)
     (weights, moments), (now, moments_now) = before.before, after.after
-    layers = record(module.student)["low_rank"]
+    layers = compression_config(module.student)["low_rank"]
     gone = {f"{name}.weight" for name in layers}
-    renamed = {name: name for name in weights if name not in gone} | {f"{name}.bias": f"{name}.second.bias" for name in layers}
-    assert {renamed[name] for name in renamed} == {name for name in now if not name.endswith((".first.weight", ".second.weight"))}
+    renamed = {name: name for name in weights if name not in gone} | {
+        f"{name}.bias": f"{name}.second.bias" for name in layers
+    }
+    assert {renamed[name] for name in renamed} == {
+        name for name in now if not name.endswith((".first.weight", ".second.weight"))
+    }
     for old, new in renamed.items():
         assert now[new][0] is weights[old][0]
         assert torch.equal(now[new][1], weights[old][1])
@@ -139,9 +154,13 @@ def test_the_factors_learn(made):
     assert listed == {id(parameter) for parameter in module.parameters()}
 
 
-@pytest.mark.parametrize("arguments", [{"rank": 3}, {"energy": 0.5, "weighted": True}], ids=["rank", "weighted energy"])
+@pytest.mark.parametrize(
+    "arguments", [{"rank": 3}, {"energy": 0.5, "weighted": True}], ids=["rank", "weighted energy"]
+)
 @pytest.mark.parametrize("start", [2, 6], ids=["resumed after", "resumed before"])
-def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_with_the_same_bytes(made, tmp_path, arguments, start):
+def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_with_the_same_bytes(
+    made, tmp_path, arguments, start
+):
     def technique():
         return Factorize(start=start, **arguments)
 
@@ -153,8 +172,13 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_with_the_same_bytes(made, 
     ours, theirs = whole.state_dict(), resumed.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    states = [list(module.trainer.optimizers[0].state_dict()["state"].values()) for module in (whole, resumed)]
-    assert all(torch.equal(one[key], other[key]) for one, other in zip(*states, strict=True) for key in one)
+    states = [
+        list(module.trainer.optimizers[0].state_dict()["state"].values())
+        for module in (whole, resumed)
+    ]
+    assert all(
+        torch.equal(one[key], other[key]) for one, other in zip(*states, strict=True) for key in one
+    )
     assert whole.student.config.compression == resumed.student.config.compression
 
 
@@ -165,7 +189,9 @@ def test_weighting_keeps_what_the_inputs_need(bert):
         def on_fit_start(self, trainer, module):
             self.layer = module.student.get_submodule("bert.encoder.layer.0.intermediate.dense")
             self.weight, self.inputs = self.layer.weight, []
-            self.layer.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0].detach().flatten(0, 1)))
+            self.layer.register_forward_pre_hook(
+                lambda _, inputs: self.inputs.append(inputs[0].detach().flatten(0, 1))
+            )
 
         def error(self, module):
             layer = module.student.get_submodule("bert.encoder.layer.0.intermediate.dense")
@@ -187,7 +213,11 @@ def test_layers_that_would_not_be_smaller_are_left_and_named_once(bert, caplog):
     found = layers_of(module.student)
     assert len(found) == 6
     assert all({layer.in_features, layer.out_features} == {16, 32} for layer in found.values())
-    said = [record.message for record in caplog.records if "left whole" in record.message]
+    said = [
+        compression_config.message
+        for compression_config in caplog.records
+        if "left whole" in compression_config.message
+    ]
     assert len(said) == 1
     assert "12 layers" in said[0]
     assert "attention.self.query" in said[0]
@@ -196,7 +226,7 @@ def test_layers_that_would_not_be_smaller_are_left_and_named_once(bert, caplog):
 def test_energy_that_nothing_can_keep_leaves_the_student_alone(bert):
     module = trained(bert, Factorize(energy=1.0, start=2))
     assert not layers_of(module.student)
-    assert "low_rank" not in record(module.student)
+    assert "low_rank" not in compression_config(module.student)
 
 
 def test_chosen_layers_only(bert):
@@ -216,7 +246,7 @@ def test_two_in_one_recipe_do_not_factorize_factors(bert, tmp_path):
     module = trained(bert, *both(), kept)
     resumed = trained(bert, *both(), module=module_of(bert), resume=tmp_path / f"step={EPOCH}.ckpt")
     for each in (module, resumed):
-        ranks = record(each.student)["low_rank"]
+        ranks = compression_config(each.student)["low_rank"]
         assert sorted(ranks.values()) == [2] * 3 + [3] * 15
         assert not any("first" in name for name in ranks)
 
@@ -228,8 +258,10 @@ def test_a_layer_replaced_while_it_is_watched_is_watched_on(bert):
                 student = module.student
                 del student.bert.encoder.layer[0]
                 old = student.bert.encoder.layer[0].intermediate.dense
-                student.bert.encoder.layer[0].intermediate.dense = nn.Linear(old.in_features, old.out_features)
-                module.restructured()
+                student.bert.encoder.layer[0].intermediate.dense = nn.Linear(
+                    old.in_features, old.out_features
+                )
+                module.refresh_optimizer_params()
 
     class Count(L.Callback):
         def on_train_batch_end(self, trainer, module, *_):
@@ -240,7 +272,9 @@ def test_a_layer_replaced_while_it_is_watched_is_watched_on(bert):
     module = trained(bert, Replace(), technique, count)
     assert count.moments.keys() == layers_of(module.student).keys()
     assert len(count.moments) == 12
-    first, second = (float(count.moments[f"bert.encoder.layer.{i}.intermediate.dense"].trace()) for i in (0, 1))
+    first, second = (
+        float(count.moments[f"bert.encoder.layer.{i}.intermediate.dense"].trace()) for i in (0, 1)
+    )
     assert 0 < first < 0.8 * second  # three batches and five, of normalised inputs
 
 
@@ -265,10 +299,19 @@ def test_wrong_arguments_are_refused_when_the_recipe_is_read(arguments, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"rank": 11}, "rank is 11, but from 11 on factors make no layer smaller: set rank to 10 or less"),
+        (
+            {"rank": 11},
+            "rank is 11, but from 11 on factors make no layer smaller: set rank to 10 or less",
+        ),
         ({"rank": 8, "layers": ["*.query"]}, "from 8 on .* set rank to 7 or less"),
-        ({"rank": 2, "layers": ["*.nothing"]}, r"layers has \*\.nothing, but the student has no such layer"),
-        ({"rank": 2, "weighted": True, "start": 0}, "start is 0, but weighted needs inputs seen in training"),
+        (
+            {"rank": 2, "layers": ["*.nothing"]},
+            r"layers has \*\.nothing, but the student has no such layer",
+        ),
+        (
+            {"rank": 2, "weighted": True, "start": 0},
+            "start is 0, but weighted needs inputs seen in training",
+        ),
         ({"rank": 2, "weighted": True, "start": 0.01}, "start is 0"),
         ({"rank": 2, "start": 9}, "the schedule ends at step 9, but the training has 8"),
     ],
@@ -279,7 +322,9 @@ def test_what_the_student_cannot_do_is_refused_before_the_first_step(bert, argum
 
 
 def test_the_head_over_the_vocabulary_stays_whole(gpt2):
-    with pytest.raises(UserError, match=r"^Factorize: layers has lm_head, but that is the head over the vocabulary"):
+    with pytest.raises(
+        UserError, match=r"^Factorize: layers has lm_head, but that is the head over the vocabulary"
+    ):
         trained(gpt2, Factorize(rank=2, layers=["lm_head"]))
 
 

@@ -12,12 +12,24 @@ from distill.models.architectures import ARCHITECTURES, TRANSLATIONS
 from distill.tasks import CausalLanguageModelling, SingleLabelClassification, Task
 
 VOCABULARY = 50
-_ENCODER = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 20}
+_ENCODER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 20,
+}
 _GROUPED = _ENCODER | {"num_key_value_heads": 1, "head_dim": 8}
 SIZES = {
     "bert": _ENCODER,
     "roberta": _ENCODER | {"pad_token_id": 1},
-    "distilbert": {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 20},
+    "distilbert": {
+        "dim": 16,
+        "n_layers": 3,
+        "n_heads": 2,
+        "hidden_dim": 24,
+        "max_position_embeddings": 20,
+    },
     "gpt2": {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 20},
     "llama": _GROUPED | {"tie_word_embeddings": True},
     "mistral": _GROUPED,
@@ -36,7 +48,13 @@ def classification(*names: str) -> Task:
 def random(family: str, task: Task, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A tiny model whose every tensor, norms and biases included, is random."""
     torch.manual_seed(seed)
-    model = models.load(None, {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": 0} | SIZES[family] | changes, task)
+    model = models.load(
+        None,
+        {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": 0}
+        | SIZES[family]
+        | changes,
+        task,
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -52,14 +70,18 @@ def batch(pad: int, rows: int = 4, length: int = 12) -> dict[str, torch.Tensor]:
 
 
 CASES = [pytest.param(family, classification(), id=f"{family}-classification") for family in SIZES]
-CASES += [pytest.param(family, CausalLanguageModelling(), id=f"{family}-language") for family in CAUSAL]
+CASES += [
+    pytest.param(family, CausalLanguageModelling(), id=f"{family}-language") for family in CAUSAL
+]
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)
 class TestSameArchitecture:
-    def test_a_student_with_all_layers_answers_exactly_as_its_teacher(self, family: str, task: Task) -> None:
+    def test_a_student_with_all_layers_answers_exactly_as_its_teacher(
+        self, family: str, task: Task
+    ) -> None:
         teacher = random(family, task)
-        student, account = models.cut(teacher, [0, 1, 2], None, task)
+        student, account = models.select_layers(teacher, [0, 1, 2], None, task)
         inputs = batch(teacher.config.pad_token_id)
         with torch.no_grad():
             assert torch.equal(models.logits(student, inputs), models.logits(teacher, inputs))
@@ -70,23 +92,30 @@ class TestSameArchitecture:
 
     def test_every_tensor_is_accounted_for(self, family: str, task: Task) -> None:
         teacher = random(family, task)
-        student, account = models.cut(teacher, [0, 2], None, task)
+        student, account = models.select_layers(teacher, [0, 2], None, task)
         assert_accounted(account, student, teacher)
         assert len(account.dropped) == len(models.blocks(teacher)[1].state_dict())
 
-    def test_layers_hold_the_weights_of_those_named_in_their_order(self, family: str, task: Task) -> None:
+    def test_layers_hold_the_weights_of_those_named_in_their_order(
+        self, family: str, task: Task
+    ) -> None:
         teacher = random(family, task)
-        student, _ = models.cut(teacher, [2, 0], None, task)
+        student, _ = models.select_layers(teacher, [2, 0], None, task)
         assert len(models.blocks(student)) == student.config.num_hidden_layers == 2
         for block, source in zip(models.blocks(student), (2, 0), strict=True):
             expected = models.blocks(teacher)[source].state_dict()
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in block.state_dict().items())
+            assert all(
+                torch.equal(tensor, expected[name]) for name, tensor in block.state_dict().items()
+            )
 
     def test_student_and_teacher_share_no_memory(self, family: str, task: Task) -> None:
         teacher = random(family, task)
         before = models.fingerprint(teacher)
-        student, _ = models.cut(teacher, [0, 2], None, task)
-        ours, theirs = ({t.untyped_storage().data_ptr() for t in model.state_dict().values()} for model in (student, teacher))
+        student, _ = models.select_layers(teacher, [0, 2], None, task)
+        ours, theirs = (
+            {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+            for model in (student, teacher)
+        )
         assert not ours & theirs
         with torch.no_grad():
             for parameter in student.parameters():
@@ -96,8 +125,10 @@ class TestSameArchitecture:
         assert teacher.config.id2label
         assert teacher.config.num_hidden_layers == 3
 
-    def test_a_saved_student_loads_strictly_and_answers_the_same(self, family: str, task: Task, tmp_path) -> None:
-        student, _ = models.cut(random(family, task), [0, 2], None, task)
+    def test_a_saved_student_loads_strictly_and_answers_the_same(
+        self, family: str, task: Task, tmp_path
+    ) -> None:
+        student, _ = models.select_layers(random(family, task), [0, 2], None, task)
         student.save_pretrained(tmp_path)
         again = models.load(str(tmp_path), None, task, "student", strict=True)
         assert models.fingerprint(again) == models.fingerprint(student)
@@ -107,7 +138,9 @@ class TestSameArchitecture:
         assert again.config.id2label == student.config.id2label
 
 
-def assert_accounted(account: models.Account, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def assert_accounted(
+    account: models.TensorReport, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
     """Copied + initialised = the student; sources + dropped = the teacher; nothing twice."""
     sources = {source for names in account.copied.values() for source in names}
     assert sorted([*account.copied, *account.initialised]) == sorted(student.state_dict())
@@ -117,7 +150,9 @@ def assert_accounted(account: models.Account, student: PreTrainedModel, teacher:
 @pytest.mark.parametrize("family", CAUSAL)
 def test_tied_embeddings_stay_tied(family: str) -> None:
     task = CausalLanguageModelling()
-    student, _ = models.cut(random(family, task, tie_word_embeddings=True), [1], None, task)
+    student, _ = models.select_layers(
+        random(family, task, tie_word_embeddings=True), [1], None, task
+    )
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
 
 
@@ -125,7 +160,9 @@ def test_tied_embeddings_stay_tied(family: str) -> None:
 def test_a_language_model_does_not_see_what_it_predicts(family: str) -> None:
     model = random(family, CausalLanguageModelling())
     inputs = batch(model.config.pad_token_id, rows=1)
-    changed = inputs | {"input_ids": torch.cat([inputs["input_ids"][:, :-1], torch.tensor([[3]])], 1)}
+    changed = inputs | {
+        "input_ids": torch.cat([inputs["input_ids"][:, :-1], torch.tensor([[3]])], 1)
+    }
     with torch.no_grad():
         before, after = models.logits(model, inputs), models.logits(model, changed)
     assert torch.allclose(before[:, :-1], after[:, :-1], atol=1e-6)
@@ -136,7 +173,7 @@ class TestBertToDistilBert:
     def test_the_encoder_of_all_layers_answers_as_the_teachers(self) -> None:
         task = classification()
         teacher = random("bert", task)
-        student, account = models.cut(teacher, [0, 1, 2], "distilbert", task)
+        student, account = models.select_layers(teacher, [0, 1, 2], "distilbert", task)
         inputs = batch(0, rows=4)
         with torch.no_grad():
             theirs = teacher.base_model(**inputs).last_hidden_state
@@ -149,7 +186,7 @@ class TestBertToDistilBert:
     def test_the_token_type_table_is_folded_into_the_positions(self) -> None:
         task = classification()
         teacher = random("bert", task)
-        student, account = models.cut(teacher, [1], "distilbert", task)
+        student, account = models.select_layers(teacher, [1], "distilbert", task)
         tables = teacher.bert.embeddings
         expected = tables.position_embeddings.weight + tables.token_type_embeddings.weight[0]
         assert torch.equal(student.distilbert.embeddings.position_embeddings.weight, expected)
@@ -157,24 +194,42 @@ class TestBertToDistilBert:
 
     def test_config_and_labels_follow_the_teacher(self) -> None:
         task = classification("a", "b")
-        teacher = random("bert", task, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, hidden_act="relu")
-        config = models.cut(teacher, [0, 2], "distilbert", task)[0].config
+        teacher = random(
+            "bert",
+            task,
+            hidden_dropout_prob=0.3,
+            attention_probs_dropout_prob=0.2,
+            hidden_act="relu",
+        )
+        config = models.select_layers(teacher, [0, 2], "distilbert", task)[0].config
         assert (config.dim, config.hidden_dim, config.n_heads, config.n_layers) == (16, 24, 2, 2)
         assert (config.dropout, config.attention_dropout, config.activation) == (0.3, 0.2, "relu")
-        assert (config.vocab_size, config.max_position_embeddings, config.id2label) == (VOCABULARY, 20, {0: "a", 1: "b"})
+        assert (config.vocab_size, config.max_position_embeddings, config.id2label) == (
+            VOCABULARY,
+            20,
+            {0: "a", 1: "b"},
+        )
 
-    @pytest.mark.parametrize(("change", "key"), [({"layer_norm_eps": 1e-5}, "layer_norm_eps"), ({"is_decoder": True}, "is_decoder")])
+    @pytest.mark.parametrize(
+        ("change", "key"),
+        [({"layer_norm_eps": 1e-5}, "layer_norm_eps"), ({"is_decoder": True}, "is_decoder")],
+    )
     def test_what_distilbert_cannot_vary_is_refused(self, change: dict, key: str) -> None:
         task = classification()
         with pytest.raises(UserError, match=f"teacher's {key} is .* but a distilbert student"):
-            models.cut(random("bert", task, **change), [0], "distilbert", task)
+            models.select_layers(random("bert", task, **change), [0], "distilbert", task)
 
     def test_token_types_are_left_out_for_a_model_that_has_none(self) -> None:
         student = random("distilbert", classification())
         inputs = batch(0)
         with torch.no_grad():
             expected = models.logits(student, inputs)
-            assert torch.equal(models.logits(student, inputs | {"token_type_ids": torch.ones_like(inputs["input_ids"])}), expected)
+            assert torch.equal(
+                models.logits(
+                    student, inputs | {"token_type_ids": torch.ones_like(inputs["input_ids"])}
+                ),
+                expected,
+            )
 
 
 def test_what_is_initialised_depends_on_the_seed_alone() -> None:
@@ -184,7 +239,7 @@ def test_what_is_initialised_depends_on_the_seed_alone() -> None:
     students = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        students.append(models.cut(teacher, [0], None, task))
+        students.append(models.select_layers(teacher, [0], None, task))
     assert students[0][1].initialised == ["classifier.weight", "classifier.bias"]
     prints = [models.fingerprint(student) for student, _ in students]
     assert prints[0] == prints[1] != prints[2]
@@ -193,7 +248,7 @@ def test_what_is_initialised_depends_on_the_seed_alone() -> None:
 def test_a_half_precision_teacher_gives_a_student_in_fp32() -> None:
     task = classification()
     teacher = random("bert", task).to(torch.bfloat16)
-    student, _ = models.cut(teacher, [0, 2], None, task)
+    student, _ = models.select_layers(teacher, [0, 2], None, task)
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert torch.equal(student.classifier.weight, teacher.classifier.weight.float())
 
@@ -202,7 +257,7 @@ def test_settings_listed_by_layer_follow_the_layers() -> None:
     task = CausalLanguageModelling()
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     teacher = random("qwen2", task, use_sliding_window=True, sliding_window=4, layer_types=kinds)
-    assert models.cut(teacher, [1, 2], None, task)[0].config.layer_types == kinds[1:]
+    assert models.select_layers(teacher, [1, 2], None, task)[0].config.layer_types == kinds[1:]
     assert teacher.config.layer_types == kinds
 
 
@@ -218,28 +273,37 @@ def test_settings_listed_by_layer_follow_the_layers() -> None:
 def test_wrong_layers_are_refused(layers: list[int], message: str) -> None:
     task = classification()
     with pytest.raises(UserError, match=message):
-        models.cut(random("bert", task), layers, None, task)
+        models.select_layers(random("bert", task), layers, None, task)
 
 
-@pytest.mark.parametrize(("family", "target"), [("roberta", "distilbert"), ("distilbert", "bert"), ("bert", "gpt2"), ("bert", "nonsense")])
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("roberta", "distilbert"), ("distilbert", "bert"), ("bert", "gpt2"), ("bert", "nonsense")],
+)
 def test_an_architecture_that_is_no_subset_is_refused(family: str, target: str) -> None:
     task = classification()
-    with pytest.raises(UserError, match=f"student.architecture is {target}, but layers of a {family} teacher fit only into {family}"):
-        models.cut(random(family, task), [0], target, task)
+    with pytest.raises(
+        UserError,
+        match=f"student.architecture is {target}, but layers of a {family} teacher fit only into {family}",
+    ):
+        models.select_layers(random(family, task), [0], target, task)
 
 
 def test_a_gpt2_whose_blocks_depend_on_their_place_is_cut_only_whole() -> None:
     task = CausalLanguageModelling()
     teacher = random("gpt2", task, scale_attn_by_inverse_layer_idx=True)
-    models.cut(teacher, [0, 1, 2], None, task)
+    models.select_layers(teacher, [0, 1, 2], None, task)
     with pytest.raises(UserError, match="scale_attn_by_inverse_layer_idx is True"):
-        models.cut(teacher, [0, 2], None, task)
+        models.select_layers(teacher, [0, 2], None, task)
 
 
 def test_the_account_names_every_tensor_once() -> None:
     task = classification()
-    text = str(models.cut(random("bert", task), [0, 2], "distilbert", task)[1])
-    assert "distilbert.transformer.layer.{0,1}.ffn.lin1.weight <- bert.encoder.layer.{0,2}.intermediate.dense.weight" in text
+    text = str(models.select_layers(random("bert", task), [0, 2], "distilbert", task)[1])
+    assert (
+        "distilbert.transformer.layer.{0,1}.ffn.lin1.weight <- bert.encoder.layer.{0,2}.intermediate.dense.weight"
+        in text
+    )
     assert "position_embeddings.weight + bert.embeddings.token_type_embeddings.weight" in text
     assert "dropped: bert.encoder.layer.{1}.attention.self.query.weight" in text
     assert len(text.splitlines()) == len(set(text.splitlines()))
@@ -253,9 +317,14 @@ class TestArchitectures:
     @pytest.mark.parametrize("family", SIZES)
     def test_embeddings_enter_the_first_block(self, family: str) -> None:
         model, seen = random(family, classification()), []
-        models.embeddings(model).register_forward_hook(lambda module, inputs, output: seen.append(output))
+        models.embedding_module(model).register_forward_hook(
+            lambda module, inputs, output: seen.append(output)
+        )
         models.blocks(model)[0].register_forward_pre_hook(
-            lambda module, inputs, named: seen.append(inputs[0] if inputs else named["hidden_states"]), with_kwargs=True
+            lambda module, inputs, named: seen.append(
+                inputs[0] if inputs else named["hidden_states"]
+            ),
+            with_kwargs=True,
         )
         with torch.no_grad():
             models.logits(model, batch(model.config.pad_token_id))
@@ -272,22 +341,37 @@ class TestArchitectures:
     def test_fused_projections_are_refused(self) -> None:
         block = models.blocks(random("gpt2", classification()))[0]
         assert isinstance(block.attn.c_attn, Conv1D)
-        with pytest.raises(UserError, match="GPT2Block, but attention relations need separate query, key and value"):
+        with pytest.raises(
+            UserError, match="GPT2Block, but attention relations need separate query, key and value"
+        ):
             models.attention_projections(block)
 
     def test_an_unknown_family_is_refused_by_name(self) -> None:
         config = {"model_type": "electra", "embedding_size": 8, "vocab_size": VOCABULARY} | _ENCODER
         model, task = models.load(None, config, classification()), classification()
-        for refused in (models.blocks, models.embeddings, lambda model: models.cut(model, [0], None, task)):
-            with pytest.raises(UserError, match="the architecture is electra, but layers can be found only in bert, roberta"):
+        for refused in (
+            models.blocks,
+            models.embedding_module,
+            lambda model: models.select_layers(model, [0], None, task),
+        ):
+            with pytest.raises(
+                UserError,
+                match="the architecture is electra, but layers can be found only in bert, roberta",
+            ):
                 refused(model)
 
     def test_a_model_without_a_head_has_the_same_blocks(self) -> None:
-        assert len(models.blocks(AutoModel.from_config(random("bert", classification()).config))) == 3
+        assert (
+            len(models.blocks(AutoModel.from_config(random("bert", classification()).config))) == 3
+        )
 
 
 def test_one_model_class_serves_transformers_alone() -> None:
     """What is cut is a plain model of transformers: no class of ours is inside."""
-    student, _ = models.cut(random("bert", classification()), [0], "distilbert", classification())
+    student, _ = models.select_layers(
+        random("bert", classification()), [0], "distilbert", classification()
+    )
     assert type(student) is DistilBertForSequenceClassification
-    assert not [module for module in student.modules() if type(module).__module__.startswith("distill.")]
+    assert not [
+        module for module in student.modules() if type(module).__module__.startswith("distill.")
+    ]

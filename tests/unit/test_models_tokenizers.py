@@ -12,13 +12,15 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from distill import models
-from distill.config import Run, Student, Teacher, Tokenizer
 from distill.errors import UserError
+from distill.recipe.config import Run, Student, Teacher, Tokenizer
 from tests.unit.test_models_loading import BERT, TEXTS, assert_sentence, classification
 
 
 class TestTrainedTokenizer:
-    @pytest.mark.parametrize("text", [*TEXTS, "", " ", "unseen Ωords \r\n and\x00bytes ", "it 's , not . cleaned !"])
+    @pytest.mark.parametrize(
+        "text", [*TEXTS, "", " ", "unseen Ωords \r\n and\x00bytes ", "it 's , not . cleaned !"]
+    )
     def test_decoding_gives_back_what_was_encoded(self, text: str) -> None:
         tokenizer = models.train_tokenizer(TEXTS, 300, classification=False)
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -28,8 +30,13 @@ class TestTrainedTokenizer:
         lines += f"train_tokenizer(iter({TEXTS!r}), 300, True).save_pretrained(sys.argv[1])"
         subprocess.run([sys.executable, "-c", lines, str(tmp_path / "fresh")], check=True)
         for name in ("one", "two"):
-            models.train_tokenizer(iter(TEXTS), 300, classification=True).save_pretrained(tmp_path / name)
-        hashes = {hashlib.sha256((tmp_path / name / "tokenizer.json").read_bytes()).digest() for name in ("fresh", "one", "two")}
+            models.train_tokenizer(iter(TEXTS), 300, classification=True).save_pretrained(
+                tmp_path / name
+            )
+        hashes = {
+            hashlib.sha256((tmp_path / name / "tokenizer.json").read_bytes()).digest()
+            for name in ("fresh", "one", "two")
+        }
         assert len(hashes) == 1
 
     def test_classification_wraps_texts_and_pairs(self) -> None:
@@ -41,23 +48,36 @@ class TestTrainedTokenizer:
         assert len(tokenizer("the cat " * 500, truncation=True, max_length=32)["input_ids"]) == 32
 
     @pytest.mark.parametrize("wraps", [True, False])
-    @pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "gpt2", "llama", "qwen2"])
-    def test_it_is_the_same_when_loaded_from_beside_any_model(self, tmp_path: Path, model_type: str, wraps: bool) -> None:
+    @pytest.mark.parametrize(
+        "model_type", ["bert", "distilbert", "roberta", "gpt2", "llama", "qwen2"]
+    )
+    def test_it_is_the_same_when_loaded_from_beside_any_model(
+        self, tmp_path: Path, model_type: str, wraps: bool
+    ) -> None:
         tokenizer = models.train_tokenizer(TEXTS, 300, classification=wraps)
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         again = models.load_tokenizer(str(tmp_path))
         plain = AutoTokenizer.from_pretrained(tmp_path)
         for text in TEXTS:
-            assert again(text)["input_ids"] == plain(text)["input_ids"] == tokenizer(text)["input_ids"]
-        assert (again.pad_token_id, again.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+            assert (
+                again(text)["input_ids"] == plain(text)["input_ids"] == tokenizer(text)["input_ids"]
+            )
+        assert (again.pad_token_id, again.eos_token_id) == (
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+        )
         assert len(again) == len(plain) == len(tokenizer)
         assert again.model_max_length == tokenizer.model_max_length == 512
 
-    def test_texts_that_cannot_fill_it_are_said_in_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_texts_that_cannot_fill_it_are_said_in_the_log(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with caplog.at_level(logging.INFO, "distill"):
             tokenizer = models.train_tokenizer(["ab ab"], 1000, classification=False)
-        assert f"the texts give {len(tokenizer)} tokens, fewer than the 1000 asked for" in caplog.text
+        assert (
+            f"the texts give {len(tokenizer)} tokens, fewer than the 1000 asked for" in caplog.text
+        )
         assert len(tokenizer) < 300
 
 
@@ -72,12 +92,19 @@ class TestLoadTokenizer:
         tokenizer = models.train_tokenizer(TEXTS, 300, classification=False)
         tokenizer.pad_token = tokenizer.eos_token = None
         tokenizer.save_pretrained(tmp_path)
-        assert_sentence(lambda: models.load_tokenizer(str(tmp_path)), "can neither pad nor end a text")
+        assert_sentence(
+            lambda: models.load_tokenizer(str(tmp_path)), "can neither pad nor end a text"
+        )
 
     @pytest.mark.parametrize("model_type", ["bert", "distilbert", "gpt2", "llama"])
-    def test_a_model_folder_without_a_tokenizer_is_one_sentence(self, tmp_path: Path, model_type: str) -> None:
+    def test_a_model_folder_without_a_tokenizer_is_one_sentence(
+        self, tmp_path: Path, model_type: str
+    ) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-        assert_sentence(lambda: models.load_tokenizer(str(tmp_path), "teacher.model"), "teacher.model is .* tokenizer")
+        assert_sentence(
+            lambda: models.load_tokenizer(str(tmp_path), "teacher.model"),
+            "teacher.model is .* tokenizer",
+        )
 
 
 class TestTokenizerFor:
@@ -99,18 +126,24 @@ class TestTokenizerFor:
             {"student": Student(model=name)},
             {"teacher": Teacher(model=name), "student": Student(model=name)},
         ):
-            tokenizer = models.tokenizer_for(self.run(**parts), classification(), self.train)
+            tokenizer = models.build_tokenizer(self.run(**parts), classification(), self.train)
             assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(name).get_vocab()
 
     def test_a_model_that_reads_other_ids_is_refused(self, tmp_path: Path) -> None:
         small, large = self.saved(tmp_path / "small", 290), self.saved(tmp_path / "large", 300)
         for parts, what in (
-            ({"teacher": Teacher(model=small), "student": Student(model=large)}, "student and tokenizer"),
-            ({"teacher": Teacher(model=small), "tokenizer": Tokenizer(vocab_size=300)}, "teacher and tokenizer"),
+            (
+                {"teacher": Teacher(model=small), "student": Student(model=large)},
+                "student and tokenizer",
+            ),
+            (
+                {"teacher": Teacher(model=small), "tokenizer": Tokenizer(vocab_size=300)},
+                "teacher and tokenizer",
+            ),
         ):
             with pytest.raises(UserError, match=f"vocabularies of {what} differ at 10 ids"):
-                models.tokenizer_for(self.run(**parts), classification(), self.train)
+                models.build_tokenizer(self.run(**parts), classification(), self.train)
 
     def test_none_at_all_is_refused(self) -> None:
         with pytest.raises(UserError, match="the recipe has no tokenizer"):
-            models.tokenizer_for(self.run(), classification(), self.train)
+            models.build_tokenizer(self.run(), classification(), self.train)

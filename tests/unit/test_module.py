@@ -6,9 +6,11 @@ import lightning as L
 import pytest
 import torch
 
-from distill import config, fit, losses, teacher
+from distill import losses, teacher
 from distill.errors import UserError
 from distill.module import Distillation
+from distill.recipe import config
+from distill.training import loop
 from tests.worlds import LANGUAGE, Rows, world
 
 TASKS = {"classification": {}, "language": LANGUAGE}
@@ -27,7 +29,13 @@ def small(_module_store):
 def module_of(made, teacher=None, student=None, classes=None, **loss):
     settings = config.Loss(**loss)
     return Distillation(
-        made.task, student or made.model("student", seed=1), teacher or made.model(), settings, config.Optimizer(lr=1e-3), 10, classes
+        made.task,
+        student or made.model("student", seed=1),
+        teacher or made.model(),
+        settings,
+        config.Optimizer(lr=1e-3),
+        10,
+        classes,
     )
 
 
@@ -40,7 +48,13 @@ def gradients(module, loader):
         loss = module.parts(batch)["loss"]
         loss.backward()
         total += loss.item()
-    return total, torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+    return total, torch.cat(
+        [
+            parameter.grad.flatten()
+            for parameter in module.parameters()
+            if parameter.grad is not None
+        ]
+    )
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 16])
@@ -57,17 +71,23 @@ def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches(any_wor
 def test_cached_outputs_give_the_losses_of_the_teacher_online(any_world):
     made, module = any_world, module_of(any_world, alpha=0.3).eval()
     run = replace(made.run, teacher=replace(made.run.teacher, outputs="cached"))
-    made.examples["cached"] = teacher.with_outputs(run, module._teacher[0], made.examples["test"], made.task, made.tokenizer)
+    made.examples["cached"] = teacher.with_outputs(
+        run, module._teacher[0], made.examples["test"], made.task, made.tokenizer
+    )
     for batch in made.loader("cached", seed=0):
         assert batch.teacher is not None
-        torch.testing.assert_close(module.parts(batch)["loss"], module.parts(batch._replace(teacher=None))["loss"])
+        torch.testing.assert_close(
+            module.parts(batch)["loss"], module.parts(batch._replace(teacher=None))["loss"]
+        )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_alpha_weighs_the_named_parts(any_world, alpha):
     module = module_of(any_world, alpha=alpha).eval()
     parts = module.parts(next(iter(any_world.loader())))
-    assert parts["loss"].item() == pytest.approx(alpha * parts["supervised"].item() + (1 - alpha) * parts["divergence"].item(), rel=1e-6)
+    assert parts["loss"].item() == pytest.approx(
+        alpha * parts["supervised"].item() + (1 - alpha) * parts["divergence"].item(), rel=1e-6
+    )
     assert parts["supervised"] > 0
     assert (parts["divergence"] > 0) == (alpha < 1)
 
@@ -84,7 +104,8 @@ def test_unlabelled_examples_take_part_in_the_divergence_alone(small):
     half = batch.labels.clone()
     half[::2] = -100
     labelled, partly, without = (
-        module.parts(batch._replace(labels=labels)) for labels in (batch.labels, half, torch.full_like(half, -100))
+        module.parts(batch._replace(labels=labels))
+        for labels in (batch.labels, half, torch.full_like(half, -100))
     )
     assert labelled["divergence"] == partly["divergence"] == without["divergence"]
     assert labelled["supervised"] > partly["supervised"] > without["supervised"] == 0
@@ -96,7 +117,9 @@ def test_the_teacher_is_outside_the_module_tree(small):
     teacher = module._teacher[0]
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert {id(parameter) for parameter in teacher.parameters()}.isdisjoint(id(parameter) for parameter in module.parameters())
+    assert {id(parameter) for parameter in teacher.parameters()}.isdisjoint(
+        id(parameter) for parameter in module.parameters()
+    )
     assert set(module.state_dict()) == {f"student.{name}" for name in module.student.state_dict()}
 
 
@@ -119,7 +142,7 @@ def test_projections_train_and_are_checkpointed_but_are_not_the_student_s(small)
 def test_a_wider_teacher_vocabulary_is_sliced(any_world):
     for chunk in (0, 2):
         module = module_of(any_world, classes=3, alpha=0.0, chunk=chunk).eval()
-        taught = module._taught(next(iter(any_world.loader())))
+        taught = module._teacher_logits(next(iter(any_world.loader())))
         assert (taught if isinstance(taught, torch.Tensor) else taught.logits()).shape[-1] == 3
 
 
@@ -134,18 +157,27 @@ def test_a_divergence_that_does_not_suit_the_logits_is_refused(small):
 def test_a_language_model_s_loss_is_the_same_in_chunks(divergence, precision, classes):
     made = world(**LANGUAGE)
     student = made.model("student", seed=1, n_layer=1, vocab_size=310 if classes else 300)
-    modules = [module_of(made, student=student, classes=classes, divergence=divergence, chunk=chunk) for chunk in (0, 7, None)]
+    modules = [
+        module_of(made, student=student, classes=classes, divergence=divergence, chunk=chunk)
+        for chunk in (0, 7, None)
+    ]
     made.examples["one"] = made.examples["train"].select(range(16))
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        (loss, whole), *parts = [gradients(module, made.loader("one", accumulate=3)) for module in modules]
+        (loss, whole), *parts = [
+            gradients(module, made.loader("one", accumulate=3)) for module in modules
+        ]
     assert [module.chunked for module in modules] == [False, True, True]
     for value, summed in parts:
         assert value == pytest.approx(loss, rel=1e-5 if precision == torch.float32 else 1e-2)
-        assert (summed - whole).norm() < (1e-5 if precision == torch.float32 else 2e-2) * whole.norm()
+        assert (summed - whole).norm() < (
+            1e-5 if precision == torch.float32 else 2e-2
+        ) * whole.norm()
 
 
 def test_a_divergence_of_one_s_own_is_used(small):
-    module = module_of(small, divergence="tests.unit.test_module.halfway", beta=0.25, alpha=0.0).eval()
+    module = module_of(
+        small, divergence="tests.unit.test_module.halfway", beta=0.25, alpha=0.0
+    ).eval()
     assert module.parts(next(iter(small.loader())))["loss"].item() == pytest.approx(0.25)
 
 
@@ -158,11 +190,20 @@ def halfway(student_NC, teacher_NC, temperature, beta):
 
 def fitted(made, path, module, callbacks=(), loggers=(), **trainer):
     settings = config.Trainer(
-        **{"max_steps": 6, "validations": 3, "precision": "32-true", "accelerator": "cpu", "progress": False} | trainer
+        **{
+            "max_steps": 6,
+            "validations": 3,
+            "precision": "32-true",
+            "accelerator": "cpu",
+            "progress": False,
+        }
+        | trainer
     )
     module.steps = settings.max_steps
     train = made.loader(seed=0, accumulate=settings.accumulate)
-    fit.fit(module, train, made.loader("validation"), settings, path, list(loggers), list(callbacks))
+    loop.fit(
+        module, train, made.loader("validation"), settings, path, list(loggers), list(callbacks)
+    )
     return module
 
 
@@ -176,7 +217,9 @@ class Weights(L.Callback):
         self.training.add((module.student.training, module._teacher[0].training))
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.seen[trainer.global_step] = torch.nn.utils.parameters_to_vector(module.student.parameters()).detach().clone()
+        self.seen[trainer.global_step] = (
+            torch.nn.utils.parameters_to_vector(module.student.parameters()).detach().clone()
+        )
 
 
 def test_one_step_moves_by_the_learning_rate_whatever_the_accumulation(small, tmp_path):
@@ -184,9 +227,18 @@ def test_one_step_moves_by_the_learning_rate_whatever_the_accumulation(small, tm
     ends = []
     for accumulate in (1, 4):
         L.seed_everything(0, verbose=False)
-        student = small.model("student", seed=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        student = small.model(
+            "student", seed=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
         weights = Weights()
-        fitted(small, tmp_path / str(accumulate), module_of(small, student=student), [weights], accumulate=accumulate, max_steps=3)
+        fitted(
+            small,
+            tmp_path / str(accumulate),
+            module_of(small, student=student),
+            [weights],
+            accumulate=accumulate,
+            max_steps=3,
+        )
         assert list(weights.seen)[-1] == 3
         ends.append(weights.seen[3])
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=2e-4)
@@ -198,7 +250,9 @@ def test_the_student_trains_and_the_teacher_does_not(small, tmp_path):
     fitted(small, tmp_path, module, [weights])
     assert weights.training == {(True, False)}
     assert not torch.equal(weights.seen[1], weights.seen[6])
-    assert torch.equal(teacher, torch.nn.utils.parameters_to_vector(module._teacher[0].parameters()))
+    assert torch.equal(
+        teacher, torch.nn.utils.parameters_to_vector(module._teacher[0].parameters())
+    )
 
 
 def test_the_last_step_is_looked_at_and_the_best_weights_are_kept(small, tmp_path):
@@ -209,10 +263,14 @@ def test_the_last_step_is_looked_at_and_the_best_weights_are_kept(small, tmp_pat
             looks[trainer.global_step] = trainer.callback_metrics["val/accuracy"].item()
 
     weights = Looks()
-    module = fitted(small, tmp_path, module_of(small, alpha=1.0), [weights], max_steps=7, validations=3)
+    module = fitted(
+        small, tmp_path, module_of(small, alpha=1.0), [weights], max_steps=7, validations=3
+    )
     assert list(looks) == [3, 6, 7]
     best = max(looks, key=looks.get)
-    assert torch.equal(torch.nn.utils.parameters_to_vector(module.student.parameters()), weights.seen[best])
+    assert torch.equal(
+        torch.nn.utils.parameters_to_vector(module.student.parameters()), weights.seen[best]
+    )
 
 
 def test_the_teacher_is_back_where_the_student_is_after_training(small, tmp_path, monkeypatch):
@@ -225,7 +283,7 @@ def test_the_teacher_is_back_where_the_student_is_after_training(small, tmp_path
 def test_lightning_s_advice_comes_back_after_an_error():
     logger = logging.getLogger("lightning.pytorch")
     before = logger.level
-    with pytest.raises(KeyboardInterrupt), fit.quiet():
+    with pytest.raises(KeyboardInterrupt), loop.silence_lightning():
         raise KeyboardInterrupt
     assert logger.level == before != logging.WARNING
 
@@ -245,9 +303,15 @@ def test_the_gradient_is_clipped_and_its_norm_logged(small, tmp_path):
 
     class Norms(L.Callback):
         def on_before_zero_grad(self, trainer, module, optimizer):
-            grads = [parameter.grad.norm() for parameter in module.parameters() if parameter.grad is not None]
+            grads = [
+                parameter.grad.norm()
+                for parameter in module.parameters()
+                if parameter.grad is not None
+            ]
             if grads:
-                norms.append((torch.stack(grads).norm().item(), written.rows[-1]["train/grad_norm"]))
+                norms.append(
+                    (torch.stack(grads).norm().item(), written.rows[-1]["train/grad_norm"])
+                )
 
     fitted(small, tmp_path, module, [Norms()], [written])
     assert norms
@@ -296,11 +360,11 @@ def test_the_teacher_answers_in_its_own_precision(small, tmp_path, precision):
 
     class Dtypes(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, index):
-            seen.add(module._taught(batch).dtype)
+            seen.add(module._teacher_logits(batch).dtype)
 
     module = module_of(small)
-    exact = module._taught(next(iter(small.loader())))
+    exact = module._teacher_logits(next(iter(small.loader())))
     fitted(small, tmp_path, module, [Dtypes()], precision=precision, max_steps=2)
     assert seen == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(module._taught(next(iter(small.loader()))), exact)
+        assert torch.equal(module._teacher_logits(next(iter(small.loader()))), exact)

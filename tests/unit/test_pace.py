@@ -5,9 +5,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from distill import fit, models, pace, student
+from distill import models, student
 from distill.errors import UserError
 from distill.models import blocks
+from distill.training import loop, performance
 from tests.unit.test_student import distilled
 from tests.worlds import world
 
@@ -33,16 +34,30 @@ def test_the_bound_is_that_of_the_layers(made):
     class Module:
         student, device = made.model(), torch.device("cpu")
 
-    train, _ = fit.loaders(made.run, made.examples["train"], made.examples["validation"], made.task, made.tokenizer.pad_token_id)
-    assert pace.bound(Module, made.model(), train) == pytest.approx(4 / 3)
+    train, _ = loop.make_loaders(
+        made.run,
+        made.examples["train"],
+        made.examples["validation"],
+        made.task,
+        made.tokenizer.pad_token_id,
+    )
+    assert performance.step_cost_bound(Module, made.model(), train) == pytest.approx(4 / 3)
 
 
-def test_a_compiled_student_has_the_names_and_nearly_the_weights_of_any_other(made, tmp_path, monkeypatch, caplog):
+def test_a_compiled_student_has_the_names_and_nearly_the_weights_of_any_other(
+    made, tmp_path, monkeypatch, caplog
+):
     asked = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(type(self).__name__))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: asked.append(type(self).__name__)
+    )
     plain = distilled(made, tmp_path / "plain")
     with caplog.at_level(logging.INFO, logger="distill"):
-        compiled = distilled(made, tmp_path / "compiled", replace(made.run, trainer=replace(made.run.trainer, compile=True)))
+        compiled = distilled(
+            made,
+            tmp_path / "compiled",
+            replace(made.run, trainer=replace(made.run.trainer, compile=True)),
+        )
     assert asked == [type(block).__name__ for block in blocks(plain)]
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert "compiling the student took" in caplog.text
@@ -51,20 +66,35 @@ def test_a_compiled_student_has_the_names_and_nearly_the_weights_of_any_other(ma
 @pytest.mark.slow
 def test_a_student_that_is_really_compiled_learns_the_same(made, tmp_path):
     plain = distilled(made, tmp_path / "plain")
-    compiled = distilled(made, tmp_path / "compiled", replace(made.run, trainer=replace(made.run.trainer, compile=True)))
+    compiled = distilled(
+        made,
+        tmp_path / "compiled",
+        replace(made.run, trainer=replace(made.run.trainer, compile=True)),
+    )
     batch = next(iter(made.loader()))
-    torch.testing.assert_close(models.logits(compiled, batch.inputs), models.logits(plain, batch.inputs), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        models.logits(compiled, batch.inputs),
+        models.logits(plain, batch.inputs),
+        rtol=0.05,
+        atol=0.05,
+    )
 
 
 def test_what_restructures_the_student_is_not_compiled(made):
     pruning = {"_target_": "distill.callbacks.PruneWeights", "sparsity": 0.5}
-    run = replace(made.run, callbacks={"prune": pruning}, trainer=replace(made.run.trainer, compile=True))
-    with pytest.raises(UserError, match=r"trainer\.compile is true, but callbacks\.prune changes the student"):
-        student.callbacks(run)
-    other = replace(run, callbacks={"own": {"_target_": f"{Callback.__module__}.{Callback.__name__}"}})
-    assert len(student.callbacks(other)) == 1
+    run = replace(
+        made.run, callbacks={"prune": pruning}, trainer=replace(made.run.trainer, compile=True)
+    )
+    with pytest.raises(
+        UserError, match=r"trainer\.compile is true, but callbacks\.prune changes the student"
+    ):
+        student.build_callbacks(run)
+    other = replace(
+        run, callbacks={"own": {"_target_": f"{Callback.__module__}.{Callback.__name__}"}}
+    )
+    assert len(student.build_callbacks(other)) == 1
 
 
 def test_freed_memory_is_kept_or_left_to_the_system():
-    with pace.reused_memory():
+    with performance.keep_freed_memory():
         assert torch.zeros(1 << 20).sum() == 0

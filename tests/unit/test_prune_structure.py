@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import distill
-from distill import config, fit
 from distill.callbacks.prune_layers import PruneLayers
 from distill.callbacks.prune_structure import PruneHeads, PruneNeurons
 from distill.compress import structure
 from distill.errors import UserError
 from distill.models import blocks
 from distill.module import Distillation
+from distill.recipe import config
+from distill.training import loop
 from tests.worlds import LANGUAGE, trainer, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -59,12 +60,21 @@ def prepared(name):
 
 def student_of(made, seed=1):
     still = {"gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}, "llama": {}}
-    return made.model("student", seed=seed, **still.get(made.run.teacher.config["model_type"], STILL))
+    return made.model(
+        "student", seed=seed, **still.get(made.run.teacher.config["model_type"], STILL)
+    )
 
 
 def module_of(made, seed=1, **loss):
     settings = config.Optimizer(lr=2e-3, weight_decay=0.1, schedule="constant")
-    return Distillation(made.task, student_of(made, seed), made.model(), config.Loss(**({"alpha": 0.5} | loss)), settings, STEPS)
+    return Distillation(
+        made.task,
+        student_of(made, seed),
+        made.model(),
+        config.Loss(**({"alpha": 0.5} | loss)),
+        settings,
+        STEPS,
+    )
 
 
 class Watch(L.Callback):
@@ -104,22 +114,31 @@ class Batches:
 
 def trained(made, module, *callbacks, resume=None, steps=STEPS, **options):
     """Train as `fit` does, with callbacks alone."""
-    with fit.quiet():
+    with loop.silence_lightning():
         driver = trainer(steps, *callbacks, max_epochs=1, limit_val_batches=0, **options)
         first = torch.load(resume, weights_only=True)["global_step"] if resume else 0
-        driver.fit(module, Batches(made, driver.global_rank, first), ckpt_path=resume, weights_only=True)
+        driver.fit(
+            module, Batches(made, driver.global_rank, first), ckpt_path=resume, weights_only=True
+        )
     return driver
 
 
 def counts(module, kind="neurons"):
-    return [getattr(structure, kind)(module.student, block).count for block in blocks(module.student)]
+    return [
+        getattr(structure, kind)(module.student, block).count for block in blocks(module.student)
+    ]
 
 
 def zeros(module, kind="neurons"):
     """Groups of each block of which every slice is zero."""
     found = []
-    for groups in (getattr(structure, kind)(module.student, block) for block in blocks(module.student)):
-        each = [part.parameter.detach().movedim(part.dim, 0).reshape(groups.count, -1).eq(0).all(1) for part in groups.parts]
+    for groups in (
+        getattr(structure, kind)(module.student, block) for block in blocks(module.student)
+    ):
+        each = [
+            part.parameter.detach().movedim(part.dim, 0).reshape(groups.count, -1).eq(0).all(1)
+            for part in groups.parts
+        ]
         found.append(torch.stack(each).all(0))
     return found
 
@@ -141,14 +160,20 @@ def test_neurons_are_masked_then_removed(any_world, score, equal):
     for step, share in {1: 0, 3: 0, 4: 1 / 3, 5: 1 / 3, 6: 2 / 3, 7: 2 / 3}.items():
         there, masked = watch.seen[step]
         assert there == [width] * len(there)
-        asked = [round(share * 0.5 * width)] * len(there) if equal else round(share * 0.5 * sum(there))
-        assert ([int(mask.sum()) for mask in masked] if equal else int(torch.cat(masked).sum())) == asked
+        asked = (
+            [round(share * 0.5 * width)] * len(there) if equal else round(share * 0.5 * sum(there))
+        )
+        assert (
+            [int(mask.sum()) for mask in masked] if equal else int(torch.cat(masked).sum())
+        ) == asked
         now = torch.cat(masked)
         assert not (gone & ~now).any()
         gone = now
     for step in (8, 12):
         there, masked = watch.seen[step]
-        assert there == [width // 2] * len(there) if equal else sum(there) == len(there) * width // 2
+        assert (
+            there == [width // 2] * len(there) if equal else sum(there) == len(there) * width // 2
+        )
         assert not torch.cat(masked).any()
     assert (structure.declare(module.student) == {}) == (len(set(counts(module))) == 1)
 
@@ -157,7 +182,10 @@ def test_neurons_are_masked_then_removed(any_world, score, equal):
 @pytest.mark.parametrize("equal", [True, False])
 def test_heads_are_masked_then_removed(score, equal):
     made = prepared("llama")
-    module, watch = module_of(made), Watch(lambda module: (counts(module, "heads"), zeros(module, "heads")))
+    module, watch = (
+        module_of(made),
+        Watch(lambda module: (counts(module, "heads"), zeros(module, "heads"))),
+    )
     trained(made, module, PruneHeads(0.5, score, equal, shape="linear", **RAMP), watch)
     assert watch.seen[7][0] == [4, 4, 4]
     assert sum(int(mask.sum()) for mask in watch.seen[7][1]) == (3 if equal else 4)
@@ -165,7 +193,11 @@ def test_heads_are_masked_then_removed(score, equal):
     if equal:
         assert watch.seen[8][0] == [2, 2, 2]
         described = module.student.config
-        assert (described.num_attention_heads, described.num_key_value_heads, described.head_dim) == (4, 2, 4)
+        assert (
+            described.num_attention_heads,
+            described.num_key_value_heads,
+            described.head_dim,
+        ) == (4, 2, 4)
         assert not described.to_dict().get("compression")
 
 
@@ -180,11 +212,18 @@ def test_heads_of_bert_go_into_the_record(bert):
 
 
 @pytest.mark.parametrize(
-    ("kind", "callback"), [("neurons", PruneNeurons(0.5, stepwise=True, **RAMP)), ("heads", PruneHeads(0.5, stepwise=True, **RAMP))]
+    ("kind", "callback"),
+    [
+        ("neurons", PruneNeurons(0.5, stepwise=True, **RAMP)),
+        ("heads", PruneHeads(0.5, stepwise=True, **RAMP)),
+    ],
 )
 def test_stepwise_they_are_removed_at_every_change(kind, callback):
     made = prepared("llama")
-    module, watch = module_of(made), Watch(lambda module: (counts(module, kind), zeros(module, kind)))
+    module, watch = (
+        module_of(made),
+        Watch(lambda module: (counts(module, kind), zeros(module, kind))),
+    )
     whole = counts(module, kind)[0]
     trained(made, module, callback, watch)
     widths = [there[0] for there, _ in watch.seen.values()]
@@ -216,14 +255,19 @@ def test_one_shot_removes_the_least_active(bert):
 
 def test_a_removal_in_the_last_step_is_that_of_no_repair(bert):
     module = module_of(bert)
-    trained(bert, module, PruneNeurons(0.5, start=1.0, end=1.0), PruneHeads(0.5, start=1.0, end=1.0))
+    trained(
+        bert, module, PruneNeurons(0.5, start=1.0, end=1.0), PruneHeads(0.5, start=1.0, end=1.0)
+    )
     assert counts(module) == [16, 16, 16]
     assert counts(module, "heads") == [1, 1, 1]
 
 
 def test_nothing_asked_changes_nothing(bert):
     ends = []
-    for callbacks in ([], [PruneNeurons(0.0, **RAMP), PruneHeads(0.0, **RAMP), PruneLayers(amount=0.0, start=4)]):
+    for callbacks in (
+        [],
+        [PruneNeurons(0.0, **RAMP), PruneHeads(0.0, **RAMP), PruneLayers(amount=0.0, start=4)],
+    ):
         module = module_of(bert)
         trained(bert, module, *callbacks)
         ends.append(torch.nn.utils.parameters_to_vector(module.student.parameters()))
@@ -253,7 +297,10 @@ def test_the_layer_that_turns_its_input_least_goes(bert):
         for layer in (idle.attention.output.dense, idle.output.dense):
             layer.weight.zero_()
             layer.bias.zero_()
-        for norm in (*(block.output.LayerNorm for block in blocks(module.student)), idle.attention.output.LayerNorm):
+        for norm in (
+            *(block.output.LayerNorm for block in blocks(module.student)),
+            idle.attention.output.LayerNorm,
+        ):
             norm.weight.fill_(1)  # then a norm after a norm does nothing
             norm.bias.zero_()
     trained(bert, module, PruneLayers(amount=0.34, start=3), steps=4)
@@ -263,25 +310,47 @@ def test_the_layer_that_turns_its_input_least_goes(bert):
 
 def test_neurons_heads_and_layers_go_in_one_run(bert):
     module = module_of(bert)
-    trained(bert, module, PruneNeurons(0.5, equal=False, **RAMP), PruneLayers(layers=[0], start=5), PruneHeads(0.5, **RAMP))
+    trained(
+        bert,
+        module,
+        PruneNeurons(0.5, equal=False, **RAMP),
+        PruneLayers(layers=[0], start=5),
+        PruneHeads(0.5, **RAMP),
+    )
     assert len(blocks(module.student)) == 2
     assert sum(counts(module)) == 32
     assert counts(module, "heads") == [1, 1]
-    assert all(".layer.0." in name or ".layer.1." in name for name in module.student.config.compression["shapes"])
+    assert all(
+        ".layer.0." in name or ".layer.1." in name
+        for name in module.student.config.compression["shapes"]
+    )
 
 
 # ---- what a checkpoint holds
 
 RESUMED = {
     "neurons": ("bert", lambda: [PruneNeurons(0.5, start=2, end=6, every=1)]),
-    "neurons, unequal": ("bert", lambda: [PruneNeurons(0.5, "gradient", equal=False, start=2, end=6, every=1)]),
-    "neurons, stepwise": ("gpt2", lambda: [PruneNeurons(0.5, "gradient", stepwise=True, start=2, end=6, every=3)]),
+    "neurons, unequal": (
+        "bert",
+        lambda: [PruneNeurons(0.5, "gradient", equal=False, start=2, end=6, every=1)],
+    ),
+    "neurons, stepwise": (
+        "gpt2",
+        lambda: [PruneNeurons(0.5, "gradient", stepwise=True, start=2, end=6, every=3)],
+    ),
     "heads": ("bert", lambda: [PruneHeads(0.5, start=2, end=6, every=1)]),
-    "heads, shared keys": ("llama", lambda: [PruneHeads(0.5, equal=False, start=2, end=6, every=3)]),
+    "heads, shared keys": (
+        "llama",
+        lambda: [PruneHeads(0.5, equal=False, start=2, end=6, every=3)],
+    ),
     "layers": ("llama", lambda: [PruneLayers(amount=0.34, start=6)]),
     "all": (
         "bert",
-        lambda: [PruneNeurons(0.5, start=2, end=7, every=2), PruneLayers([0], start=3), PruneHeads(0.5, start=2, end=6, every=1)],
+        lambda: [
+            PruneNeurons(0.5, start=2, end=7, every=2),
+            PruneLayers([0], start=3),
+            PruneHeads(0.5, start=2, end=6, every=1),
+        ],
     ),
 }
 
@@ -322,20 +391,26 @@ def assert_same(one, other):
 
 def test_the_optimizer_lists_what_the_student_has(bert):
     module = module_of(bert)
-    trainer = trained(bert, module, PruneNeurons(0.5, **RAMP), PruneHeads(0.5, **RAMP), PruneLayers([1], start=3))
+    trainer = trained(
+        bert, module, PruneNeurons(0.5, **RAMP), PruneHeads(0.5, **RAMP), PruneLayers([1], start=3)
+    )
     optimizer = trainer.optimizers[0]
     listed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert (
-        {id(parameter) for parameter in listed} == {id(parameter) for parameter in module.parameters()} == {id(p) for p in optimizer.state}
+        {id(parameter) for parameter in listed}
+        == {id(parameter) for parameter in module.parameters()}
+        == {id(p) for p in optimizer.state}
     )
-    assert all(optimizer.state[parameter]["exp_avg"].shape == parameter.shape for parameter in listed)
+    assert all(
+        optimizer.state[parameter]["exp_avg"].shape == parameter.shape for parameter in listed
+    )
     assert {int(optimizer.state[parameter]["step"]) for parameter in listed} == {STEPS}
 
 
 def test_a_loss_term_goes_on_after_a_removal(bert):
     terms = {"hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {0: 1}}}
     module = module_of(bert, terms=terms)
-    values = Watch(lambda module: float(module.latest()["train/hidden"]))
+    values = Watch(lambda module: float(module.last_step_losses()["train/hidden"]))
     trained(bert, module, PruneLayers([1], start=3), PruneNeurons(0.5, **RAMP), values)
     assert all(value > 0 for value in values.seen.values())
 
@@ -365,11 +440,19 @@ def test_validation_does_not_decide(bert):
 def test_training_goes_on_in_two_processes(tmp_path):
     """Each rank trains on its own order of the examples; what goes and what is learned is the same on both."""
     script = tmp_path / "two.py"
-    script.write_text("import sys\nfrom tests.unit.test_prune_structure import one_of_two\none_of_two(sys.argv[1])\n")
+    script.write_text(
+        "import sys\nfrom tests.unit.test_prune_structure import one_of_two\none_of_two(sys.argv[1])\n"
+    )
     root = Path(distill.__file__).parent.parent
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))
+    }
     process = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=inherited | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), str(tmp_path)],
+        env=inherited | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -381,8 +464,19 @@ def test_training_goes_on_in_two_processes(tmp_path):
 def one_of_two(folder):
     made = prepared("bert")
     module = module_of(made)
-    callbacks = [PruneNeurons(0.5, equal=False, **RAMP), PruneHeads(0.5, **RAMP), PruneLayers([1], start=5)]
-    watch, seen = Watch(lambda module: torch.nn.utils.parameters_to_vector(module.student.parameters()).detach().clone()), []
+    callbacks = [
+        PruneNeurons(0.5, equal=False, **RAMP),
+        PruneHeads(0.5, **RAMP),
+        PruneLayers([1], start=5),
+    ]
+    watch, seen = (
+        Watch(
+            lambda module: (
+                torch.nn.utils.parameters_to_vector(module.student.parameters()).detach().clone()
+            )
+        ),
+        [],
+    )
 
     class Seen(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, index):
@@ -407,13 +501,25 @@ def one_of_two(folder):
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: PruneNeurons(1.0), "PruneNeurons: amount is 1.0, but it must lie in [0, 1): 0.5 removes half"),
+        (
+            lambda: PruneNeurons(1.0),
+            "PruneNeurons: amount is 1.0, but it must lie in [0, 1): 0.5 removes half",
+        ),
         (lambda: PruneHeads(1), "PruneHeads: amount is 1, but it must lie in [0, 1)"),
         (lambda: PruneNeurons(-0.1), "amount is -0.1, but"),
         (lambda: PruneNeurons("half"), "amount is half, but"),
-        (lambda: PruneNeurons(0.5, "wanda"), "score is wanda, but it must be one of activation, magnitude, gradient"),
-        (lambda: PruneHeads(0.5, "activation"), "score is activation, but it must be one of gradient, magnitude"),
-        (lambda: PruneNeurons(0.5, start=0.5, end=0.2), "PruneNeurons: end is 0.2, but start is 0.5"),
+        (
+            lambda: PruneNeurons(0.5, "wanda"),
+            "score is wanda, but it must be one of activation, magnitude, gradient",
+        ),
+        (
+            lambda: PruneHeads(0.5, "activation"),
+            "score is activation, but it must be one of gradient, magnitude",
+        ),
+        (
+            lambda: PruneNeurons(0.5, start=0.5, end=0.2),
+            "PruneNeurons: end is 0.2, but start is 0.5",
+        ),
         (lambda: PruneLayers(), "PruneLayers: layers is None and amount is None, but exactly one"),
         (lambda: PruneLayers([0], 0.5), "layers is [0] and amount is 0.5, but exactly one"),
         (lambda: PruneLayers(amount=1.0), "PruneLayers: amount is 1.0, but it must lie in [0, 1)"),
@@ -427,35 +533,75 @@ def test_arguments_that_cannot_be_are_refused(build, sentence):
 
 
 RELATIONS = {
-    "relations": {"_target_": "distill.terms.AttentionRelations", "weight": 1.0, "student_layer": 1, "teacher_layer": 2, "heads": 2}
+    "relations": {
+        "_target_": "distill.terms.AttentionRelations",
+        "weight": 1.0,
+        "student_layer": 1,
+        "teacher_layer": 2,
+        "heads": 2,
+    }
 }
-HIDDEN = {"hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {-1: -1, 2: 2}}}
+HIDDEN = {
+    "hidden": {"_target_": "distill.terms.HiddenStates", "weight": 1.0, "layers": {-1: -1, 2: 2}}
+}
 
 
 @pytest.mark.parametrize(
     ("callback", "terms", "sentence"),
     [
-        (lambda: PruneHeads(0.8), {}, "PruneHeads: amount is 0.8, but of the heads that removes all 2 of a block: take a smaller amount"),
-        (lambda: PruneHeads(0.8, equal=False), {}, "of the heads that removes 5 of 6, and 3 leave one to each block"),
+        (
+            lambda: PruneHeads(0.8),
+            {},
+            "PruneHeads: amount is 0.8, but of the heads that removes all 2 of a block: take a smaller amount",
+        ),
+        (
+            lambda: PruneHeads(0.8, equal=False),
+            {},
+            "of the heads that removes 5 of 6, and 3 leave one to each block",
+        ),
         (lambda: PruneNeurons(0.99), {}, "of the neurons that removes all 32 of a block"),
-        (lambda: PruneHeads(0.5), RELATIONS, "PruneHeads: loss.terms.relations compares the heads' queries"),
+        (
+            lambda: PruneHeads(0.5),
+            RELATIONS,
+            "PruneHeads: loss.terms.relations compares the heads' queries",
+        ),
         (
             lambda: PruneLayers([1]),
             RELATIONS,
             "PruneLayers: loss.terms.relations names layer 1 of the student, but layers from 1 on go or move up",
         ),
         (lambda: PruneLayers([1]), HIDDEN, "loss.terms.hidden names layer 2"),
-        (lambda: PruneLayers(amount=0.5), HIDDEN, "loss.terms.hidden names layer 2 of the student, but layers from 0 on"),
-        (lambda: PruneLayers([3]), {}, "layers has 3, but the student has 3 layers: name layers from 0 to 2"),
-        (lambda: PruneLayers([0, 1, 2]), {}, "layers is [0, 1, 2], but that removes all 3 layers of the student: at least one must stay"),
+        (
+            lambda: PruneLayers(amount=0.5),
+            HIDDEN,
+            "loss.terms.hidden names layer 2 of the student, but layers from 0 on",
+        ),
+        (
+            lambda: PruneLayers([3]),
+            {},
+            "layers has 3, but the student has 3 layers: name layers from 0 to 2",
+        ),
+        (
+            lambda: PruneLayers([0, 1, 2]),
+            {},
+            "layers is [0, 1, 2], but that removes all 3 layers of the student: at least one must stay",
+        ),
         (lambda: PruneLayers(amount=0.9), {}, "amount is 0.9, but that removes all 3 layers"),
         (
             lambda: PruneNeurons(0.5, start=0, shape="one_shot"),
             {},
             "it starts at step 0 of 12, but what goes is decided by measuring",
         ),
-        (lambda: PruneLayers(amount=0.4, start=0), {}, "it starts at step 0 of 12, but what goes is decided by measuring"),
-        (lambda: PruneNeurons(0.5, start=20, end=30), {}, "PruneNeurons: the schedule ends at step 30, but the training has 12"),
+        (
+            lambda: PruneLayers(amount=0.4, start=0),
+            {},
+            "it starts at step 0 of 12, but what goes is decided by measuring",
+        ),
+        (
+            lambda: PruneNeurons(0.5, start=20, end=30),
+            {},
+            "PruneNeurons: the schedule ends at step 30, but the training has 12",
+        ),
     ],
 )
 def test_what_does_not_fit_the_student_is_refused_before_training(bert, callback, terms, sentence):
@@ -468,7 +614,9 @@ def test_what_does_not_fit_the_student_is_refused_before_training(bert, callback
 
 def test_fused_heads_are_refused():
     made = prepared("gpt2")
-    with pytest.raises(UserError, match="PruneHeads: the student is a gpt2, but heads can go only where"):
+    with pytest.raises(
+        UserError, match="PruneHeads: the student is a gpt2, but heads can go only where"
+    ):
         trained(made, module_of(made), PruneHeads(0.5))
 
 
@@ -476,7 +624,10 @@ def test_scaling_by_the_place_of_a_layer_is_refused():
     made = prepared("gpt2")
     module = module_of(made)
     module.student.config.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(UserError, match="PruneLayers: the student's scale_attn_by_inverse_layer_idx is True, but without False"):
+    with pytest.raises(
+        UserError,
+        match="PruneLayers: the student's scale_attn_by_inverse_layer_idx is True, but without False",
+    ):
         trained(made, module, PruneLayers([0]))
 
 
@@ -490,5 +641,7 @@ def test_two_of_a_kind_are_refused(bert):
 def test_a_student_that_is_factorized_already_is_refused(bert):
     module = module_of(bert)
     module.student.config.compression = {"low_rank": {"bert.encoder.layer.0.intermediate.dense": 4}}
-    with pytest.raises(UserError, match="the student's config records low_rank, but structure goes first"):
+    with pytest.raises(
+        UserError, match="the student's config records low_rank, but structure goes first"
+    ):
         trained(bert, module, PruneNeurons(0.2))

@@ -9,16 +9,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distill import config, fit
-from distill.callbacks.base import Compression, chosen, record
+from distill.callbacks.base import Compression, compression_config, select_modules
 from distill.callbacks.prune_weights import PruneWeights
 from distill.compress import masks
 from distill.errors import UserError
 from distill.module import Distillation
-from distill.runtime.modeling import LowRank
+from distill.recipe import config
+from distill.remote_code.modeling import LowRank
+from distill.training import loop
 from tests.worlds import LANGUAGE, STILL, few, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Be aware that when using `ckpt_path`")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step`", "ignore:Be aware that when using `ckpt_path`"
+)
 RAMP = {"start": 2, "end": 6, "every": 1}
 
 
@@ -40,15 +43,27 @@ def made(request):
 def module_of(made, steps=8, **optimizer):
     student = made.model("student", seed=1, **STILL[made.run.teacher.config["model_type"]])
     return Distillation(
-        made.task, student, made.model(), config.Loss(), config.Optimizer(**({"lr": 1e-2, "weight_decay": 0.1} | optimizer)), steps
+        made.task,
+        student,
+        made.model(),
+        config.Loss(),
+        config.Optimizer(**({"lr": 1e-2, "weight_decay": 0.1} | optimizer)),
+        steps,
     )
 
 
-def trained(made, *callbacks, module=None, resume=None, precision="32-true", accumulate=1, validate=True):
+def trained(
+    made, *callbacks, module=None, resume=None, precision="32-true", accumulate=1, validate=True
+):
     module = module or module_of(made)
-    loaders = made.loader(seed=0, accumulate=accumulate), made.loader("validation") if validate else None
-    with fit.quiet():
-        trainer(module.steps, *callbacks, precision=precision, accumulate_grad_batches=accumulate).fit(module, *loaders, ckpt_path=resume)
+    loaders = (
+        made.loader(seed=0, accumulate=accumulate),
+        made.loader("validation") if validate else None,
+    )
+    with loop.silence_lightning():
+        trainer(
+            module.steps, *callbacks, precision=precision, accumulate_grad_batches=accumulate
+        ).fit(module, *loaders, ckpt_path=resume)
     return module
 
 
@@ -76,7 +91,9 @@ class Spy(L.Callback):
             for key in ("exp_avg", "exp_avg_sq"):
                 assert (state[weight][key][~mask] == 0).all()
                 assert (state[weight][key] != 0).any() or not mask.any() or weight.grad is None
-        self.masks[trainer.global_step] = {name: mask.clone() for name, mask in self.prune.masks.items()}
+        self.masks[trainer.global_step] = {
+            name: mask.clone() for name, mask in self.prune.masks.items()
+        }
 
 
 def removed(found):
@@ -101,7 +118,7 @@ def test_the_sparsity_asked_is_reached_to_the_parameter_and_stays(made, score, s
     prune = PruneWeights(sparsity=sparsity, score=score, scope=scope, **RAMP)
     spy = Spy(prune)
     module = trained(made, prune, spy)
-    inside = {f"{name}.weight" for name in chosen(module.student, None)}
+    inside = {f"{name}.weight" for name in select_modules(module.student, None)}
     assert set(prune.masks) == inside and len(inside) >= 8
     for step, found in spy.masks.items():
         share = sparsity * prune.schedule.at(step, 8)
@@ -109,7 +126,9 @@ def test_the_sparsity_asked_is_reached_to_the_parameter_and_stays(made, score, s
         if scope == "global":
             assert removed(found) == round(share * sum(sizes))
         elif scope == "layer":
-            assert [int((~mask).sum()) for mask in found.values()] == [round(share * size) for size in sizes]
+            assert [int((~mask).sum()) for mask in found.values()] == [
+                round(share * size) for size in sizes
+            ]
     for weight_OI, mask_OI in weights_of(module, prune).values():
         assert torch.equal(weight_OI != 0, mask_OI)
         if scope == "row":
@@ -132,17 +151,24 @@ def test_what_is_kept_goes_on_learning(bert):
     class Before(L.Callback):
         def on_train_batch_end(self, trainer, module, *_):
             if trainer.global_step == 2:
-                self.weights = {name: module.student.get_parameter(name).detach().clone() for name in prune.masks}
+                self.weights = {
+                    name: module.student.get_parameter(name).detach().clone()
+                    for name in prune.masks
+                }
 
     prune, before = PruneWeights(sparsity=0.5, start=2, shape="one_shot"), Before()
     module = trained(bert, prune, before)
     for name, mask in prune.masks.items():
-        assert (module.student.get_parameter(name)[mask] != before.weights[name][mask]).float().mean() > 0.9
+        assert (
+            module.student.get_parameter(name)[mask] != before.weights[name][mask]
+        ).float().mean() > 0.9
 
 
 def test_what_falls_to_magnitude_was_the_smallest(bert):
     module = module_of(bert, steps=1)
-    before = {name: parameter.detach().clone() for name, parameter in module.student.named_parameters()}
+    before = {
+        name: parameter.detach().clone() for name, parameter in module.student.named_parameters()
+    }
     prune = PruneWeights(sparsity=0.5, start=0, shape="one_shot")
     trained(bert, prune, module=module)
     for name, mask in prune.masks.items():
@@ -150,7 +176,9 @@ def test_what_falls_to_magnitude_was_the_smallest(bert):
 
 
 @pytest.mark.parametrize("score", ["magnitude", "wanda"])
-@pytest.mark.parametrize("limits", [{"sparsity": 0.8}, {"sparsity": 0.8, "scope": "global"}, {"pattern": "2:4"}], ids=str)
+@pytest.mark.parametrize(
+    "limits", [{"sparsity": 0.8}, {"sparsity": 0.8, "scope": "global"}, {"pattern": "2:4"}], ids=str
+)
 def test_what_is_removed_does_not_come_back(bert, score, limits):
     prune = PruneWeights(score=score, **limits, **RAMP)
     spy = Spy(prune)
@@ -169,18 +197,25 @@ def test_what_is_removed_goes_before_zeros_that_are_not(bert):
             if trainer.global_step >= 4:
                 module.student.get_parameter(name).detach().zero_()
 
-    name, prune = "bert.encoder.layer.0.output.dense.weight", PruneWeights(sparsity=0.5, start=2, end=5, every=1)
+    name, prune = (
+        "bert.encoder.layer.0.output.dense.weight",
+        PruneWeights(sparsity=0.5, start=2, end=5, every=1),
+    )
     spy, module = Spy(prune), module_of(bert)
-    module.student.get_parameter(name).detach()[:8].mul_(10)  # the first to go are not the first of all
+    module.student.get_parameter(name).detach()[:8].mul_(
+        10
+    )  # the first to go are not the first of all
     trained(bert, Zeros(), prune, spy, module=module)
     assert int((~spy.masks[3][name]).sum()) > 100
     assert not (prune.masks[name] & ~spy.masks[3][name]).any()
 
 
-@pytest.mark.parametrize(("pattern", "score"), [("2:4", "magnitude"), ("3:4", "wanda"), ("1:8", "movement")])
+@pytest.mark.parametrize(
+    ("pattern", "score"), [("2:4", "magnitude"), ("3:4", "wanda"), ("1:8", "movement")]
+)
 def test_n_of_m_is_come_to_by_and_by_and_is_exact_in_every_group(made, score, pattern):
     prune = PruneWeights(pattern=pattern, score=score, **RAMP)
-    spy, (kept, group) = Spy(prune), masks.parsed(pattern)
+    spy, (kept, group) = Spy(prune), masks.parse_pattern(pattern)
     module = trained(made, prune, spy)
     for weight_OI, mask_OI in weights_of(module, prune).values():
         assert (mask_OI.reshape(-1, group).sum(1) == kept).all()
@@ -190,13 +225,15 @@ def test_n_of_m_is_come_to_by_and_by_and_is_exact_in_every_group(made, score, pa
             layer = module.student.get_submodule(name.removesuffix(".weight"))
             groups = (mask.T if isinstance(layer, Conv1D) else mask).reshape(-1, group)
             assert (groups.sum(1) >= kept).all()
-            assert int((~groups).sum()) == round(prune.schedule.at(step, 8) * (1 - kept / group) * mask.numel())
+            assert int((~groups).sum()) == round(
+                prune.schedule.at(step, 8) * (1 - kept / group) * mask.numel()
+            )
 
 
 def test_the_global_threshold_takes_more_from_some_layers(bert):
     module = module_of(bert)
     with torch.no_grad():
-        for name in chosen(module.student, ["*layer.0.*query"]):
+        for name in select_modules(module.student, ["*layer.0.*query"]):
             module.student.get_parameter(f"{name}.weight").mul_(0.01)
     prune = PruneWeights(sparsity=0.5, scope="global", start=0, shape="one_shot")
     trained(bert, prune, module=module)
@@ -217,14 +254,21 @@ def test_wanda_judges_by_the_inputs_since_the_last_mask(bert, share):
     class ByHand(PruneWeights):
         def prepare(self, module):
             super().prepare(module)
-            module.student.get_submodule(name).register_forward_pre_hook(lambda layer, inputs: note(layer, inputs[0]))
+            module.student.get_submodule(name).register_forward_pre_hook(
+                lambda layer, inputs: note(layer, inputs[0])
+            )
             hook = lambda model, _, words: note(model, words["attention_mask"].bool())  # noqa: E731
             module.student.register_forward_pre_hook(hook, with_kwargs=True)
 
         def change(self, module, amount):
-            weight_OI, before = module.student.get_parameter(f"{name}.weight").detach().clone(), self.masks.get(f"{name}.weight")
+            weight_OI, before = (
+                module.student.get_parameter(f"{name}.weight").detach().clone(),
+                self.masks.get(f"{name}.weight"),
+            )
             assert len(seen) == 2 * share * 2  # two micro-batches a step
-            norm_I = torch.cat([inputs[mask] for mask, inputs in zip(seen[::2], seen[1::2], strict=True)]).norm(dim=0)
+            norm_I = torch.cat(
+                [inputs[mask] for mask, inputs in zip(seen[::2], seen[1::2], strict=True)]
+            ).norm(dim=0)
             score_OI = weight_OI.abs() * norm_I
             super().change(module, amount)
             mask_OI = self.masks[f"{name}.weight"]
@@ -234,7 +278,9 @@ def test_wanda_judges_by_the_inputs_since_the_last_mask(bert, share):
             seen.clear()
             checked.append(amount)
 
-    prune = ByHand(sparsity=0.5, score="wanda", scope="row", start=0, end=6, every=share, shape="linear")
+    prune = ByHand(
+        sparsity=0.5, score="wanda", scope="row", start=0, end=6, every=share, shape="linear"
+    )
     trained(bert, prune, accumulate=2)
     assert len(checked) == 6 // share
 
@@ -273,7 +319,11 @@ def test_by_movement_a_weight_comes_back_as_it_left_when_others_fall_below_it(be
             if trainer.global_step == 6:
                 self.weight = module.student.get_parameter(name).detach().clone()
 
-    prune, fall, back = PruneWeights(sparsity=0.5, score="movement", start=2, end=6, every=2), Fall(), Return()
+    prune, fall, back = (
+        PruneWeights(sparsity=0.5, score="movement", start=2, end=6, every=2),
+        Fall(),
+        Return(),
+    )
     module = trained(bert, fall, prune, back, Spy(prune))
     assert int((~fall.mask).sum()) == round(0.5 * 0.875 * 512)
     assert fall.moved.float().mean() > 0.9
@@ -290,10 +340,18 @@ def test_gradients_are_clipped_by_the_norm_of_what_is_kept(bert):
 
     class Norms(L.Callback):
         def on_before_zero_grad(self, trainer, module, optimizer):
-            gradients = {name: parameter.grad for name, parameter in module.student.named_parameters() if parameter.grad is not None}
+            gradients = {
+                name: parameter.grad
+                for name, parameter in module.student.named_parameters()
+                if parameter.grad is not None
+            }
             if gradients:
-                assert all((gradients[name][~mask] == 0).all() for name, mask in prune.masks.items())
-                norms.append(torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item())
+                assert all(
+                    (gradients[name][~mask] == 0).all() for name, mask in prune.masks.items()
+                )
+                norms.append(
+                    torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+                )
 
     prune = PruneWeights(sparsity=0.9, start=0, shape="one_shot")
     trained(bert, prune, Norms(), module=module_of(bert, clip=1e-3))
@@ -314,12 +372,20 @@ def test_only_the_layers_named_are_pruned_and_the_record_says_which(bert):
     first.name, second.name = "first", "second"
     module = trained(bert, first, second)
     expected = [
-        *(f"bert.encoder.layer.{layer}.{part}output.dense.weight" for layer in range(3) for part in ("attention.", "")),
+        *(
+            f"bert.encoder.layer.{layer}.{part}output.dense.weight"
+            for layer in range(3)
+            for part in ("attention.", "")
+        ),
         "bert.encoder.layer.1.attention.self.query.weight",
         "classifier.weight",
     ]
-    assert record(module.student) == {"sparse": sorted(expected)}
-    zeros = [name for name, parameter in module.student.named_parameters() if parameter.ndim > 1 and (parameter == 0).float().mean() > 0.3]
+    assert compression_config(module.student) == {"sparse": sorted(expected)}
+    zeros = [
+        name
+        for name, parameter in module.student.named_parameters()
+        if parameter.ndim > 1 and (parameter == 0).float().mean() > 0.3
+    ]
     assert sorted(zeros) == sorted(expected)
 
 
@@ -329,7 +395,7 @@ def test_nothing_is_left_of_the_watching_once_the_mask_is_final(bert, score):
     module = trained(bert, prune)
     assert not any(part._forward_pre_hooks for part in module.student.modules())
     assert prune.statistics == prune.aside == {}
-    assert prune.decided() is prune.masks
+    assert prune.rank_synced_state() is prune.masks
 
 
 # ---- other techniques
@@ -347,16 +413,27 @@ class Rebuild(Compression):
         for block in module.student.bert.encoder.layer:
             block.intermediate.dense = nn.Linear(16, 20)
             block.output.dense = LowRank(20, 16, 4)
-        module.restructured()
+        module.refresh_optimizer_params()
 
 
 @pytest.mark.parametrize("score", ["magnitude", "movement", "wanda"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_layers_may_get_another_form_before(bert, score, first):
     rebuild = Rebuild(start=2, end=2, shape="one_shot", every=1)
-    prune = PruneWeights(sparsity=0.5, score=score, layers=["*.output.dense", "*.intermediate.dense"], start=2, end=5, every=1)
+    prune = PruneWeights(
+        sparsity=0.5,
+        score=score,
+        layers=["*.output.dense", "*.intermediate.dense"],
+        start=2,
+        end=5,
+        every=1,
+    )
     trained(bert, *((rebuild, prune) if first else (prune, rebuild)), Spy(prune))
-    shapes = {name.removeprefix("bert.encoder.layer.0."): tuple(mask.shape) for name, mask in prune.masks.items() if "layer.0" in name}
+    shapes = {
+        name.removeprefix("bert.encoder.layer.0."): tuple(mask.shape)
+        for name, mask in prune.masks.items()
+        if "layer.0" in name
+    }
     assert shapes == {
         "intermediate.dense.weight": (20, 16),
         "attention.output.dense.weight": (16, 16),
@@ -383,21 +460,35 @@ def test_layers_may_get_another_form_before(bert, score, first):
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_resumed_run_ends_with_the_same_bytes(bert, tmp_path, arguments, step):
     """Killed between two epochs, before the first mask and among the masks; the student, the moments and the masks."""
-    schedule = {"start": 5, "end": 11, "every": 1} if step == 4 else {"start": 2, "end": 11, "every": 1}
+    schedule = (
+        {"start": 5, "end": 11, "every": 1} if step == 4 else {"start": 2, "end": 11, "every": 1}
+    )
     saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     ends = []
     for resume in (None, str(tmp_path / f"step={step}.ckpt")):
         prune, module = PruneWeights(**(schedule | arguments)), module_of(bert, steps=12)
-        trained(bert, prune, *([] if resume else [saved]), Spy(prune), module=module, resume=resume, validate=False)
+        trained(
+            bert,
+            prune,
+            *([] if resume else [saved]),
+            Spy(prune),
+            module=module,
+            resume=resume,
+            validate=False,
+        )
         moments = module.trainer.optimizers[0].state_dict()["state"]
         ends.append(
             {
                 **module.student.state_dict(),
                 **{f"mask of {name}": mask for name, mask in prune.masks.items()},
-                **{f"{name} of {index}": value for index, values in moments.items() for name, value in values.items()},
+                **{
+                    f"{name} of {index}": value
+                    for index, values in moments.items()
+                    for name, value in values.items()
+                },
             }
         )
-        assert record(module.student) == {"sparse": sorted(prune.masks)}
+        assert compression_config(module.student) == {"sparse": sorted(prune.masks)}
     whole, resumed = ends
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -409,15 +500,39 @@ def test_a_resumed_run_ends_with_the_same_bytes(bert, tmp_path, arguments, step)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({}, "sparsity is None and pattern is None, but exactly one of the two must be given: sparsity=0.5, or pattern='2:4'"),
-        ({"sparsity": 0.5, "pattern": "2:4"}, "sparsity is 0.5 and pattern is 2:4, but exactly one of the two must be given"),
-        ({"sparsity": 1.0}, "sparsity is 1.0, but it must lie in [0, 1): 0.5 removes half of the weights"),
-        ({"sparsity": -0.1}, "sparsity is -0.1, but it must lie in [0, 1): 0.5 removes half of the weights"),
-        ({"sparsity": "half"}, "sparsity is half, but it must lie in [0, 1): 0.5 removes half of the weights"),
+        (
+            {},
+            "sparsity is None and pattern is None, but exactly one of the two must be given: sparsity=0.5, or pattern='2:4'",
+        ),
+        (
+            {"sparsity": 0.5, "pattern": "2:4"},
+            "sparsity is 0.5 and pattern is 2:4, but exactly one of the two must be given",
+        ),
+        (
+            {"sparsity": 1.0},
+            "sparsity is 1.0, but it must lie in [0, 1): 0.5 removes half of the weights",
+        ),
+        (
+            {"sparsity": -0.1},
+            "sparsity is -0.1, but it must lie in [0, 1): 0.5 removes half of the weights",
+        ),
+        (
+            {"sparsity": "half"},
+            "sparsity is half, but it must lie in [0, 1): 0.5 removes half of the weights",
+        ),
         ({"pattern": "4:2"}, "pattern is 4:2, but it must be N:M with 0 < N < M"),
-        ({"sparsity": 0.5, "score": "luck"}, "score is luck, but it must be one of magnitude, movement, wanda: choose one of them"),
-        ({"sparsity": 0.5, "scope": "head"}, "scope is head, but it must be one of layer, row, global: choose one of them"),
-        ({"sparsity": 0.5, "layers": "*query"}, "layers is *query, but it must be a list of patterns: [*query]"),
+        (
+            {"sparsity": 0.5, "score": "luck"},
+            "score is luck, but it must be one of magnitude, movement, wanda: choose one of them",
+        ),
+        (
+            {"sparsity": 0.5, "scope": "head"},
+            "scope is head, but it must be one of layer, row, global: choose one of them",
+        ),
+        (
+            {"sparsity": 0.5, "layers": "*query"},
+            "layers is *query, but it must be a list of patterns: [*query]",
+        ),
         ({"sparsity": 0.5, "start": 2.5}, "start is 2.5, but it must be a share of the training"),
         ({"sparsity": 0.5, "every": 0}, "every is 0, but it is a number of optimizer steps"),
     ],
@@ -435,17 +550,25 @@ def test_arguments_that_mean_nothing_are_refused(arguments, sentence):
             {"sparsity": 0.5, "layers": ["*.lin9"]},
             "layers has *.lin9, but the student has no such layer: its layers are bert.encoder.layer.{0,1,2}",
         ),
-        ({"pattern": "2:6"}, "pattern is 2:6, but bert.encoder.layer.0.attention.self.query has 16 inputs, which 6 does not divide"),
+        (
+            {"pattern": "2:6"},
+            "pattern is 2:6, but bert.encoder.layer.0.attention.self.query has 16 inputs, which 6 does not divide",
+        ),
         ({"sparsity": 0.5, "end": 9}, "the schedule ends at step 9, but the training has 8"),
         (
             {"sparsity": 0.5, "score": "wanda", "start": 0, "shape": "one_shot"},
             "the first mask is due at step 0, but wanda judges by the steps since step 0, when the layers have their form: "
             "start at least a step later, or choose magnitude",
         ),
-        ({"sparsity": 0.5, "score": "movement", "start": 0, "end": 0}, "the first mask is due at step 0, but movement judges by"),
+        (
+            {"sparsity": 0.5, "score": "movement", "start": 0, "end": 0},
+            "the first mask is due at step 0, but movement judges by",
+        ),
     ],
 )
-def test_what_the_student_or_the_training_cannot_hold_is_refused_before_the_first_step(bert, arguments, sentence):
+def test_what_the_student_or_the_training_cannot_hold_is_refused_before_the_first_step(
+    bert, arguments, sentence
+):
     module = module_of(bert)
     with pytest.raises(UserError) as error:
         trained(bert, PruneWeights(**arguments), module=module)
@@ -455,10 +578,16 @@ def test_what_the_student_or_the_training_cannot_hold_is_refused_before_the_firs
 
 def test_statistics_of_layers_that_are_about_to_change_are_no_ground_to_judge_by(bert):
     rebuild = Rebuild(start=0, end=4, shape="linear", every=1)
-    with pytest.raises(UserError, match="the first mask is due at step 4, but wanda judges by the steps since step 4"):
+    with pytest.raises(
+        UserError,
+        match="the first mask is due at step 4, but wanda judges by the steps since step 4",
+    ):
         trained(bert, rebuild, PruneWeights(sparsity=0.5, score="wanda", start=4, shape="one_shot"))
 
 
 def test_an_output_layer_that_is_the_embedding_is_refused(gpt2):
-    with pytest.raises(UserError, match="PruneWeights: layers has lm_head, but its weight is that of the embeddings"):
+    with pytest.raises(
+        UserError,
+        match="PruneWeights: layers has lm_head, but its weight is that of the embeddings",
+    ):
         trained(gpt2, PruneWeights(sparsity=0.5, layers=["lm_head"]))

@@ -32,7 +32,12 @@ def classified(size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (size,), generator=generator)
     confidence, prediction = torch.randn(size, 3, generator=generator).softmax(-1).max(-1)
-    return {"label": labels, "prediction": prediction, "confidence": confidence, "nll": -confidence.log()}
+    return {
+        "label": labels,
+        "prediction": prediction,
+        "confidence": confidence,
+        "nll": -confidence.log(),
+    }
 
 
 @pytest.fixture
@@ -53,7 +58,11 @@ def test_every_interval_holds_its_value_and_every_metric_has_one(topics):
 
 
 def test_four_times_the_examples_halve_the_interval():
-    widths = [high - low for size in (200, 800) for _, low, high in quality.bootstrap(Mean(), column(size), 500, 0).intervals().values()]
+    widths = [
+        high - low
+        for size in (200, 800)
+        for _, low, high in quality.bootstrap(Mean(), column(size), 500, 0).intervals().values()
+    ]
     assert widths[1] / widths[0] == pytest.approx(0.5, rel=0.2)
 
 
@@ -63,12 +72,17 @@ def test_the_interval_is_the_textbook_one_for_a_mean():
 
 
 def test_95_percent_of_the_intervals_cover_the_truth():
-    intervals = [quality.bootstrap(Mean(), column(40, seed=seed), 200, seed).intervals()["mean"] for seed in range(200)]
+    intervals = [
+        quality.bootstrap(Mean(), column(40, seed=seed), 200, seed).intervals()["mean"]
+        for seed in range(200)
+    ]
     assert 0.90 <= np.mean([low <= 0 <= high for _, low, high in intervals]) <= 0.99
 
 
 def test_bias_of_resampling_is_corrected():
-    draws = np.random.default_rng(0).normal(1.0, 1.0, 4000)  # a metric that resampling inflates by one standard deviation
+    draws = np.random.default_rng(0).normal(
+        1.0, 1.0, 4000
+    )  # a metric that resampling inflates by one standard deviation
     _, low, high = quality.interval(0.0, draws)
     assert (low, high) == pytest.approx((-1 - 1.96, -1 + 1.96), abs=0.3)
     assert quality.interval(-10.0, draws).low == -10.0
@@ -83,7 +97,9 @@ def test_nothing_is_claimed_where_nothing_is_known():
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
-    first, again, other = (quality.bootstrap(Mean(), column(50), 50, seed).draws["mean"] for seed in (0, 0, 1))
+    first, again, other = (
+        quality.bootstrap(Mean(), column(50), 50, seed).draws["mean"] for seed in (0, 0, 1)
+    )
     assert (first == again).all()
     assert (first != other).any()
 
@@ -98,8 +114,14 @@ def test_identical_models_differ_by_nothing(topics):
 def test_pairing_narrows_the_interval_of_models_that_err_alike():
     teacher = column(300)
     student = {"x": teacher["x"] + 0.1 * column(300, seed=1)["x"]}
-    paired = quality.difference(*(quality.bootstrap(Mean(), one, 500, 0) for one in (student, teacher)), "mean")
-    unpaired = quality.difference(quality.bootstrap(Mean(), student, 500, 0), quality.bootstrap(Mean(), teacher, 500, 1), "mean")
+    paired = quality.difference(
+        *(quality.bootstrap(Mean(), one, 500, 0) for one in (student, teacher)), "mean"
+    )
+    unpaired = quality.difference(
+        quality.bootstrap(Mean(), student, 500, 0),
+        quality.bootstrap(Mean(), teacher, 500, 1),
+        "mean",
+    )
     assert paired.high - paired.low < 0.2 * (unpaired.high - unpaired.low)
     assert paired.value == pytest.approx(unpaired.value)
 
@@ -111,7 +133,10 @@ def test_a_true_difference_is_found_whichever_model_is_named_first():
 
 
 def test_equally_good_models_are_told_apart_by_chance_only():
-    found = [quality.randomisation(Mean(), column(30, seed=seed), column(30, seed=1000 + seed), 99, seed) for seed in range(200)]
+    found = [
+        quality.randomisation(Mean(), column(30, seed=seed), column(30, seed=1000 + seed), 99, seed)
+        for seed in range(200)
+    ]
     assert np.mean(np.array(found) <= 0.05) <= 0.1
     assert np.mean(found) == pytest.approx(0.5, abs=0.1)
 
@@ -124,6 +149,9 @@ def test_columns_of_several_dimensions_are_swapped_example_by_example():
     assert (swapped[0]["x"] + swapped[1]["x"] == 1).all()
 
 
-@pytest.mark.parametrize(("share", "count", "low", "high"), [(1.0, 200, 0.9812, 1.0), (0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775)])
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"),
+    [(1.0, 200, 0.9812, 1.0), (0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775)],
+)
 def test_the_interval_of_a_share_is_wilsons(share, count, low, high):
     assert quality.share_interval(share, count) == pytest.approx([low, high], abs=1e-4)

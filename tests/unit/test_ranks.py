@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import config, launch, ranks, recipe
 from distill.errors import RunFailed, UserError
+from distill.processes import launch, ranks
+from distill.recipe import compose, config
 from tests.processes import ROOT, on_ranks
 
 TWO = 2
@@ -24,21 +25,26 @@ TWO = 2
 
 
 def test_a_single_process_is_the_first_and_waits_for_nobody():
-    assert (ranks.rank(), ranks.world(), ranks.is_first()) == (0, 1, True)
-    assert ranks.gather("a") == ["a"] and ranks.share("a") == "a"
+    assert (ranks.rank(), ranks.world_size(), ranks.is_rank_zero()) == (0, 1, True)
+    assert ranks.all_gather("a") == ["a"] and ranks.broadcast("a") == "a"
     ranks.barrier()
     values = {"a": torch.ones(3)}
-    assert ranks.total(values["a"]) is values["a"] and ranks.totals(values).keys() == {"a"}
-    with ranks.first_then_others():
+    assert ranks.all_reduce_sum(values["a"]) is values["a"] and ranks.all_reduce_sum_by_name(
+        values
+    ).keys() == {"a"}
+    with ranks.rank_zero_first():
         pass
-    with pytest.raises(ZeroDivisionError), ranks.first_then_others():
+    with pytest.raises(ZeroDivisionError), ranks.rank_zero_first():
         _ = 1 / 0
 
 
 def test_a_single_process_is_trained_without_replicas(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks.start(config.Trainer())
-    assert ranks.strategy(config.Trainer(accelerator="cpu")) == {"accelerator": "cpu", "devices": 1}
+    ranks.join_process_group(config.Trainer())
+    assert ranks.lightning_strategy(config.Trainer(accelerator="cpu")) == {
+        "accelerator": "cpu",
+        "devices": 1,
+    }
 
 
 # ---- several
@@ -46,17 +52,27 @@ def test_a_single_process_is_trained_without_replicas(monkeypatch):
 
 def agreed(folder):
     mine = ranks.rank()
-    names = {"both": torch.tensor([1.0, mine]), **({"first": torch.ones(2, 2).double()} if mine == 0 else {})}
+    names = {
+        "both": torch.tensor([1.0, mine]),
+        **({"first": torch.ones(2, 2).double()} if mine == 0 else {}),
+    }
     before = names["both"].clone()
     answer = {
-        "gathered": ranks.gather({"rank": mine}),
-        "shared": ranks.share(f"of {mine}"),
-        "totals": ranks.totals(names),
-        "highest": ranks.highest([mine, 5 - mine]),
-        "parts": [ranks.part([{"a": torch.tensor(10.0**place)} for place in range(count)]) for count in (2, 3)],
+        "gathered": ranks.all_gather({"rank": mine}),
+        "shared": ranks.broadcast(f"of {mine}"),
+        "totals": ranks.all_reduce_sum_by_name(names),
+        "highest": ranks.all_reduce_max([mine, 5 - mine]),
+        "parts": [
+            ranks.restore_partial_sums([{"a": torch.tensor(10.0**place)} for place in range(count)])
+            for count in (2, 3)
+        ],
         "kept": bool((names["both"] == before).all()),
         "order": order(folder),
-        "strategy": {name: value for name, value in ranks.strategy(config.Trainer(accelerator="cpu")).items() if name != "strategy"},
+        "strategy": {
+            name: value
+            for name, value in ranks.lightning_strategy(config.Trainer(accelerator="cpu")).items()
+            if name != "strategy"
+        },
         "silence": silence(folder),
     }
     ranks.barrier()
@@ -65,9 +81,9 @@ def agreed(folder):
 
 def order(folder):
     """What the first does is done when the others begin."""
-    with ranks.first_then_others():
+    with ranks.rank_zero_first():
         there = (folder / "made").exists()
-        time.sleep(0.3 if ranks.is_first() else 0)
+        time.sleep(0.3 if ranks.is_rank_zero() else 0)
         (folder / "made").touch()
     return there
 
@@ -76,7 +92,7 @@ def silence(folder):
     log = logging.getLogger()
     log.setLevel(logging.INFO)
     log.addHandler(logging.FileHandler(folder / "log"))
-    if not ranks.is_first():
+    if not ranks.is_rank_zero():
         ranks._fall_silent()
     log.info("said by %d", ranks.rank())
     return [type(handler).__name__ for handler in log.handlers]
@@ -88,7 +104,9 @@ def both(tmp_path_factory):
 
 
 def test_values_are_gathered_in_the_order_of_the_ranks_and_shared_by_the_first(both):
-    assert all(each["gathered"] == [{"rank": 0}, {"rank": 1}] and each["shared"] == "of 0" for each in both)
+    assert all(
+        each["gathered"] == [{"rank": 0}, {"rank": 1}] and each["shared"] == "of 0" for each in both
+    )
 
 
 def test_sums_are_over_all_ranks_and_a_rank_may_have_nothing_to_add(both):
@@ -109,11 +127,15 @@ def test_saved_sums_are_each_rank_s_own_or_all_the_first_s(both):
 
 def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch):
     port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch._free_port())}
-    for name, value in ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | port).items():
+    for name, value in (
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | port
+    ).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(ranks, "ARRIVAL", timedelta(seconds=1))
-    with pytest.raises(RunFailed, match=r"WORLD_SIZE is 2, but not as many processes met .*: start all of them"):
-        ranks.start(config.Trainer(accelerator="cpu"))
+    monkeypatch.setattr(ranks, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(
+        RunFailed, match=r"WORLD_SIZE is 2, but not as many processes met .*: start all of them"
+    ):
+        ranks.join_process_group(config.Trainer(accelerator="cpu"))
 
 
 def test_the_others_find_what_the_first_has_made(both):
@@ -126,11 +148,18 @@ def test_only_the_first_writes_a_log(both):
 
 
 def test_lightning_is_told_of_the_processes_that_there_are(both):
-    assert all(each["strategy"] == {"accelerator": "cpu", "devices": 2, "num_nodes": 1} for each in both)
+    assert all(
+        each["strategy"] == {"accelerator": "cpu", "devices": 2, "num_nodes": 1} for each in both
+    )
 
 
 def test_srun_s_variables_are_read_and_a_batch_script_is_no_rank(monkeypatch):
-    given = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-09,12],x1", "SLURM_PROCID": "5"}
+    given = {
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "gpu[07-09,12],x1",
+        "SLURM_PROCID": "5",
+    }
     given |= {"SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123456"}
     environment = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}
     monkeypatch.setattr(ranks.os, "environ", environment)
@@ -138,8 +167,25 @@ def test_srun_s_variables_are_read_and_a_batch_script_is_no_rank(monkeypatch):
     assert "RANK" not in environment
     environment |= given
     ranks._read_slurm()
-    read = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")}
-    assert read == dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", GROUP_RANK="1", MASTER_ADDR="gpu07")  # noqa: C408
+    read = {
+        name: environment[name]
+        for name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "GROUP_RANK",
+            "MASTER_ADDR",
+        )
+    }
+    assert read == dict(
+        RANK="5",
+        WORLD_SIZE="8",
+        LOCAL_RANK="1",
+        LOCAL_WORLD_SIZE="4",
+        GROUP_RANK="1",
+        MASTER_ADDR="gpu07",
+    )  # noqa: C408
 
 
 # ---- started and ended together
@@ -148,21 +194,28 @@ def test_srun_s_variables_are_read_and_a_batch_script_is_no_rank(monkeypatch):
 def test_processes_are_started_only_where_nobody_else_has(monkeypatch):
     for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    assert launch.devices(config.Trainer()) == 0
-    assert launch.devices(config.Trainer(devices=3)) == 3
+    assert launch.processes_to_start(config.Trainer()) == 0
+    assert launch.processes_to_start(config.Trainer(devices=3)) == 3
     with pytest.raises(UserError, match="trainer.nodes is 2.*torchrun or srun"):
-        launch.devices(config.Trainer(devices=3, nodes=2))
+        launch.processes_to_start(config.Trainer(devices=3, nodes=2))
     for name, value in (("RANK", "0"), ("SLURM_STEP_NUM_TASKS", "6")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert launch.devices(config.Trainer(devices=3, nodes=2)) == 0
+            assert launch.processes_to_start(config.Trainer(devices=3, nodes=2)) == 0
 
 
-@pytest.mark.parametrize("path", ["runs/a b/2026-01-01_10-00-00", "it's, [x]={y}\\z", "\\'", "$HOME/ü"])
+@pytest.mark.parametrize(
+    "path", ["runs/a b/2026-01-01_10-00-00", "it's, [x]={y}\\z", "\\'", "$HOME/ü"]
+)
 def test_a_folder_s_name_passes_hydra_s_command_line(path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    assert OverridesParser.create().parse_override(f"hydra.run.dir={recipe.quoted(path)}").value() == path
+    assert (
+        OverridesParser.create()
+        .parse_override(f"hydra.run.dir={compose.quote_override(path)}")
+        .value()
+        == path
+    )
 
 
 FAKE = """
@@ -193,8 +246,19 @@ def started(folder, body):
     """The launcher of two processes that do what `body` says."""
     (folder / "fake.py").write_text(FAKE.format(root=str(ROOT), body=textwrap.dedent(body)))
     command = [sys.executable, "-c", START.format(root=str(ROOT))]
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "HYDRA_FULL_ERROR": "0"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}",
+        "HYDRA_FULL_ERROR": "0",
+    }
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def until(condition):
@@ -222,21 +286,34 @@ def finished(folder, body):
     return process.returncode, out, err
 
 
-LOST = ["Error executing job with overrides: []", "[rank0]: Traceback (most recent call last):", "  connection"]
+LOST = [
+    "Error executing job with overrides: []",
+    "[rank0]: Traceback (most recent call last):",
+    "  connection",
+]
 CONSEQUENCE = repr([*LOST, "[rank0]: RuntimeError: Connection closed by peer", "GLHF!"])[1:-1]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-@pytest.mark.parametrize("other", ["wait()", f"time.sleep(0.2); end(1, {CONSEQUENCE})"], ids=["waits", "loses its connection"])
+@pytest.mark.parametrize(
+    "other",
+    ["wait()", f"time.sleep(0.2); end(1, {CONSEQUENCE})"],
+    ids=["waits", "loses its connection"],
+)
 def test_one_rank_failing_ends_all_with_its_sentence(failing, other, tmp_path):
     sentence = "distill: data.label is x, but there is no such column: choose another"
-    code, _, err = finished(tmp_path, f"say('progress')\nchild()\nif rank == {failing}: end(2, {sentence!r})\n{other}")
+    code, _, err = finished(
+        tmp_path, f"say('progress')\nchild()\nif rank == {failing}: end(2, {sentence!r})\n{other}"
+    )
     assert code == 2
     assert err.splitlines() == ["progress", sentence]
 
 
 def test_a_consequence_that_shows_first_is_not_what_is_said(tmp_path):
-    code, _, err = finished(tmp_path, f"if rank == 0: end(1, {CONSEQUENCE})\ntime.sleep(0.5); end(2, 'distill: a is b, but c: d')")
+    code, _, err = finished(
+        tmp_path,
+        f"if rank == 0: end(1, {CONSEQUENCE})\ntime.sleep(0.5); end(2, 'distill: a is b, but c: d')",
+    )
     assert (code, err) == (2, "distill: a is b, but c: d\n")
 
 
@@ -249,14 +326,21 @@ def test_a_defect_is_one_sentence_and_its_traceback_is_in_the_log(tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_leaves_no_process(killed, tmp_path):
-    code, _, err = finished(tmp_path, f"child()\nif rank == {killed}: os.kill(os.getpid(), signal.SIGKILL)\nwait()")
+    code, _, err = finished(
+        tmp_path, f"child()\nif rank == {killed}: os.kill(os.getpid(), signal.SIGKILL)\nwait()"
+    )
     assert code == 137
     assert f"rank {killed} was ended by SIGKILL" in err
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path):
     process = started(tmp_path, "child()\nwait()")
-    until(lambda: len(list(tmp_path.glob("child*"))) == 2 and all(file.read_text() for file in tmp_path.glob("child*")))
+    until(
+        lambda: (
+            len(list(tmp_path.glob("child*"))) == 2
+            and all(file.read_text() for file in tmp_path.glob("child*"))
+        )
+    )
     process.kill()
     process.wait()
     until(lambda: alive(tmp_path) == [])
@@ -272,8 +356,12 @@ end(130 if asked == [signal.SIGINT] else 75, f"distill: asked {len(asked)} times
 """
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_request_to_end_reaches_every_rank_once_and_waits_until_they_have_saved(number, expected, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_a_request_to_end_reaches_every_rank_once_and_waits_until_they_have_saved(
+    number, expected, tmp_path
+):
     process = started(tmp_path, ASKED)
     until(lambda: len(list(tmp_path.glob("ready*"))) == 2)
     process.send_signal(number)
@@ -295,7 +383,10 @@ launch.run(main)
 """
 
 
-@pytest.mark.parametrize(("end", "code", "said"), [("sys.exit(3 * rank)", 3, ""), ("1 / (1 - rank)", 1, "ZeroDivisionError")])
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [("sys.exit(3 * rank)", 3, ""), ("1 / (1 - rank)", 1, "ZeroDivisionError")],
+)
 def test_a_rank_ends_before_python_is_torn_down(end, code, said, tmp_path):
     """Around threads of gloo that may still be at work: what is held is not given up, but what was asked for at the exit is done."""
     found, out, err = finished(tmp_path, LEFT.replace("END", end))
@@ -304,5 +395,7 @@ def test_a_rank_ends_before_python_is_torn_down(end, code, said, tmp_path):
 
 
 def test_success_shows_what_the_first_rank_printed_and_logged(tmp_path):
-    code, out, err = finished(tmp_path, "print('table', rank)\nsay(f'log {rank}')\nif rank: say('distill: a note')")
+    code, out, err = finished(
+        tmp_path, "print('table', rank)\nsay(f'log {rank}')\nif rank: say('distill: a note')"
+    )
     assert (code, out, err) == (0, "table 0\n", "log 0\n")

@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from distill import config, fit
 from distill.callbacks.base import Compression
 from distill.compress.observe import Observer
 from distill.compress.schedule import SHAPES, Schedule
 from distill.errors import UserError
 from distill.module import Distillation
+from distill.recipe import config
+from distill.training import loop
 from tests.worlds import trainer, world
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:You're resuming from a checkpoint")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step`", "ignore:You're resuming from a checkpoint"
+)
 TOTAL = 40
 
 
@@ -28,7 +31,10 @@ def small(_module_store):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("start", "end"), [(0, 1.0), (0.1, 0.6), (0.5, 0.5), (1.0, 1.0), (3, 17), (0.25, 30), (5, 1.0), (0, 2)])
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [(0, 1.0), (0.1, 0.6), (0.5, 0.5), (1.0, 1.0), (3, 17), (0.25, 30), (5, 1.0), (0, 2)],
+)
 def test_both_ends_are_hit_exactly_and_the_way_is_monotone(shape, start, end):
     schedule = Schedule(start, end, shape)
     schedule.check(TOTAL)
@@ -44,7 +50,9 @@ def test_both_ends_are_hit_exactly_and_the_way_is_monotone(shape, start, end):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shares_are_steps_of_the_training(shape):
     by_share, by_step = Schedule(0.1, 0.6, shape), Schedule(10, 60, shape)
-    assert [by_share.at(step, 100) for step in range(101)] == [by_step.at(step, 100) for step in range(101)]
+    assert [by_share.at(step, 100) for step in range(101)] == [
+        by_step.at(step, 100) for step in range(101)
+    ]
     assert [by_share.first(30), by_share.last(30)] == [3, 3 if shape == "one_shot" else 18]
 
 
@@ -61,19 +69,42 @@ def test_one_shot_does_all_at_its_start_whatever_its_end(start, end):
     schedule = Schedule(start, end, "one_shot")
     schedule.check(TOTAL)
     first = schedule.first(TOTAL)
-    assert [schedule.at(step, TOTAL) for step in range(TOTAL + 1)] == [0.0] * first + [1.0] * (TOTAL + 1 - first)
+    assert [schedule.at(step, TOTAL) for step in range(TOTAL + 1)] == [0.0] * first + [1.0] * (
+        TOTAL + 1 - first
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((-0.1, 0.5), "start is -0.1, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway"),
-        ((0.1, 2.5), "end is 2.5, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway"),
-        (("soon", 0.5), "start is soon, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway"),
-        ((float("nan"), 0.5), "start is nan, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway"),
-        ((0.6, 0.5), "end is 0.5, but start is 0.6, and a schedule must not end before it starts: raise end"),
-        ((30, 20), "end is 20, but start is 30, and a schedule must not end before it starts: raise end"),
-        ((0.1, 0.5, "square"), "shape is square, but it must be one of cubic, linear, one_shot: choose one of them"),
+        (
+            (-0.1, 0.5),
+            "start is -0.1, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway",
+        ),
+        (
+            (0.1, 2.5),
+            "end is 2.5, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway",
+        ),
+        (
+            ("soon", 0.5),
+            "start is soon, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway",
+        ),
+        (
+            (float("nan"), 0.5),
+            "start is nan, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway",
+        ),
+        (
+            (0.6, 0.5),
+            "end is 0.5, but start is 0.6, and a schedule must not end before it starts: raise end",
+        ),
+        (
+            (30, 20),
+            "end is 20, but start is 30, and a schedule must not end before it starts: raise end",
+        ),
+        (
+            (0.1, 0.5, "square"),
+            "shape is square, but it must be one of cubic, linear, one_shot: choose one of them",
+        ),
     ],
 )
 def test_what_is_no_schedule_is_refused(arguments, sentence):
@@ -85,9 +116,18 @@ def test_what_is_no_schedule_is_refused(arguments, sentence):
 @pytest.mark.parametrize(
     ("schedule", "sentence"),
     [
-        (Schedule(0.1, 50), "the schedule ends at step 50, but the training has 40: end it earlier, or train for longer"),
-        (Schedule(50, 0, "one_shot"), "the schedule ends at step 50, but the training has 40: end it earlier, or train for longer"),
-        (Schedule(0.9, 20), "the schedule starts at step 36, but it ends at step 20: start it earlier, or end it later"),
+        (
+            Schedule(0.1, 50),
+            "the schedule ends at step 50, but the training has 40: end it earlier, or train for longer",
+        ),
+        (
+            Schedule(50, 0, "one_shot"),
+            "the schedule ends at step 50, but the training has 40: end it earlier, or train for longer",
+        ),
+        (
+            Schedule(0.9, 20),
+            "the schedule starts at step 36, but it ends at step 20: start it earlier, or end it later",
+        ),
     ],
 )
 def test_a_schedule_that_the_training_cannot_hold_is_refused(schedule, sentence):
@@ -155,11 +195,17 @@ def test_the_mask_of_one_batch_is_not_that_of_the_next():
 
 def test_batches_are_merged():
     first, second = drawn(2, 5, 3), drawn(4, 2, 3, seed=2)
-    for merge, measure in ((torch.add, square_sums), (torch.maximum, lambda input_ND: input_ND.amax(0))):
+    for merge, measure in (
+        (torch.add, square_sums),
+        (torch.maximum, lambda input_ND: input_ND.amax(0)),
+    ):
         model, observer = watched(measure, merge=merge)
         model(first)
         model(second)
-        torch.testing.assert_close(observer.values["every"], measure(torch.cat([first.flatten(0, 1), second.flatten(0, 1)])))
+        torch.testing.assert_close(
+            observer.values["every"],
+            measure(torch.cat([first.flatten(0, 1), second.flatten(0, 1)])),
+        )
 
 
 def test_validation_is_not_looked_at():
@@ -223,10 +269,17 @@ class Stop(L.Callback):
 
 
 def trained(made, callback, steps=6, accumulate=1, resume=None, until=None, folder=None):
-    module = Distillation(made.task, made.model("student", seed=1), made.model(), config.Loss(), config.Optimizer(lr=1e-3), steps)
+    module = Distillation(
+        made.task,
+        made.model("student", seed=1),
+        made.model(),
+        config.Loss(),
+        config.Optimizer(lr=1e-3),
+        steps,
+    )
     loader = made.loader(seed=0, accumulate=accumulate)
     driver = trainer(steps, callback, Stop(until), accumulate_grad_batches=accumulate)
-    with fit.quiet():
+    with loop.silence_lightning():
         driver.fit(module, loader, ckpt_path=resume)
     if folder is not None:
         driver.save_checkpoint(folder / "last.ckpt")
@@ -243,7 +296,9 @@ def test_a_technique_acts_once_per_optimizer_step(small, accumulate):
 
 
 def test_a_technique_acts_every_so_many_steps_from_its_start_and_at_its_end(small):
-    assert [step for step, _ in trained(small, Noted(start=2, end=9, every=3), steps=10).changes()] == [5, 8, 9]
+    assert [
+        step for step, _ in trained(small, Noted(start=2, end=9, every=3), steps=10).changes()
+    ] == [5, 8, 9]
 
 
 def test_what_starts_with_the_training_acts_before_its_first_step(small):
@@ -267,12 +322,17 @@ def test_a_resumed_technique_goes_on_where_it_was(small, tmp_path):
 
 def test_a_schedule_that_ends_after_the_training_is_refused_before_its_first_step(small):
     callback = Noted(start=0.0, end=7)
-    with pytest.raises(UserError, match="^Noted: the schedule ends at step 7, but the training has 6"):
+    with pytest.raises(
+        UserError, match="^Noted: the schedule ends at step 7, but the training has 6"
+    ):
         trained(small, callback)
     assert callback.calls == []
 
 
 @pytest.mark.parametrize("every", [0, -1, 0.5])
 def test_every_is_a_number_of_steps(every):
-    with pytest.raises(UserError, match=f"^Noted: every is {every}, but it is a number of optimizer steps: 1 acts at each of them"):
+    with pytest.raises(
+        UserError,
+        match=f"^Noted: every is {every}, but it is a number of optimizer steps: 1 acts at each of them",
+    ):
         Noted(every=every)

@@ -10,7 +10,7 @@ from distill import store
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "kind" / "entry"
-    with store.writing(folder) as inside:
+    with store.write_entry(folder) as inside:
         (inside / "deep").mkdir()
         (inside / "deep" / "weights").write_bytes(bytes(range(256)))
         (inside / "config").write_text("x")
@@ -18,10 +18,12 @@ def folder(tmp_path):
 
 
 def test_what_was_written_is_intact(folder):
-    assert store.intact(folder)
+    assert store.is_intact(folder)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no manifest", "bad manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "missing", "no manifest", "bad manifest"]
+)
 def test_a_damaged_entry_is_never_used(folder, damage):
     file, manifest = folder / "deep" / "weights", folder / store.MANIFEST
     content = file.read_bytes()
@@ -32,19 +34,19 @@ def test_a_damaged_entry_is_never_used(folder, damage):
         "no manifest": manifest.unlink,
         "bad manifest": lambda: manifest.write_text("{"),
     }[damage]()
-    assert not store.intact(folder)
+    assert not store.is_intact(folder)
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_entry_leaves_nothing(tmp_path, interruption):
-    with pytest.raises(interruption), store.writing(tmp_path / "kind" / "entry") as inside:
+    with pytest.raises(interruption), store.write_entry(tmp_path / "kind" / "entry") as inside:
         (inside / "half").write_text("x")
         raise interruption
     assert list((tmp_path / "kind").iterdir()) == []
 
 
 def test_an_entry_is_replaced_only_when_the_new_one_is_whole(folder):
-    with pytest.raises(RuntimeError), store.writing(folder) as inside:
+    with pytest.raises(RuntimeError), store.write_entry(folder) as inside:
         (inside / "config").write_text("new")
         raise RuntimeError
     assert (folder / "config").read_text() == "x"
@@ -52,15 +54,21 @@ def test_an_entry_is_replaced_only_when_the_new_one_is_whole(folder):
 
 def test_every_ingredient_counts():
     same = {"a": 1, "b": [1, 2]}
-    assert store.entry("k", same) == store.entry("k", {"b": [1, 2], "a": 1})
+    assert store.entry_path("k", same) == store.entry_path("k", {"b": [1, 2], "a": 1})
     others = [{"a": 2, "b": [1, 2]}, {"a": 1, "b": [2, 1]}, {"a": 1}]
-    assert len({store.entry("k", other) for other in [same, *others]} | {store.entry("l", same)}) == 5
+    assert (
+        len(
+            {store.entry_path("k", other) for other in [same, *others]}
+            | {store.entry_path("l", same)}
+        )
+        == 5
+    )
 
 
 def test_links_show_the_same_files(folder, tmp_path):
-    store.link(folder, tmp_path / "run")
-    store.link(folder, tmp_path / "run")  # a second time is no error
-    assert store.intact(folder)
+    store.link_tree(folder, tmp_path / "run")
+    store.link_tree(folder, tmp_path / "run")  # a second time is no error
+    assert store.is_intact(folder)
     assert (tmp_path / "run" / "config").read_text() == "x"
 
 
@@ -80,38 +88,41 @@ def in_another_process(work):
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     def killed():
-        with store.writing(tmp_path / "kind" / "entry") as inside:
+        with store.write_entry(tmp_path / "kind" / "entry") as inside:
             (inside / "half").write_text("x")
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_another_process(killed) == signal.SIGKILL
     assert [file.name[:9] for file in (tmp_path / "kind").iterdir()] == [".writing-"]
-    with store.writing(tmp_path / "kind" / "other"):
+    with store.write_entry(tmp_path / "kind" / "other"):
         pass
     assert [file.name for file in (tmp_path / "kind").iterdir()] == ["other"]
 
 
 def test_a_writer_killed_before_it_had_a_lock_leaves_nothing_either(tmp_path):
-    (tmp_path / f"{store.WRITING}unlocked").mkdir()
-    (tmp_path / f"{store.WRITING}file").write_text("of a writer that may live")
-    with store.writing(tmp_path / "entry"):
+    (tmp_path / f"{store.TEMPORARY_PREFIX}unlocked").mkdir()
+    (tmp_path / f"{store.TEMPORARY_PREFIX}file").write_text("of a writer that may live")
+    with store.write_entry(tmp_path / "entry"):
         pass
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{store.WRITING}file", "entry"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"{store.TEMPORARY_PREFIX}file",
+        "entry",
+    ]
 
 
 def test_what_a_living_writer_has_written_so_far_is_left_to_it(tmp_path):
-    with store.writing(tmp_path / "one") as inside:
-        in_another_process(lambda: store.sweep(tmp_path))
-        with store.writing(tmp_path / "two") as other:
+    with store.write_entry(tmp_path / "one") as inside:
+        in_another_process(lambda: store.remove_abandoned(tmp_path))
+        with store.write_entry(tmp_path / "two") as other:
             (other / "file").write_text("2")
         (inside / "file").write_text("1")
-    assert store.intact(tmp_path / "one") and store.intact(tmp_path / "two")
+    assert store.is_intact(tmp_path / "one") and store.is_intact(tmp_path / "two")
 
 
 def test_two_writers_of_one_entry_do_not_disturb_each_other(tmp_path):
-    with store.writing(tmp_path / "entry") as first:
+    with store.write_entry(tmp_path / "entry") as first:
         (first / "file").write_text("same")
-        with store.writing(tmp_path / "entry") as second:
+        with store.write_entry(tmp_path / "entry") as second:
             (second / "file").write_text("same")
         read = (tmp_path / "entry" / "file").stat().st_ino
     assert (tmp_path / "entry" / "file").stat().st_ino == read  # somebody may have it open
@@ -120,17 +131,17 @@ def test_two_writers_of_one_entry_do_not_disturb_each_other(tmp_path):
 
 def test_a_damaged_entry_of_the_same_content_is_replaced(folder):
     (folder / "config").write_text("y")
-    with store.writing(folder) as inside:
+    with store.write_entry(folder) as inside:
         (inside / "deep").mkdir()
         (inside / "deep" / "weights").write_bytes(bytes(range(256)))
         (inside / "config").write_text("x")
-    assert store.intact(folder)
+    assert store.is_intact(folder)
 
 
 def test_many_writers_at_once_leave_one_whole_entry(tmp_path):
     def write():
         for round in range(5):
-            with store.writing(tmp_path / "entry") as inside:
+            with store.write_entry(tmp_path / "entry") as inside:
                 (inside / "file").write_text(f"{os.getpid() % 2} {round}")
 
     children = []
@@ -145,20 +156,22 @@ def test_many_writers_at_once_leave_one_whole_entry(tmp_path):
                 os._exit(code)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
-    assert store.intact(tmp_path / "entry")
+    assert store.is_intact(tmp_path / "entry")
     assert [file.name for file in tmp_path.iterdir()] == ["entry"]
 
 
 def test_a_second_name_can_be_given_twice(tmp_path):
     (tmp_path / "file").write_text("x")
-    store.alias(tmp_path / "file", tmp_path / "name")
-    store.alias(tmp_path / "file", tmp_path / "name")
+    store.link_file(tmp_path / "file", tmp_path / "name")
+    store.link_file(tmp_path / "file", tmp_path / "name")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "name"]
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
-    store.put(tmp_path / "file", b"first")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
+    store.write_file(tmp_path / "file", b"first")
+    monkeypatch.setattr(
+        os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room"))
+    )
     with pytest.raises(OSError, match="no room"):
-        store.put(tmp_path / "file", b"second")
+        store.write_file(tmp_path / "file", b"second")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"first")]

@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill import config, corpora, models, student, teacher
+from distill import corpora, models, student, teacher
 from distill.errors import RunFailed, UserError
-from distill.tracking import Tracker
+from distill.recipe import config
+from distill.training.loggers import Tracker
 from tests.worlds import LANGUAGE, world
 
 
@@ -18,67 +19,115 @@ def distilled(made, folder, run=None):
     run = run or made.run
     tracker = Tracker(run, folder)
     tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
-    callbacks = student.informed(run, made.task, made.tokenizer, student.callbacks(run), made.raw["train"], made.examples["train"])
+    callbacks = student.bind_callbacks(
+        run,
+        made.task,
+        made.tokenizer,
+        student.build_callbacks(run),
+        made.raw["train"],
+        made.examples["train"],
+    )
     student.distil(run, made.task, made.tokenizer, made.examples, tutor, callbacks, folder, tracker)
-    return models.load(str(folder / "student"), None, made.task, "student", made.tokenizer, strict=True)
+    return models.load(
+        str(folder / "student"), None, made.task, "student", made.tokenizer, strict=True
+    )
 
 
 def test_the_same_recipe_gives_the_same_weights_bit_for_bit(made, tmp_path):
-    assert models.fingerprint(distilled(made, tmp_path / "a")) == models.fingerprint(distilled(made, tmp_path / "b"))
+    assert models.fingerprint(distilled(made, tmp_path / "a")) == models.fingerprint(
+        distilled(made, tmp_path / "b")
+    )
 
 
 def test_another_seed_gives_other_weights(made, tmp_path):
     other = replace(made.run, seed=1)
-    assert models.fingerprint(distilled(made, tmp_path / "a")) != models.fingerprint(distilled(made, tmp_path / "b", other))
+    assert models.fingerprint(distilled(made, tmp_path / "a")) != models.fingerprint(
+        distilled(made, tmp_path / "b", other)
+    )
 
 
 def test_what_is_written_are_the_weights_that_did_best(made, tmp_path):
     written = distilled(made, tmp_path)
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert {f"student.{name}" for name in written.state_dict()} == set(best)
-    assert all(torch.equal(best[f"student.{name}"], tensor) for name, tensor in written.state_dict().items())
+    assert all(
+        torch.equal(best[f"student.{name}"], tensor)
+        for name, tensor in written.state_dict().items()
+    )
     assert written.config.id2label == dict(enumerate(made.task.names))
 
 
 def test_without_the_teacher_s_weight_only_labelled_examples_are_trained_on(made):
     alone = replace(made.run, loss=config.Loss(alpha=1.0))
-    assert len(student.useful(made.examples["train"], made.task, alone)) == 200
-    assert len(student.useful(made.examples["train"], made.task, made.run)) == len(made.examples["train"])
+    assert len(student.examples_in_loss(made.examples["train"], made.task, alone)) == 200
+    assert len(student.examples_in_loss(made.examples["train"], made.task, made.run)) == len(
+        made.examples["train"]
+    )
 
 
 def test_a_student_cut_from_all_layers_starts_as_its_teacher(made):
     tutor = made.model()
-    started, classes = student.build(replace(made.run, student=config.Student(layers=[0, 1, 2])), made.task, made.tokenizer, tutor)
+    started, classes = student.build_student(
+        replace(made.run, student=config.Student(layers=[0, 1, 2])),
+        made.task,
+        made.tokenizer,
+        tutor,
+    )
     batch = next(iter(made.loader()))
     assert classes is None
-    assert torch.equal(models.logits(started.eval(), batch.inputs), models.logits(tutor, batch.inputs))
+    assert torch.equal(
+        models.logits(started.eval(), batch.inputs), models.logits(tutor, batch.inputs)
+    )
 
 
 def test_a_student_needs_no_teacher(made, tmp_path):
-    alone = replace(made.run, teacher=None, student=config.Student(config=made.run.teacher.config), loss=config.Loss(alpha=1.0))
+    alone = replace(
+        made.run,
+        teacher=None,
+        student=config.Student(config=made.run.teacher.config),
+        loss=config.Loss(alpha=1.0),
+    )
     assert distilled(made, tmp_path, alone).config.num_hidden_layers == 3
 
 
 def test_wider_logits_of_one_model_are_sliced_to_the_shared_tokens():
     made = world(**LANGUAGE)
     tutor = made.model(vocab_size=len(made.tokenizer) + 7)
-    _, classes = student.build(replace(made.run, student=config.Student(config=made.run.teacher.config)), made.task, made.tokenizer, tutor)
+    _, classes = student.build_student(
+        replace(made.run, student=config.Student(config=made.run.teacher.config)),
+        made.task,
+        made.tokenizer,
+        tutor,
+    )
     assert classes == len(made.tokenizer)
 
 
 def numbered():
     """The generated corpus with numbers for labels."""
-    labels = {name: [float(place % 7) for place in range(size)] for name, size in corpora.GENERATED.items()}
+    labels = {
+        name: [float(place % 7) for place in range(size)]
+        for name, size in corpora.GENERATED.items()
+    }
     made = corpora.generated()
-    return type(made)({name: split.remove_columns("label").add_column("label", labels[name]) for name, split in made.items()})
+    return type(made)(
+        {
+            name: split.remove_columns("label").add_column("label", labels[name])
+            for name, split in made.items()
+        }
+    )
 
 
-NUMBER = {"task": {"_target_": "distill.tasks.Regression"}, "data": {"source": "tests.unit.test_student.numbered"}}
+NUMBER = {
+    "task": {"_target_": "distill.tasks.Regression"},
+    "data": {"source": "tests.unit.test_student.numbered"},
+}
 
 
 @pytest.mark.parametrize("recipe", [{}, LANGUAGE, NUMBER], ids=["classes", "language", "number"])
 def test_a_training_that_diverges_is_said_in_one_sentence(recipe, tmp_path):
-    with pytest.raises(RunFailed, match=r"^optimizer\.lr is 1e\+09, .*training diverged.*: lower optimizer\.lr$"):
+    with pytest.raises(
+        RunFailed, match=r"^optimizer\.lr is 1e\+09, .*training diverged.*: lower optimizer\.lr$"
+    ):
         distilled(world(**recipe, optimizer={"lr": 1e9}, loss={"alpha": 1.0}), tmp_path)
     assert not (tmp_path / "student").exists()
 
@@ -88,6 +137,11 @@ def just_a_function():
 
 
 def test_a_callback_that_lightning_cannot_call_is_refused(made, tmp_path):
-    run = replace(made.run, callbacks={"mine": {"_target_": "tests.unit.test_student.just_a_function"}})
-    with pytest.raises(UserError, match=r"callbacks\.mine is tests\.unit\.test_student\.just_a_function, but that gives a int"):
+    run = replace(
+        made.run, callbacks={"mine": {"_target_": "tests.unit.test_student.just_a_function"}}
+    )
+    with pytest.raises(
+        UserError,
+        match=r"callbacks\.mine is tests\.unit\.test_student\.just_a_function, but that gives a int",
+    ):
         distilled(made, tmp_path, run)

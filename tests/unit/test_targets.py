@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from distill import targets
 from distill.errors import UserError
+from distill.recipe import targets
 from tests.unit import targets_to_find as places
 
 HERE = places.__name__
@@ -15,26 +15,28 @@ HERE = places.__name__
 def test_the_arguments_read_from_source_are_those_of_the_signature(name):
     found = inspect.signature(getattr(places, name)).parameters
     required = [key for key, parameter in found.items() if parameter.default is parameter.empty]
-    assert targets.signature(f"{HERE}.{name}") == (list(found), required)
+    assert targets.read_signature(f"{HERE}.{name}") == (list(found), required)
 
 
 def test_an_import_is_followed():
-    assert targets.signature(f"{HERE}.Loss").names == list(inspect.signature(places.Loss).parameters)
+    assert targets.read_signature(f"{HERE}.Loss").names == list(
+        inspect.signature(places.Loss).parameters
+    )
 
 
 def test_what_only_running_can_tell_is_left_to_running():
-    assert targets.signature(f"{HERE}.Anything") is None
-    targets.check("callbacks.any", {"_target_": f"{HERE}.Anything", "whatever": 1})
+    assert targets.read_signature(f"{HERE}.Anything") is None
+    targets.check_target("callbacks.any", {"_target_": f"{HERE}.Anything", "whatever": 1})
 
 
 def test_build_calls_the_class_with_the_keys_beside_it():
-    assert targets.build({"_target_": f"{HERE}.Fields", "size": 3}).size == 3
+    assert targets.instantiate({"_target_": f"{HERE}.Fields", "size": 3}).size == 3
 
 
 @pytest.mark.parametrize("path", [f"{HERE}.Plian", "no.such.Module", "nodots"])
 def test_a_path_that_leads_nowhere_is_refused(path):
     with pytest.raises(UserError):
-        targets.check("task", {"_target_": path})
+        targets.check_target("task", {"_target_": path})
 
 
 def test_checking_a_task_does_not_import_torch():
@@ -45,7 +47,7 @@ def test_checking_a_task_does_not_import_torch():
 
 def test_a_missing_argument_is_named():
     with pytest.raises(UserError, match=r"callbacks\.plain\.first is not given"):
-        targets.check("callbacks.plain", {"_target_": f"{HERE}.Plain", "second": 1})
+        targets.check_target("callbacks.plain", {"_target_": f"{HERE}.Plain", "second": 1})
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError])
@@ -55,4 +57,4 @@ def test_arguments_that_a_class_refuses_are_one_sentence(error, monkeypatch):
 
     monkeypatch.setattr(places, "Plain", refuses)
     with pytest.raises(UserError, match="no such thing"):
-        targets.build({"_target_": f"{HERE}.Plain", "first": "x"})
+        targets.instantiate({"_target_": f"{HERE}.Plain", "first": "x"})

@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from distill.config import Data
 from distill.errors import UserError
 from distill.models.tokenizers import train_tokenizer
+from distill.recipe.config import Data
 from distill.tasks import MultiLabelClassification, Regression, SingleLabelClassification
 
 DATA = Data(source="none")
@@ -22,7 +22,10 @@ def tokenizer():
 
 def column(values, feature=None) -> Dataset:
     texts = ["x"] * len(values)
-    return Dataset.from_dict({"text": texts, "label": values}, features=feature and Features({"text": Value("string"), "label": feature}))
+    return Dataset.from_dict(
+        {"text": texts, "label": values},
+        features=feature and Features({"text": Value("string"), "label": feature}),
+    )
 
 
 def named(values, feature=None, labels=None, task=SingleLabelClassification):
@@ -82,7 +85,17 @@ def test_without_a_label_column_names_must_be_given():
 
 
 @pytest.mark.parametrize(
-    ("cell", "name"), [("b", "b"), (1, "b"), (1.0, "b"), (None, None), ("", None), (math.nan, None), (-1, None), (-1.0, None)]
+    ("cell", "name"),
+    [
+        ("b", "b"),
+        (1, "b"),
+        (1.0, "b"),
+        (None, None),
+        ("", None),
+        (math.nan, None),
+        (-1, None),
+        (-1.0, None),
+    ],
 )
 def test_a_cell_is_a_name_an_id_or_nothing(cell, name):
     assert named(["a", "b"]).label(cell, None) == name
@@ -96,7 +109,12 @@ def test_numbers_are_matched_by_name_where_the_names_are_numbers():
 
 @pytest.mark.parametrize(
     ("cell", "message"),
-    [("c", "the labels are a, b"), (2, r"ids lie in 0\.\.1"), (0.5, "a name or a whole number"), ([1], "a name or a whole")],
+    [
+        ("c", "the labels are a, b"),
+        (2, r"ids lie in 0\.\.1"),
+        (0.5, "a name or a whole number"),
+        ([1], "a name or a whole"),
+    ],
 )
 def test_a_cell_that_cannot_be_a_label_is_refused(cell, message):
     with pytest.raises(ValueError, match=message):
@@ -115,7 +133,9 @@ def test_several_labels_come_as_names_ids_or_a_number_for_each_class():
 
 
 def test_names_of_several_labels_are_declared_or_counted():
-    assert named([[0], [1]], List(ClassLabel(names=["z", "y"])), task=MultiLabelClassification).names == ("z", "y")
+    assert named(
+        [[0], [1]], List(ClassLabel(names=["z", "y"])), task=MultiLabelClassification
+    ).names == ("z", "y")
     assert named([[0, 1, 1], [1, 0, 0]], task=MultiLabelClassification).names == ("0", "1", "2")
 
 
@@ -149,7 +169,11 @@ def test_texts_are_shortened_and_counted(tokenizer):
     task.max_length = 8
     encoded = task.encode({"text": TEXTS, "label": ["a", None, "b"]}, tokenizer, DATA)
     whole = [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
-    assert encoded["length"] == [min(8, length) for length in whole] == [len(ids) for ids in encoded["input_ids"]]
+    assert (
+        encoded["length"]
+        == [min(8, length) for length in whole]
+        == [len(ids) for ids in encoded["input_ids"]]
+    )
     assert encoded["cut"] == [int(length > 8) for length in whole]
     assert encoded["labels"] == [0, -100, 1]
     assert encoded["rows"] == encoded["size"] == [1, 1, 1]
@@ -159,10 +183,15 @@ def test_texts_are_shortened_and_counted(tokenizer):
 def test_pairs_carry_token_types_where_the_tokenizer_gives_them():
     tokenizer = train_tokenizer(TEXTS * 4, 300, classification=True)
     task, data = named(["a", "b"]), Data(source="none", text=["text", "other"], label=None)
-    assert "token_type_ids" not in task.encode({"text": TEXTS[:1], "other": TEXTS[1:2]}, tokenizer, data)
+    assert "token_type_ids" not in task.encode(
+        {"text": TEXTS[:1], "other": TEXTS[1:2]}, tokenizer, data
+    )
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     encoded = task.encode({"text": TEXTS[:1], "other": TEXTS[1:2]}, tokenizer, data)
-    assert encoded["token_type_ids"] == [[0] * (len(tokenizer(TEXTS[0])["input_ids"])) + [1] * (len(tokenizer(TEXTS[1])["input_ids"]) - 1)]
+    assert encoded["token_type_ids"] == [
+        [0] * (len(tokenizer(TEXTS[0])["input_ids"]))
+        + [1] * (len(tokenizer(TEXTS[1])["input_ids"]) - 1)
+    ]
     assert encoded["labels"] == [-100]
     batch = task.collate([{name: values[0] for name, values in encoded.items()}], pad_id=0)
     assert set(batch.inputs) == {"input_ids", "attention_mask", "token_type_ids"}
@@ -171,12 +200,17 @@ def test_pairs_carry_token_types_where_the_tokenizer_gives_them():
 @pytest.mark.parametrize("empty", ["", None])
 def test_a_pair_may_have_one_side(empty, tokenizer):
     data = Data(source="none", text=["text", "other"], label=None)
-    encoded = named(["a", "b"]).encode({"text": [TEXTS[0], empty], "other": [empty, TEXTS[1]]}, tokenizer, data)
+    encoded = named(["a", "b"]).encode(
+        {"text": [TEXTS[0], empty], "other": [empty, TEXTS[1]]}, tokenizer, data
+    )
     assert encoded["input_ids"] == tokenizer([TEXTS[0], ""], ["", TEXTS[1]])["input_ids"]
 
 
 def test_a_batch_is_padded_on_the_right():
-    examples = [{"input_ids": [5, 6, 7], "labels": 1, "size": 1}, {"input_ids": [8], "labels": -100, "size": 1}]
+    examples = [
+        {"input_ids": [5, 6, 7], "labels": 1, "size": 1},
+        {"input_ids": [8], "labels": -100, "size": 1},
+    ]
     batch = SingleLabelClassification().collate(examples, pad_id=9)
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -190,7 +224,10 @@ def test_unlabelled_rows_of_lists_are_nan_and_cost_nothing(task, tokenizer):
     it.names = ("a", "b")
     cells = [["b"], None] if task is MultiLabelClassification else [1.0, None]
     encoded = it.encode({"text": TEXTS[:2], "label": cells}, tokenizer, DATA)
-    batch = it.collate([dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)], 0)
+    batch = it.collate(
+        [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)],
+        0,
+    )
     assert batch.labels.isnan().all(-1).tolist() == [False, True]
     logits = torch.zeros_like(batch.labels, requires_grad=True)
     values = it.supervised(logits, batch.labels)
@@ -202,7 +239,10 @@ def test_unlabelled_rows_of_lists_are_nan_and_cost_nothing(task, tokenizer):
 
 @pytest.mark.parametrize("max_length", [2, "abc", 12.5, None, True])
 def test_max_length_must_hold_a_text(max_length):
-    with pytest.raises(UserError, match=rf"task.max_length is {max_length}, but it must be at least 3, a whole number: texts are cut"):
+    with pytest.raises(
+        UserError,
+        match=rf"task.max_length is {max_length}, but it must be at least 3, a whole number: texts are cut",
+    ):
         SingleLabelClassification(max_length=max_length)
 
 
@@ -225,23 +265,31 @@ def test_single_label_metrics():
     assert quality["macro_f1"] == pytest.approx(2 / 3)
     assert quality["mcc"] == pytest.approx(0.5)
     assert quality["ece"] == pytest.approx(confidence - 2 / 3, abs=1e-6)
-    assert quality["nll"] == pytest.approx(-(2 * math.log(confidence) + math.log(1 - confidence)) / 3)
+    assert quality["nll"] == pytest.approx(
+        -(2 * math.log(confidence) + math.log(1 - confidence)) / 3
+    )
 
 
 def test_multi_label_metrics():
     task = MultiLabelClassification()
     task.names = ("a", "b")
-    quality = measured(task, [[9.0, -9.0], [9.0, 9.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0], [math.nan, math.nan]])
+    quality = measured(
+        task, [[9.0, -9.0], [9.0, 9.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0], [math.nan, math.nan]]
+    )
     assert quality["exact_match"] == 0.5
     assert quality["micro_f1"] == pytest.approx(0.8)
     assert quality["macro_f1"] == pytest.approx(0.5)
     assert quality["ece"] == pytest.approx(0.25, abs=1e-3)
     assert (quality["f1/a"], quality["f1/b"]) == (1, 0)
-    assert quality["mcc"] == pytest.approx(1 / math.sqrt(3))  # of all four decisions: 2 true and 1 false positive, 1 true negative
+    assert quality["mcc"] == pytest.approx(
+        1 / math.sqrt(3)
+    )  # of all four decisions: 2 true and 1 false positive, 1 true negative
 
 
 def test_regression_metrics():
-    quality = measured(Regression(), [[1.0], [2.0], [4.0], [7.0]], [[2.0], [4.0], [8.0], [math.nan]])
+    quality = measured(
+        Regression(), [[1.0], [2.0], [4.0], [7.0]], [[2.0], [4.0], [8.0], [math.nan]]
+    )
     assert quality["pearson"] == pytest.approx(1)
     assert quality["spearman"] == pytest.approx(1, abs=1e-5)
     assert quality["mse"] == pytest.approx(7)
@@ -249,7 +297,12 @@ def test_regression_metrics():
 
 
 @pytest.mark.parametrize(
-    ("task", "label"), [(SingleLabelClassification, -100), (MultiLabelClassification, [math.nan]), (Regression, [math.nan])]
+    ("task", "label"),
+    [
+        (SingleLabelClassification, -100),
+        (MultiLabelClassification, [math.nan]),
+        (Regression, [math.nan]),
+    ],
 )
 def test_nothing_labelled_leaves_the_primary_metric_unknown(task, label):
     it = task()
@@ -261,7 +314,9 @@ def test_agreement_is_of_predictions():
     one, other = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[5.0, 9.0], [-3.0, -1.0]])
     assert SingleLabelClassification().agreement(one, other).tolist() == [1, 0]
     assert MultiLabelClassification().agreement(one, other).tolist() == [1, 0]
-    assert Regression().agreement(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.05], [1.2]])).tolist() == [1, 0]
+    assert Regression().agreement(
+        torch.tensor([[1.0], [1.0]]), torch.tensor([[1.05], [1.2]])
+    ).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("task", [SingleLabelClassification, MultiLabelClassification, Regression])

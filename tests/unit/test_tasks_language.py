@@ -6,29 +6,41 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distill.config import Data
 from distill.errors import UserError
 from distill.models.tokenizers import train_tokenizer
+from distill.recipe.config import Data
 from distill.tasks import CausalLanguageModelling
 from distill.tasks.language import _bytes
 
 DATA = Data(source="none")
-TEXTS = ["the cat sat on the mat", "naïve café — 日本語の文 and 🦊🦊 foxes  \n\t twice", "x", "  spaces around  ", "🦊"]
+TEXTS = [
+    "the cat sat on the mat",
+    "naïve café — 日本語の文 and 🦊🦊 foxes  \n\t twice",
+    "x",
+    "  spaces around  ",
+    "🦊",
+]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["the cat sat on the mat and naïve foxes"] * 4, 300, classification=False)
+    return train_tokenizer(
+        ["the cat sat on the mat and naïve foxes"] * 4, 300, classification=False
+    )
 
 
 def examples(encoded):
-    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    return [
+        dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)
+    ]
 
 
 def encode(text, tokenizer, max_length, **columns):
     data = Data(source="none", text=["text", *columns])
     return examples(
-        CausalLanguageModelling(max_length).encode({"text": [text], **{name: [value] for name, value in columns.items()}}, tokenizer, data)
+        CausalLanguageModelling(max_length).encode(
+            {"text": [text], **{name: [value] for name, value in columns.items()}}, tokenizer, data
+        )
     )
 
 
@@ -41,13 +53,19 @@ def test_windows_of_any_length_predict_each_token_and_byte_once(text, max_length
     assert sum(window["rows"] for window in windows) == len(ids)
     assert sum(window["size"] for window in windows) == len(text.encode())
     assert all(window["length"] == len(window["input_ids"]) <= max_length for window in windows)
-    assert all(label in (-100, token) for window in windows for label, token in zip(window["labels"], window["input_ids"], strict=True))
+    assert all(
+        label in (-100, token)
+        for window in windows
+        for label, token in zip(window["labels"], window["input_ids"], strict=True)
+    )
 
 
 def test_a_window_begins_with_the_last_token_of_the_one_before(tokenizer):
     windows = encode(TEXTS[0], tokenizer, 4)
     assert windows[0]["input_ids"][0] == tokenizer.eos_token_id
-    assert all(later["input_ids"][0] == earlier["input_ids"][-1] for earlier, later in pairwise(windows))
+    assert all(
+        later["input_ids"][0] == earlier["input_ids"][-1] for earlier, later in pairwise(windows)
+    )
     assert all(window["labels"][0] == -100 for window in windows)
     assert [window["cut"] for window in windows] == [1] + [0] * (len(windows) - 1)
 
@@ -58,14 +76,19 @@ def test_without_a_token_to_begin_with_the_first_is_context_only():
     windows = encode(TEXTS[0], bare, 4)
     ids = bare(TEXTS[0], add_special_tokens=False)["input_ids"]
     assert [token for window in windows for token in window["labels"] if token != -100] == ids[1:]
-    assert sum(window["size"] for window in windows) == len(TEXTS[0].encode()) - len(bare.decode(ids[:1]).encode())
+    assert sum(window["size"] for window in windows) == len(TEXTS[0].encode()) - len(
+        bare.decode(ids[:1]).encode()
+    )
 
 
 @pytest.mark.parametrize("max_length", [3, 6, 100])
 def test_a_prompt_is_context_only_and_a_completion_ends(max_length, tokenizer):
     windows = encode("the cat sat", tokenizer, max_length, answer=" on the mat")
     answer = tokenizer(" on the mat", add_special_tokens=False)["input_ids"]
-    assert [token for window in windows for token in window["labels"] if token != -100] == [*answer, tokenizer.eos_token_id]
+    assert [token for window in windows for token in window["labels"] if token != -100] == [
+        *answer,
+        tokenizer.eos_token_id,
+    ]
     assert sum(window["size"] for window in windows) == len(" on the mat")
     assert all(window["rows"] > 0 for window in windows)
 
@@ -90,13 +113,19 @@ def test_a_slow_tokenizer_is_refused():
 
 @pytest.mark.parametrize("max_length", [1, "abc", 12.5])
 def test_a_window_must_hold_a_context_and_a_token(max_length):
-    with pytest.raises(UserError, match=rf"task.max_length is {max_length}, but it must be at least 2, a whole number: a window holds"):
+    with pytest.raises(
+        UserError,
+        match=rf"task.max_length is {max_length}, but it must be at least 2, a whole number: a window holds",
+    ):
         CausalLanguageModelling(max_length)
 
 
 def test_logits_answer_for_the_next_token():
     task = CausalLanguageModelling()
-    windows = [{"input_ids": [1, 2, 3], "labels": [-100, -100, 3], "size": 4}, {"input_ids": [4, 5], "labels": [-100, 5], "size": 6}]
+    windows = [
+        {"input_ids": [1, 2, 3], "labels": [-100, -100, 3], "size": 4},
+        {"input_ids": [4, 5], "labels": [-100, 5], "size": 6},
+    ]
     batch = task.collate(windows, pad_id=0)
     assert batch.labels.tolist() == [3, 5]
     assert batch.index.tolist() == [1, 3]
@@ -107,22 +136,31 @@ def test_logits_answer_for_the_next_token():
 
 def test_metrics_are_sums_over_tokens_and_bytes():
     task = CausalLanguageModelling()
-    windows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "size": 4}, {"input_ids": [3, 1], "labels": [-100, 1], "size": 2}]
+    windows = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "size": 4},
+        {"input_ids": [3, 1], "labels": [-100, 1], "size": 2},
+    ]
     batch = task.collate(windows, pad_id=0)
     outcomes = task.outcomes(torch.zeros(3, 8), batch)
     assert outcomes["tokens"].tolist() == [2, 1]
     quality = task.quality(outcomes)
     assert quality["nll"] == pytest.approx(math.log(8))
     assert quality["perplexity"] == pytest.approx(8)
-    assert quality["bits_per_byte"] == pytest.approx(3 * 3 / 6)  # three tokens of three bits, six bytes
+    assert quality["bits_per_byte"] == pytest.approx(
+        3 * 3 / 6
+    )  # three tokens of three bits, six bytes
     assert quality["accuracy"] == 0
-    assert math.isnan(task.quality({name: column[:0] for name, column in outcomes.items()})["perplexity"])
+    assert math.isnan(
+        task.quality({name: column[:0] for name, column in outcomes.items()})["perplexity"]
+    )
 
 
 def test_a_perfect_model_has_no_loss(tokenizer):
     task = CausalLanguageModelling(6)
     batch = task.collate(encode(TEXTS[1], tokenizer, 6), pad_id=tokenizer.pad_token_id)
     ids = batch.inputs["input_ids"]
-    oracle = torch.nn.functional.one_hot(ids.roll(-1, dims=1), len(tokenizer)) * 1e4  # at each place, the next token
+    oracle = (
+        torch.nn.functional.one_hot(ids.roll(-1, dims=1), len(tokenizer)) * 1e4
+    )  # at each place, the next token
     quality = task.quality(task.outcomes(task.rows(oracle, batch), batch))
     assert (quality["nll"], quality["bits_per_byte"], quality["accuracy"]) == (0, 0, 1)

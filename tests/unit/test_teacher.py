@@ -9,10 +9,11 @@ import torch
 from datasets import DatasetDict
 from omegaconf import OmegaConf
 
-from distill import answers, data, fit, models, store, student, teacher
+from distill import data, models, store, student, teacher, teacher_outputs
 from distill.errors import RunFailed, UserError
 from distill.tasks import SingleLabelClassification
-from distill.tracking import Tracker
+from distill.training import loop
+from distill.training.loggers import Tracker
 from tests.worlds import LANGUAGE, world
 
 FINETUNE = {"finetune": {"epochs": 1, "lr": 1e-3}}
@@ -30,26 +31,30 @@ def online(_module_store):
 
 def obtained(made, folder, **changes):
     run = replace(made.run, **changes)
-    return teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, Tracker(run, folder))
+    return teacher.obtain(
+        run, made.task, made.tokenizer, made.examples, folder, Tracker(run, folder)
+    )
 
 
 @pytest.fixture
 def trainings(monkeypatch):
     """How often something is trained."""
-    calls, fitted = [], fit.fit
+    calls, fitted = [], loop.fit
 
     def counted(*arguments):
         calls.append(arguments)
         return fitted(*arguments)
 
-    monkeypatch.setattr(fit, "fit", counted)
+    monkeypatch.setattr(loop, "fit", counted)
     return calls
 
 
 # ---- fine-tuning
 
 
-def test_a_second_run_uses_the_same_teacher_without_training(finetuning, tmp_path, trainings, monkeypatch):
+def test_a_second_run_uses_the_same_teacher_without_training(
+    finetuning, tmp_path, trainings, monkeypatch
+):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "store"))
     first = obtained(finetuning, tmp_path / "first")
     again = obtained(finetuning, tmp_path / "again")
@@ -82,8 +87,10 @@ def entry_of(**recipe):
     made = world(**recipe)
     torch.manual_seed(made.run.seed)
     loaded = models.load(None, made.run.teacher.config, made.task, "teacher", made.tokenizer)
-    labelled = DatasetDict(made.examples | {"train": data.labelled_only(made.examples["train"], made.task)})
-    return store.entry("teachers", teacher._ingredients(made.run, made.task, labelled, loaded))
+    labelled = DatasetDict(
+        made.examples | {"train": data.only_labelled(made.examples["train"], made.task)}
+    )
+    return store.entry_path("teachers", teacher._ingredients(made.run, made.task, labelled, loaded))
 
 
 class Weighted(SingleLabelClassification):
@@ -96,18 +103,29 @@ class Weighted(SingleLabelClassification):
 
 def test_a_task_s_own_arguments_its_module_and_our_version_are_ingredients(monkeypatch):
     tasks = [SingleLabelClassification(24), Weighted(24), Weighted(24, weight=2.0)]
-    elsewhere = type("SingleLabelClassification", (SingleLabelClassification,), {"__module__": "mine"})(24)
-    keys = [store.entry("any", {"made by": teacher._made_by(task)}) for task in [*tasks, elsewhere]]
+    elsewhere = type(
+        "SingleLabelClassification", (SingleLabelClassification,), {"__module__": "mine"}
+    )(24)
+    keys = [
+        store.entry_path("any", {"made by": teacher._made_by(task)}) for task in [*tasks, elsewhere]
+    ]
     assert len(set(keys)) == 4
-    assert keys[1] == store.entry("any", {"made by": teacher._made_by(Weighted(24))})
+    assert keys[1] == store.entry_path("any", {"made by": teacher._made_by(Weighted(24))})
     monkeypatch.setattr(teacher, "VERSION", teacher.VERSION + 1)
-    assert keys[1] != store.entry("any", {"made by": teacher._made_by(tasks[1])})
+    assert keys[1] != store.entry_path("any", {"made by": teacher._made_by(tasks[1])})
 
 
-def test_a_fine_tuning_that_diverges_names_its_rate_and_leaves_no_teacher(finetuning, tmp_path, monkeypatch):
+def test_a_fine_tuning_that_diverges_names_its_rate_and_leaves_no_teacher(
+    finetuning, tmp_path, monkeypatch
+):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "store"))
-    settings = replace(finetuning.run.teacher, finetune=replace(finetuning.run.teacher.finetune, lr=1e9))
-    with pytest.raises(RunFailed, match=r"teacher\.finetune\.lr is 1e\+09, .*training diverged.*: lower teacher\.finetune\.lr$"):
+    settings = replace(
+        finetuning.run.teacher, finetune=replace(finetuning.run.teacher.finetune, lr=1e9)
+    )
+    with pytest.raises(
+        RunFailed,
+        match=r"teacher\.finetune\.lr is 1e\+09, .*training diverged.*: lower teacher\.finetune\.lr$",
+    ):
         obtained(finetuning, tmp_path / "run", teacher=settings)
     assert not list((tmp_path / "store").rglob("*.safetensors"))
 
@@ -131,7 +149,7 @@ def test_an_interrupted_fine_tuning_leaves_no_teacher(finetuning, tmp_path, monk
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit, "fit", interrupted)
+    monkeypatch.setattr(loop, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         obtained(finetuning, tmp_path / "run")
     assert not list((tmp_path / "store").rglob("*.safetensors"))
@@ -142,24 +160,37 @@ def test_the_teacher_is_frozen_and_answers_in_its_dtype(online, tmp_path):
     loaded = obtained(online, tmp_path, teacher=run.teacher)
     answering = teacher.answering(run, loaded)
     assert not answering.training
-    assert {(parameter.dtype, parameter.requires_grad) for parameter in answering.parameters()} == {(torch.bfloat16, False)}
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in answering.parameters()} == {
+        (torch.bfloat16, False)
+    }
     assert loaded.dtype == torch.float32  # for the student that is cut from it
     assert student._answering(run, loaded).dtype == torch.bfloat16  # when it has been
 
 
 def test_the_teacher_answers_in_bf16_where_the_device_has_units_for_it(online, monkeypatch):
-    run = replace(online.run, teacher=replace(online.run.teacher, dtype="auto"), trainer=replace(online.run.trainer, accelerator="cpu"))
-    for has_units, dtype, precision in ((True, "bfloat16", "bf16-mixed"), (False, "float32", "32-true")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_units=has_units: has_units)
-        assert models.dtype_of(run) == dtype
-        decided = fit.decided(replace(run, trainer=replace(run.trainer, precision="auto")))
+    run = replace(
+        online.run,
+        teacher=replace(online.run.teacher, dtype="auto"),
+        trainer=replace(online.run.trainer, accelerator="cpu"),
+    )
+    for has_units, dtype, precision in (
+        (True, "bfloat16", "bf16-mixed"),
+        (False, "float32", "32-true"),
+    ):
+        monkeypatch.setattr(
+            torch.cpu, "_is_avx512_bf16_supported", lambda has_units=has_units: has_units
+        )
+        assert models.resolve_teacher_dtype(run) == dtype
+        decided = loop.resolve_auto(replace(run, trainer=replace(run.trainer, precision="auto")))
         assert (decided.teacher.dtype, decided.trainer.precision) == (dtype, precision)
-    assert fit.decided(replace(run, teacher=None)).teacher is None
+    assert loop.resolve_auto(replace(run, teacher=None)).teacher is None
 
 
 def test_a_random_teacher_is_kept_in_the_run_folder(online, tmp_path):
     loaded = obtained(online, tmp_path)
-    kept = models.load(str(tmp_path / "teacher"), None, online.task, "teacher", online.tokenizer, strict=True)
+    kept = models.load(
+        str(tmp_path / "teacher"), None, online.task, "teacher", online.tokenizer, strict=True
+    )
     assert models.fingerprint(kept) == models.fingerprint(loaded)
 
 
@@ -168,7 +199,9 @@ def test_a_random_teacher_is_kept_in_the_run_folder(online, tmp_path):
 
 def cached(made, tutor=None, **changes):
     run = replace(made.run, teacher=replace(made.run.teacher, outputs="cached"), **changes)
-    return teacher.with_outputs(run, tutor or made.model(), made.examples["train"], made.task, made.tokenizer)
+    return teacher.with_outputs(
+        run, tutor or made.model(), made.examples["train"], made.task, made.tokenizer
+    )
 
 
 @pytest.mark.parametrize("recipe", [{}, LANGUAGE], ids=["classification", "language"])
@@ -195,7 +228,9 @@ def test_another_ingredient_is_another_cache(online):
     fewer = replace_examples(online, online.examples["train"].select(range(30)))
     assert len(cached(fewer, tutor)) == 30
     backwards = replace_examples(online, online.examples["train"].select(range(30)[::-1]))
-    assert cached(backwards, tutor)["teacher_logits"][0] == cached(fewer, tutor)["teacher_logits"][29]
+    assert (
+        cached(backwards, tutor)["teacher_logits"][0] == cached(fewer, tutor)["teacher_logits"][29]
+    )
 
 
 def replace_examples(made, train):
@@ -241,31 +276,46 @@ def test_small_chunks_hold_the_same_outputs(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(teacher, "CHUNK", 3000)
     for outputs, expected in zip(cached(made)["teacher_logits"][:], whole, strict=True):
-        torch.testing.assert_close(torch.tensor(outputs), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(outputs), torch.tensor(expected), rtol=1e-4, atol=1e-5
+        )
     with pa.ipc.open_stream(next(tmp_path.rglob("outputs.arrow"))) as stream:
         assert len(list(stream)) > 3 if recipe else len(list(stream)) == 1
 
 
 def test_chunks_are_cut_by_the_bytes_of_their_outputs(online):
-    examples = online.examples["train"].select(range(6)).remove_columns("rows").add_column("rows", [1, 1, 1, 9, 1, 1])
-    assert teacher._chunks(examples, teacher.CHUNK // teacher.FLOAT // 2) == [range(2), range(2, 4), range(4, 6)]
+    examples = (
+        online.examples["train"]
+        .select(range(6))
+        .remove_columns("rows")
+        .add_column("rows", [1, 1, 1, 9, 1, 1])
+    )
+    assert teacher._chunks(examples, teacher.CHUNK // teacher.FLOAT // 2) == [
+        range(2),
+        range(2, 4),
+        range(4, 6),
+    ]
     assert teacher._chunks(examples, 4) == [range(6)]
 
 
 def test_outputs_stay_in_numpy_s_buffers(online):
     split = online.examples["train"].select(range(20))
-    kept = answers.Logits(online.model(), online.task)
-    loader = data.loader(split, online.task, online.pad_id, 8)
+    kept = teacher_outputs.LogitOutputs(online.model(), online.task)
+    loader = data.make_loader(split, online.task, online.pad_id, 8)
     outputs = teacher._outputs(kept, loader, range(20), lambda count: None)["teacher_logits"]
-    assert outputs.type == pa.list_(pa.list_(pa.float32(), len(online.task.names)))  # rows are counted in 32 bits, not their numbers
-    assert np.shares_memory(outputs.flatten().flatten().to_numpy(), outputs.values.values.to_numpy())
+    assert outputs.type == pa.list_(
+        pa.list_(pa.float32(), len(online.task.names))
+    )  # rows are counted in 32 bits, not their numbers
+    assert np.shares_memory(
+        outputs.flatten().flatten().to_numpy(), outputs.values.values.to_numpy()
+    )
 
 
 def test_the_outputs_device_is_the_recipe_s_and_part_of_their_key(online, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cached(online)  # trainer.accelerator is cpu
-    monkeypatch.setattr(models, "device_of", lambda run: "cuda")
+    monkeypatch.setattr(models, "resolve_device", lambda run: "cuda")
     with pytest.raises(ZeroDivisionError):
         monkeypatch.setattr(teacher, "_write", lambda *_: 1 / 0)
         cached(online)
@@ -284,7 +334,9 @@ def test_the_teacher_comes_back_from_the_gpu_fit_for_training(online, tmp_path, 
 def test_a_terminal_sees_how_far_the_outputs_are(online, tmp_path, monkeypatch, terminal):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "stdout", Terminal(terminal))
-    online_with_progress = replace(online, run=replace(online.run, trainer=replace(online.run.trainer, progress=True)))
+    online_with_progress = replace(
+        online, run=replace(online.run, trainer=replace(online.run.trainer, progress=True))
+    )
     cached(online_with_progress)
     assert ("teacher outputs" in sys.stdout.getvalue()) == terminal
 
@@ -300,11 +352,32 @@ def test_training_from_the_cache_is_training_online(online, tmp_path):
     ends = []
     for outputs in ("online", "cached"):
         run = replace(online.run, teacher=replace(online.run.teacher, outputs=outputs))
-        tutor = teacher.obtain(run, online.task, online.tokenizer, online.examples, tmp_path / outputs, Tracker(run, tmp_path / outputs))
-        examples = type(online.examples)(
-            online.examples | {"train": teacher.with_outputs(run, tutor, online.examples["train"], online.task, online.tokenizer)}
+        tutor = teacher.obtain(
+            run,
+            online.task,
+            online.tokenizer,
+            online.examples,
+            tmp_path / outputs,
+            Tracker(run, tmp_path / outputs),
         )
-        student.distil(run, online.task, online.tokenizer, examples, tutor, [], tmp_path / outputs, Tracker(run, tmp_path / outputs))
+        examples = type(online.examples)(
+            online.examples
+            | {
+                "train": teacher.with_outputs(
+                    run, tutor, online.examples["train"], online.task, online.tokenizer
+                )
+            }
+        )
+        student.distil(
+            run,
+            online.task,
+            online.tokenizer,
+            examples,
+            tutor,
+            [],
+            tmp_path / outputs,
+            Tracker(run, tmp_path / outputs),
+        )
         trained = models.load(str(tmp_path / outputs / "student"), None, online.task, "student")
         ends.append(torch.nn.utils.parameters_to_vector(trained.parameters()))
     assert (ends[0] - ends[1]).abs().max() < 1e-4

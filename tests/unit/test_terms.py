@@ -3,7 +3,12 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from distill.errors import UserError
 from distill.tasks.base import Batch
@@ -12,7 +17,12 @@ from distill.terms import AttentionRelations, HiddenStates, Term
 SIZES = {
     "bert": {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24},
     "distilbert": {"n_layers": 3, "n_heads": 4, "hidden_dim": 24},
-    "llama": {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
+    "llama": {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+    },
     "gpt2": {"n_layer": 3, "n_head": 4},
 }
 
@@ -20,17 +30,37 @@ SIZES = {
 def model(model_type: str = "bert", width: int = 16, seed: int = 0, **options) -> PreTrainedModel:
     torch.manual_seed(seed)
     key = {"distilbert": "dim", "gpt2": "n_embd"}.get(model_type, "hidden_size")
-    config = AutoConfig.for_model(model_type, vocab_size=50, pad_token_id=0, **{key: width}, **SIZES[model_type], **options)
-    auto = AutoModelForSequenceClassification if model_type in ("bert", "distilbert") else AutoModelForCausalLM
+    config = AutoConfig.for_model(
+        model_type, vocab_size=50, pad_token_id=0, **{key: width}, **SIZES[model_type], **options
+    )
+    auto = (
+        AutoModelForSequenceClassification
+        if model_type in ("bert", "distilbert")
+        else AutoModelForCausalLM
+    )
     return auto.from_config(config, attn_implementation="eager").eval()
 
 
-def batch(lengths: tuple[int, ...] = (5, 3), padded_to: int = 5, tokens: float | None = None) -> Batch:
+def batch(
+    lengths: tuple[int, ...] = (5, 3), padded_to: int = 5, tokens: float | None = None
+) -> Batch:
     mask = torch.arange(padded_to) < torch.tensor(lengths)[:, None]
-    ids = torch.randint(1, 50, (len(lengths), 20), generator=torch.Generator().manual_seed(1))[:, :padded_to] * mask
+    ids = (
+        torch.randint(1, 50, (len(lengths), 20), generator=torch.Generator().manual_seed(1))[
+            :, :padded_to
+        ]
+        * mask
+    )
     counts = torch.zeros(len(lengths), dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    return Batch(inputs, counts, None, counts, counts, tokens=float(sum(lengths)) if tokens is None else tokens)
+    return Batch(
+        inputs,
+        counts,
+        None,
+        counts,
+        counts,
+        tokens=float(sum(lengths)) if tokens is None else tokens,
+    )
 
 
 def value(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, of: Batch) -> Tensor:
@@ -61,7 +91,11 @@ TERM = pytest.mark.parametrize("make", TERMS.values(), ids=TERMS.keys())
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "llama"])
 @pytest.mark.parametrize(
     "term",
-    [HiddenStates(1.0, {-1: -1, 0: 0, 2: 2}), HiddenStates(1.0, {1: 1}, "cosine"), AttentionRelations(1.0, 1, 1, heads=2)],
+    [
+        HiddenStates(1.0, {-1: -1, 0: 0, 2: 2}),
+        HiddenStates(1.0, {1: 1}, "cosine"),
+        AttentionRelations(1.0, 1, 1, heads=2),
+    ],
     ids=["mse", "cosine", "relations"],
 )
 def test_identical_models_are_at_zero_exactly(model_type, term):
@@ -103,7 +137,14 @@ def test_tokens_of_the_global_batch_normalise(make):
 def test_gradient_reaches_the_student_and_not_the_teacher(make):
     student, teacher = model(), model(seed=1)
     value(attached(make(), student, teacher), student, teacher, batch()).backward()
-    assert sum(parameter.grad.abs().sum() for parameter in student.parameters() if parameter.grad is not None) > 0
+    assert (
+        sum(
+            parameter.grad.abs().sum()
+            for parameter in student.parameters()
+            if parameter.grad is not None
+        )
+        > 0
+    )
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -155,7 +196,9 @@ def test_detach_leaves_no_hook_and_attaching_again_no_second_one(make):
     term = make()
 
     def hooks() -> int:
-        return sum(len(module._forward_hooks) for both in (student, teacher) for module in both.modules())
+        return sum(
+            len(module._forward_hooks) for both in (student, teacher) for module in both.modules()
+        )
 
     before = hooks()
     term.attach(student, teacher)
@@ -181,7 +224,10 @@ def test_weight_is_left_to_the_caller(make):
     student, teacher = model(), model(seed=1)
     light, heavy = make(), make()
     heavy.weight = 7.0
-    values = [value(attached(term, student, teacher), student, teacher, batch()) for term in (light, heavy)]
+    values = [
+        value(attached(term, student, teacher), student, teacher, batch())
+        for term in (light, heavy)
+    ]
     assert values[0].equal(values[1])
 
 
@@ -191,7 +237,9 @@ def test_weight_is_left_to_the_caller(make):
 def test_hidden_states_are_those_that_the_model_reports():
     student, teacher, of = model(), model(seed=1), batch()
     term = attached(HiddenStates(1.0, {-1: 1, 2: 0}), student, teacher)
-    mine, theirs = (both(**of.inputs, output_hidden_states=True).hidden_states for both in (student, teacher))
+    mine, theirs = (
+        both(**of.inputs, output_hidden_states=True).hidden_states for both in (student, teacher)
+    )
     pairs = [(mine[0], theirs[2]), (mine[3], theirs[1])]  # the model counts the embeddings as 0
     expected = [(a - b)[of.inputs["attention_mask"].bool()].square().mean() for a, b in pairs]
     torch.testing.assert_close(term(of), torch.stack(expected).mean())
@@ -199,14 +247,19 @@ def test_hidden_states_are_those_that_the_model_reports():
 
 def test_projections_exist_only_where_widths_differ_and_learn():
     student, teacher = model(width=8), model(seed=1, width=16)
-    assert not list(attached(HiddenStates(1.0, {0: 0}), teacher, copy.deepcopy(teacher)).parameters())
+    assert not list(
+        attached(HiddenStates(1.0, {0: 0}), teacher, copy.deepcopy(teacher)).parameters()
+    )
     term = attached(HiddenStates(1.0, {0: 1, 2: 2}), student, teacher)
     assert {name: tuple(parameter.shape) for name, parameter in term.named_parameters()} == {
         "projections.0_1.weight": (16, 8),
         "projections.2_2.weight": (16, 8),
     }
     value(term, student, teacher, batch()).backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in term.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0
+        for parameter in term.parameters()
+    )
 
 
 def test_projections_are_seeded_kept_when_attached_again_and_loaded_from_a_checkpoint():
@@ -247,8 +300,15 @@ def test_hidden_states_cross_architectures():
 def test_hidden_states_work_for_gpt2():
     student = model("gpt2")
     teacher = copy.deepcopy(student)
-    assert value(attached(HiddenStates(1.0, {-1: -1, 2: 2}), student, teacher), student, teacher, batch()) == 0
-    assert value(attached(HiddenStates(1.0, {-1: 0}), student, teacher), student, teacher, batch()) > 0
+    assert (
+        value(
+            attached(HiddenStates(1.0, {-1: -1, 2: 2}), student, teacher), student, teacher, batch()
+        )
+        == 0
+    )
+    assert (
+        value(attached(HiddenStates(1.0, {-1: 0}), student, teacher), student, teacher, batch()) > 0
+    )
 
 
 # ---- attention relations
@@ -256,7 +316,10 @@ def test_hidden_states_work_for_gpt2():
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "llama"])
 def test_relations_need_nothing_learned_when_widths_differ(model_type):
-    student, teacher = model(model_type, width=8), model("bert" if model_type == "distilbert" else model_type, seed=1)
+    student, teacher = (
+        model(model_type, width=8),
+        model("bert" if model_type == "distilbert" else model_type, seed=1),
+    )
     term = attached(AttentionRelations(1.0, 0, 2, heads=2), student, teacher)
     assert value(term, student, teacher, batch()) > 0
     assert not list(term.parameters())
@@ -288,9 +351,18 @@ def test_relations_do_not_see_biases_and_rotations_that_leave_them_unchanged():
         (lambda: HiddenStates(1, {}), "layers of HiddenStates is {}"),
         (lambda: HiddenStates(1, {"first": 0}), "layers of HiddenStates is {'first': 0}"),
         (lambda: HiddenStates(1, [0, 1]), r"layers of HiddenStates is \[0, 1\]"),
-        (lambda: HiddenStates(1, {0: 0}, distance="l1"), "distance of HiddenStates is l1.*mse, cosine"),
-        (lambda: AttentionRelations(1, -1, 0, heads=2), "student_layer of AttentionRelations is -1"),
-        (lambda: AttentionRelations(1, 0, None, heads=2), "teacher_layer of AttentionRelations is None"),
+        (
+            lambda: HiddenStates(1, {0: 0}, distance="l1"),
+            "distance of HiddenStates is l1.*mse, cosine",
+        ),
+        (
+            lambda: AttentionRelations(1, -1, 0, heads=2),
+            "student_layer of AttentionRelations is -1",
+        ),
+        (
+            lambda: AttentionRelations(1, 0, None, heads=2),
+            "teacher_layer of AttentionRelations is None",
+        ),
         (lambda: AttentionRelations(1, 0, 0, heads=0), "heads of AttentionRelations is 0"),
     ],
 )
@@ -302,11 +374,20 @@ def test_bad_arguments_are_refused_by_value(make, message):
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        (HiddenStates(1, {3: 0}), "student layer of a loss term is 3, but the student has 3 layers: take 0 to 2"),
-        (HiddenStates(1, {0: 12}), "teacher layer of a loss term is 12, but the teacher has 3 layers: take 0 to 2"),
+        (
+            HiddenStates(1, {3: 0}),
+            "student layer of a loss term is 3, but the student has 3 layers: take 0 to 2",
+        ),
+        (
+            HiddenStates(1, {0: 12}),
+            "teacher layer of a loss term is 12, but the teacher has 3 layers: take 0 to 2",
+        ),
         (HiddenStates(1, {-2: 0}), "student layer of a loss term is -2"),
         (AttentionRelations(1, 3, 0, heads=2), "student layer of a loss term is 3"),
-        (AttentionRelations(1, 0, 0, heads=3), "heads of AttentionRelations is 3, but it must divide the student's width of 16"),
+        (
+            AttentionRelations(1, 0, 0, heads=3),
+            "heads of AttentionRelations is 3, but it must divide the student's width of 16",
+        ),
     ],
 )
 def test_layers_and_heads_that_do_not_exist_are_refused(term, message):

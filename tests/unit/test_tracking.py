@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from distill import tracking
+from distill.training import loggers
 from tests.worlds import tiny, world
 
 
@@ -20,17 +20,17 @@ def logged_out(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("wanted", ["auto", "online", "offline"])
 def test_without_a_login_a_run_is_tracked_offline(logged_out, wanted):
-    assert tracking.mode(wanted) == "offline"
+    assert loggers.resolve_mode(wanted) == "offline"
 
 
 def test_the_environment_wins(logged_out, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert tracking.mode("online") == "disabled"
+    assert loggers.resolve_mode("online") == "disabled"
 
 
 def test_an_offline_run_is_written_into_the_run_folder(logged_out, tmp_path):
     run = tiny(tracking={"wandb": "offline"})
-    tracker = tracking.Tracker(run, tmp_path)
+    tracker = loggers.Tracker(run, tmp_path)
     assert [type(logger).__name__ for logger in tracker.loggers("student")] == ["Csv", "Wandb"]
     tracker.finish({"student": {"quality": {"accuracy": 0.5}}})
     assert list((tmp_path / "wandb").glob("offline-run-*"))
@@ -39,10 +39,10 @@ def test_an_offline_run_is_written_into_the_run_folder(logged_out, tmp_path):
 def test_a_server_that_does_not_answer_stops_nothing(logged_out, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "UNREACHABLE_AFTER", 2)
+    monkeypatch.setattr(loggers, "UNREACHABLE_AFTER", 2)
     start = time.monotonic()
     with caplog.at_level(logging.WARNING):
-        tracker = tracking.Tracker(tiny(tracking={"wandb": "online"}), tmp_path)
+        tracker = loggers.Tracker(tiny(tracking={"wandb": "online"}), tmp_path)
     assert time.monotonic() - start < 60
     assert "tracked offline" in caplog.text
     assert tracker.run is not None

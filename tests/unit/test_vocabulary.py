@@ -10,12 +10,14 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors, train
 from tokenizers.models import BPE, Unigram, WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distill import config, corpora, fit, models
-from distill.callbacks.base import record
-from distill.callbacks.vocabulary import TrimVocabulary
-from distill.compress import vocabulary
+from distill import corpora, models
+from distill.callbacks.base import compression_config
+from distill.callbacks.trim_vocabulary import TrimVocabulary
+from distill.compress import tokenizer_trim
 from distill.errors import UserError
 from distill.module import Distillation
+from distill.recipe import config
+from distill.training import loop
 from tests.worlds import LANGUAGE, trainer, world
 
 STRANGE = [
@@ -37,7 +39,11 @@ ENDS = {"pad_token": "<pad>", "unk_token": "<unk>"}
 @cache
 def texts():
     """News articles, cut to sentences, in an order of their own."""
-    found = [sentence for article in corpora.bbc_news()["train"]["text"][:300] for sentence in article.split(". ")]
+    found = [
+        sentence
+        for article in corpora.bbc_news()["train"]["text"][:300]
+        for sentence in article.split(". ")
+    ]
     random.Random(0).shuffle(found)
     return found
 
@@ -52,10 +58,16 @@ def byte_bpe():
 
 def marked_bpe():
     """Inside of words begins with ##, ends of words with </w>; what is unknown is bytes."""
-    backend = Tokenizer(BPE(unk_token="<unk>", continuing_subword_prefix="##", end_of_word_suffix="</w>"))
+    backend = Tokenizer(
+        BPE(unk_token="<unk>", continuing_subword_prefix="##", end_of_word_suffix="</w>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<unk>", "<pad>"], continuing_subword_prefix="##", end_of_word_suffix="</w>", show_progress=False
+        vocab_size=900,
+        special_tokens=["<unk>", "<pad>"],
+        continuing_subword_prefix="##",
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     backend.train_from_iterator(texts()[:500], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **ENDS)
@@ -65,13 +77,23 @@ def unigram():
     backend = Tokenizer(Unigram())
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=1200, special_tokens=["<pad>", "<unk>", "</s>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=1200,
+        special_tokens=["<pad>", "<unk>", "</s>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
     backend.train_from_iterator(texts()[:1000], trainer)
     backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<pad>", 0))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", **ENDS)
 
 
-KINDS = {"WordPiece": word_piece, "byte BPE": byte_bpe, "marked BPE": marked_bpe, "Unigram": unigram}
+KINDS = {
+    "WordPiece": word_piece,
+    "byte BPE": byte_bpe,
+    "marked BPE": marked_bpe,
+    "Unigram": unigram,
+}
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
@@ -86,9 +108,9 @@ def ids_of(tokenizer, some):
 @pytest.fixture(scope="module")
 def cut(whole, tmp_path_factory):
     """The ids kept for some texts, and the tokenizer as it comes back from a folder."""
-    kept = vocabulary.kept(whole, ids_of(whole, texts()[:200]))
+    kept = tokenizer_trim.ids_to_keep(whole, ids_of(whole, texts()[:200]))
     folder = tmp_path_factory.mktemp("trimmed")
-    vocabulary.trimmed(whole, kept).save_pretrained(folder)
+    tokenizer_trim.trim_tokenizer(whole, kept).save_pretrained(folder)
     return kept, AutoTokenizer.from_pretrained(folder)
 
 
@@ -98,7 +120,9 @@ def mixtures(count):
     words = [word for text in texts()[:2000] for word in text.split()]
     for _ in range(count):
         chosen = drawn.sample(words, drawn.randint(1, 4))
-        yield " ".join(word[: drawn.randint(1, len(word))] if drawn.random() < 0.5 else word for word in chosen)
+        yield " ".join(
+            word[: drawn.randint(1, len(word))] if drawn.random() < 0.5 else word for word in chosen
+        )
 
 
 def test_texts_of_kept_tokens_are_written_as_before(whole, cut):
@@ -118,14 +142,18 @@ def test_pairs_are_wrapped_as_before(whole, cut):
     pair = texts()[0], texts()[1]
     before, after = whole(*pair), trimmed(*pair)
     assert [kept[i] for i in after["input_ids"]] == before["input_ids"]
-    assert {name: after[name] for name in before.keys() - {"input_ids"}} == {name: before[name] for name in before.keys() - {"input_ids"}}
+    assert {name: after[name] for name in before.keys() - {"input_ids"}} == {
+        name: before[name] for name in before.keys() - {"input_ids"}
+    }
 
 
 def test_ids_are_the_old_ones_in_their_order(whole, cut):
     kept, trimmed = cut
     old = {i: token for token, i in whole.get_vocab().items()}
     assert sorted(set(kept)) == kept
-    assert {i: token for token, i in trimmed.get_vocab().items()} == {new: old[i] for new, i in enumerate(kept)}
+    assert {i: token for token, i in trimmed.get_vocab().items()} == {
+        new: old[i] for new, i in enumerate(kept)
+    }
     assert len(kept) < len(old)
     assert set(kept) >= ids_of(whole, texts()[:200])
     for name in ("pad_token", "unk_token", "eos_token", "cls_token", "sep_token", "mask_token"):
@@ -147,47 +175,70 @@ def test_other_texts_are_written_without_new_unknowns(whole, cut):
 
 def test_nothing_to_drop_changes_nothing(whole):
     every = sorted(whole.get_vocab().values())
-    kept = vocabulary.kept(whole, every)
+    kept = tokenizer_trim.ids_to_keep(whole, every)
     assert kept == every
-    same = vocabulary.trimmed(whole, kept)
-    assert [same(text)["input_ids"] for text in texts()[:50]] == [whole(text)["input_ids"] for text in texts()[:50]]
+    same = tokenizer_trim.trim_tokenizer(whole, kept)
+    assert [same(text)["input_ids"] for text in texts()[:50]] == [
+        whole(text)["input_ids"] for text in texts()[:50]
+    ]
 
 
 def test_trimmed_twice_is_trimmed_once(whole, cut):
     kept, trimmed = cut
-    assert vocabulary.kept(trimmed, ids_of(trimmed, texts()[:200])) == list(range(len(kept)))
+    assert tokenizer_trim.ids_to_keep(trimmed, ids_of(trimmed, texts()[:200])) == list(
+        range(len(kept))
+    )
 
 
 def test_a_trimmed_vocabulary_is_known_as_part_of_the_whole(whole, cut):
     ours, theirs = cut[1].get_vocab(), whole.get_vocab()
-    assert vocabulary.part_of(ours, theirs)
-    assert not vocabulary.part_of(theirs, ours)
+    assert tokenizer_trim.is_trimmed_vocabulary(ours, theirs)
+    assert not tokenizer_trim.is_trimmed_vocabulary(theirs, ours)
     first, second = list(ours)[:2]
-    assert not vocabulary.part_of(ours | {first: ours[second], second: ours[first]}, theirs)
-    assert not vocabulary.part_of(ours | {"of another": len(ours)}, theirs)
+    assert not tokenizer_trim.is_trimmed_vocabulary(
+        ours | {first: ours[second], second: ours[first]}, theirs
+    )
+    assert not tokenizer_trim.is_trimmed_vocabulary(ours | {"of another": len(ours)}, theirs)
 
 
 def test_a_merge_s_ancestors_stay():
     backend = Tokenizer(
-        BPE(vocab={"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5, "ca": 6}, merges=[("a", "b"), ("c", "a"), ("ab", "c")])
+        BPE(
+            vocab={"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5, "ca": 6},
+            merges=[("a", "b"), ("c", "a"), ("ab", "c")],
+        )
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    kept = vocabulary.kept(tokenizer, [5])
+    kept = tokenizer_trim.ids_to_keep(tokenizer, [5])
     assert kept == [0, 1, 2, 3, 5]
-    assert vocabulary.trimmed(tokenizer, kept)(["abc", "ca"], is_split_into_words=True)["input_ids"] == [4, 2, 0]
+    assert tokenizer_trim.trim_tokenizer(tokenizer, kept)(["abc", "ca"], is_split_into_words=True)[
+        "input_ids"
+    ] == [4, 2, 0]
 
 
 def test_what_is_unknown_to_unigrams_keeps_its_price():
     """The least likely piece stays: what an unknown character costs is told from it."""
-    pieces = [("<unk>", 0.0), ("a", -1.0), ("ab", -12.0), ("b", -2.0), ("rare", -40.0), ("more", -3.0)]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram(pieces, unk_id=0)), unk_token="<unk>")
-    assert vocabulary.kept(tokenizer, [1]) == [0, 1, 3, 4]
+    pieces = [
+        ("<unk>", 0.0),
+        ("a", -1.0),
+        ("ab", -12.0),
+        ("b", -2.0),
+        ("rare", -40.0),
+        ("more", -3.0),
+    ]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(Unigram(pieces, unk_id=0)), unk_token="<unk>"
+    )
+    assert tokenizer_trim.ids_to_keep(tokenizer, [1]) == [0, 1, 3, 4]
 
 
 def test_other_kinds_are_refused():
     backend = Tokenizer(WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    with pytest.raises(UserError, match="the tokenizer is a WordLevel, but only WordPiece, BPE, Unigram can be trimmed"):
-        vocabulary.check(PreTrainedTokenizerFast(tokenizer_object=backend))
+    with pytest.raises(
+        UserError,
+        match="the tokenizer is a WordLevel, but only WordPiece, BPE, Unigram can be trimmed",
+    ):
+        tokenizer_trim.check_supported(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 # models ------------------------------------------------------------------------------------------------------------------------
@@ -195,8 +246,20 @@ def test_other_kinds_are_refused():
 FAMILIES = {
     "bert": {},
     "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
-    "distilbert": {"model_type": "distilbert", "dim": 16, "hidden_dim": 32, "n_heads": 2, "n_layers": 2},
-    "roberta": {"model_type": "roberta", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+    "distilbert": {
+        "model_type": "distilbert",
+        "dim": 16,
+        "hidden_dim": 32,
+        "n_heads": 2,
+        "n_layers": 2,
+    },
+    "roberta": {
+        "model_type": "roberta",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
 }
 
 
@@ -210,31 +273,46 @@ def made(_module_store):
 
 def trained(made, *callbacks):
     student = made.model("student", seed=1)
-    module = Distillation(made.task, student, made.model(), config.Loss(), config.Optimizer(lr=1e-3), 4)
-    with fit.quiet():
-        trainer(4, *callbacks, limit_val_batches=0).fit(module, made.loader(seed=0), made.loader("validation"))
+    module = Distillation(
+        made.task, student, made.model(), config.Loss(), config.Optimizer(lr=1e-3), 4
+    )
+    with loop.silence_lightning():
+        trainer(4, *callbacks, limit_val_batches=0).fit(
+            module, made.loader(seed=0), made.loader("validation")
+        )
     return module.student.eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trimmed_model_answers_the_new_ids_as_the_old_ones(made, family, tmp_path):
-    student = models.load(None, FAMILIES[family] or made.run.teacher.config, made.task, "student", made.tokenizer)
+    student = models.load(
+        None, FAMILIES[family] or made.run.teacher.config, made.task, "student", made.tokenizer
+    )
     technique = TrimVocabulary()
-    technique.read(made.tokenizer, made.raw["train"]["text"])
+    technique.bind_to_data(made.tokenizer, made.raw["train"]["text"])
     batch = next(iter(made.loader()))
     with torch.no_grad():
         before = models.logits(student, batch.inputs)
     size, pad = student.config.vocab_size, student.config.pad_token_id
     tokenizer = technique.finish(student, made.tokenizer)
-    assert len(tokenizer) == student.config.vocab_size == len(student.get_input_embeddings().weight) < size
+    assert (
+        len(tokenizer)
+        == student.config.vocab_size
+        == len(student.get_input_embeddings().weight)
+        < size
+    )
     assert student.config.pad_token_id == tokenizer.pad_token_id
     assert family != "roberta" or student.config.pad_token_id == pad
-    assert record(student)["vocabulary"] == size
+    assert compression_config(student)["vocabulary"] == size
     models.save(student, tokenizer, tmp_path)
-    reloaded = models.load(str(tmp_path), None, made.task, "student", models.load_tokenizer(str(tmp_path)), strict=True)
+    reloaded = models.load(
+        str(tmp_path), None, made.task, "student", models.load_tokenizer(str(tmp_path)), strict=True
+    )
     texts = made.raw["train"].select(range(64))
     encoded = made.task.encode(texts[:], models.load_tokenizer(str(tmp_path)), made.run.data)
-    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    rows = [
+        dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)
+    ]
     order = [place for micro in made.loader().plan for place in micro.indices][: len(before)]
     inputs = made.task.collate([rows[place] for place in order], tokenizer.pad_token_id).inputs
     for model in (student, reloaded):
@@ -255,11 +333,18 @@ def test_padding_stays_where_positions_are_counted_from_it(made):
 
 def test_ids_of_the_config_follow():
     student = models.load(
-        None, FAMILIES["bert"] | {"model_type": "bert", "vocab_size": 20, "eos_token_id": [4, 9], "bos_token_id": 5}, _Task()
+        None,
+        FAMILIES["bert"]
+        | {"model_type": "bert", "vocab_size": 20, "eos_token_id": [4, 9], "bos_token_id": 5},
+        _Task(),
     )
     weight = student.get_input_embeddings().weight.detach().clone()
-    vocabulary.trim(student, [0, 3, 4, 9, 12])
-    assert (student.config.pad_token_id, student.config.eos_token_id, student.config.bos_token_id) == (0, [2, 3], None)
+    tokenizer_trim.trim_embeddings(student, [0, 3, 4, 9, 12])
+    assert (
+        student.config.pad_token_id,
+        student.config.eos_token_id,
+        student.config.bos_token_id,
+    ) == (0, [2, 3], None)
     assert student.get_input_embeddings().padding_idx == 0
     assert torch.equal(student.get_input_embeddings().weight, weight[[0, 3, 4, 9, 12]])
 
@@ -275,7 +360,7 @@ class _Task:
 def finished(made, keep=None):
     """The tokens that stay for the training texts of this world."""
     technique = TrimVocabulary(keep=keep)
-    technique.read(made.tokenizer, made.raw["train"]["text"])
+    technique.bind_to_data(made.tokenizer, made.raw["train"]["text"])
     return set(technique.finish(made.model(), made.tokenizer).get_vocab())
 
 
@@ -287,10 +372,20 @@ def test_what_stays_is_what_training_texts_hold_and_what_is_listed(made, tmp_pat
     text = "zebra quartz"
     (tmp_path / "keep.txt").write_text(f"{text}\n{listed}\n")
     given, from_file = finished(made, [text, listed]), finished(made, str(tmp_path / "keep.txt"))
-    assert {tokens[i] for text in made.raw["train"]["text"] for i in made.tokenizer(text)["input_ids"]} <= alone < given == from_file
+    assert (
+        {tokens[i] for text in made.raw["train"]["text"] for i in made.tokenizer(text)["input_ids"]}
+        <= alone
+        < given
+        == from_file
+    )
     assert listed in given - alone
     assert {tokens[i] for i in made.tokenizer(text)["input_ids"]} <= given
-    others = {tokens[i] for split in ("validation", "test") for ids in made.examples[split]["input_ids"] for i in ids}
+    others = {
+        tokens[i]
+        for split in ("validation", "test")
+        for ids in made.examples[split]["input_ids"]
+        for i in ids
+    }
     assert others - alone
 
 
@@ -298,13 +393,16 @@ def test_training_is_as_without_it(made):
     """Until it is over: then the same student has fewer rows, and says so in the log."""
     technique = TrimVocabulary()
     plain, student = trained(made), trained(made, technique)
-    assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    assert all(
+        torch.equal(tensor, student.state_dict()[name])
+        for name, tensor in plain.state_dict().items()
+    )
     assert technique.reached == 1
 
 
 def test_the_log_says_what_is_left(made, caplog):
     technique, student = TrimVocabulary(), made.model()
-    technique.read(made.tokenizer, made.raw["train"]["text"])
+    technique.bind_to_data(made.tokenizer, made.raw["train"]["text"])
     with caplog.at_level(logging.INFO, "distill"):
         tokenizer = technique.finish(student, made.tokenizer)
     assert f"vocabulary: {len(tokenizer)} of {len(made.tokenizer)} tokens stay" in caplog.text
@@ -313,7 +411,14 @@ def test_the_log_says_what_is_left(made, caplog):
 def test_one_scale_for_all_rows_keeps_the_rows_that_decide_it(made):
     student = made.model("student")
     weight = student.get_input_embeddings().weight.detach().clone()
-    record(student)["weights"] = {"bert.embeddings.word_embeddings.weight": {"method": "linear", "bits": 8, "symmetric": True, "group": -1}}
+    compression_config(student)["weights"] = {
+        "bert.embeddings.word_embeddings.weight": {
+            "method": "linear",
+            "bits": 8,
+            "symmetric": True,
+            "group": -1,
+        }
+    }
     TrimVocabulary().finish(student, made.tokenizer)
     left = student.get_input_embeddings().weight
     assert len(left) < len(weight)
@@ -326,7 +431,10 @@ def test_language_models_are_refused():
         trained(language, TrimVocabulary())
 
 
-@pytest.mark.parametrize(("keep", "said"), [("nowhere.txt", "keep is nowhere.txt, but there is no such file"), ([3], "keep has 3, but")])
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [("nowhere.txt", "keep is nowhere.txt, but there is no such file"), ([3], "keep has 3, but")],
+)
 def test_a_wrong_list_is_refused_when_the_recipe_is_read(keep, said):
     with pytest.raises(UserError, match=f"^TrimVocabulary: {said}"):
         TrimVocabulary(keep=keep)
@@ -334,5 +442,7 @@ def test_a_wrong_list_is_refused_when_the_recipe_is_read(keep, said):
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "keep.bin").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"^TrimVocabulary: keep is .*keep\.bin, but this file is no text in UTF-8"):
+    with pytest.raises(
+        UserError, match=r"^TrimVocabulary: keep is .*keep\.bin, but this file is no text in UTF-8"
+    ):
         TrimVocabulary(keep=str(tmp_path / "keep.bin"))

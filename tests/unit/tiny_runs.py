@@ -8,11 +8,12 @@ from datasets import Dataset
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distill import config, fresh, models
-from distill.compress import quantize
+from distill import isolated, models
+from distill.compress import quantizer
 from distill.evaluate import cost
 from distill.export import proof
-from distill.runtime import modeling
+from distill.recipe import config
+from distill.remote_code import modeling
 from distill.tasks import SingleLabelClassification
 
 TEXTS = [
@@ -22,8 +23,19 @@ TEXTS = [
     for thing in ("bird", "red ball")
 ]
 SIZES = {  # model type -> its key for the number of layers, and the others
-    "bert": ("num_hidden_layers", {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 40}),
-    "distilbert": ("n_layers", {"dim": 16, "hidden_dim": 32, "n_heads": 2, "max_position_embeddings": 40}),
+    "bert": (
+        "num_hidden_layers",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 40,
+        },
+    ),
+    "distilbert": (
+        "n_layers",
+        {"dim": 16, "hidden_dim": 32, "n_heads": 2, "max_position_embeddings": 40},
+    ),
     "gpt2": ("n_layer", {"n_embd": 16, "n_head": 2, "n_positions": 40}),
 }
 
@@ -34,13 +46,17 @@ def made(folder, task, model_type="bert", teacher_layers=3, columns=("text",), *
     tokenizer = models.train_tokenizer(TEXTS, 320, task.pipeline == "text-classification")
     depth, sizes = SIZES.get(model_type, SIZES["bert"])
     for name, layers in (("teacher", teacher_layers), ("student", 1)):
-        model = models.load(None, {"model_type": model_type, depth: layers, **sizes}, task, name, tokenizer)
+        model = models.load(
+            None, {"model_type": model_type, depth: layers, **sizes}, task, name, tokenizer
+        )
         with torch.no_grad():
             for tensor in model.parameters():  # a random head predicts one label for all texts
                 tensor.mul_(3)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    raw = Dataset.from_dict({column: [text[shift:] for text in TEXTS] for shift, column in enumerate(columns)})
+    raw = Dataset.from_dict(
+        {column: [text[shift:] for text in TEXTS] for shift, column in enumerate(columns)}
+    )
     run = config.Run(
         name="tiny",
         task={"_target_": f"distill.tasks.{type(task).__name__}", "max_length": task.max_length},
@@ -53,9 +69,17 @@ def made(folder, task, model_type="bert", teacher_layers=3, columns=("text",), *
     return run, task, raw, tokenizer, folder
 
 
-def quantized(folder, task, tokenizer, activations=None, sparse=0.0, kinds=(nn.Linear, nn.Embedding, Conv1D), **spec):
+def quantized(
+    folder,
+    task,
+    tokenizer,
+    activations=None,
+    sparse=0.0,
+    kinds=(nn.Linear, nn.Embedding, Conv1D),
+    **spec,
+):
     """The student of a run folder, its weights on a quantizer's grid and some of them zero, as a quantizing callback leaves it."""
-    spec = quantize.Spec(**spec)
+    spec = quantizer.QuantSpec(**spec)
     student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True)
     record = {"weights": {}, "sparse": [], "activations": {}}
     for name, module in student.named_modules():
@@ -77,7 +101,7 @@ def on_grid(module, spec, sparse):
     weight_OI = module.weight.T if isinstance(module, Conv1D) else module.weight
     if sparse:
         weight_OI[torch.rand_like(weight_OI) < sparse] = 0
-    weight_OI.copy_(quantize.quantized(weight_OI, spec, sparse=bool(sparse)))
+    weight_OI.copy_(quantizer.fake_quantize_weight(weight_OI, spec, sparse=bool(sparse)))
 
 
 def classifier(*names, kind=SingleLabelClassification):
@@ -90,7 +114,7 @@ ONE_AT_A_TIME = threading.Lock()  # transformers patches its classes while it lo
 
 
 def ask_here(script, question):
-    """The scripts of distill.fresh without their own process: the same functions, called in this one."""
+    """The scripts of distill.isolated without their own process: the same functions, called in this one."""
     with ONE_AT_A_TIME:
         return _answer(json.loads(json.dumps(question)))
 
@@ -99,6 +123,8 @@ def _answer(question):
     try:
         if "measure" in question:
             return {"speed": cost.speed, "memory": cost.memory}[question["measure"]](question)
-        return proof.told(question) | {"versions": dict.fromkeys(["transformers", *question["libraries"]], "5")}
+        return proof.told(question) | {
+            "versions": dict.fromkeys(["transformers", *question["libraries"]], "5")
+        }
     except (SystemExit, Exception) as error:
-        raise fresh.ProcessError(str(error)) from error
+        raise isolated.ProcessError(str(error)) from error
