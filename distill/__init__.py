@@ -1,66 +1,72 @@
-"""Knowledge distillation of Transformers models that proves what it hands over.
+"""Knowledge distillation of Transformers models, with exports that are proven.
 
-    recipe -> Run -> examples -> teacher, student -> logits -> loss -> step -> metrics -> artefact
+    recipe -> Run -> examples -> teacher, student -> logits -> loss -> step -> metrics -> export
 
-The map, in the order in which the data passes:
+From Python, :func:`distill_model` distills models and data that are in memory, and
+:class:`Distillation` is a LightningModule for a Trainer of your own. Tasks, compression callbacks
+and extra loss terms are in `distill.tasks`, `distill.callbacks` and `distill.terms`.
 
-    train.py        all of it on one screen: python -m distill.train
-    recipe.py       recipe file -> Run; unknown keys refused
-    config.py       every key: type, default, unit, range
-    formats.py      what each format of an export can hold
-    targets.py      `_target_`: dotted path -> class
-    corpora.py      data sets that need no network
-    tasks/          what differs between tasks: encoding, collation, which logits count, labels, metrics
-    data/           Run.data -> raw splits -> encoded examples -> batches in an order fixed by (seed, epoch)
-    models/         names, configs, a teacher's own layers -> models; do they agree?
-    answers.py      a teacher's answers -> columns beside the examples: all, or what gives them back, or a few without bias
-    teacher.py      fine-tunes the teacher where asked; caches its outputs beside the examples
-    student.py      builds, trains and saves the student
-    losses.py       logits -> losses, as pure functions
-    chunked.py      hidden states -> loss and gradients of a language model, some rows of logits at a time
-    sparse.py       a distribution over a vocabulary as a few of its tokens
-    terms.py        hidden states and attention of both models -> extra loss terms
-    module.py       batch -> loss: one training step
-    compress/       weights -> masks, codes, factors: what to remove and how to round
-    callbacks/      when a function of compress/ is applied to the student
-    pace.py         what a step costs beyond the student's arithmetic: memory, compilation, an online teacher
-    fit.py          module, batches -> the weights that did best: Lightning's Trainer as it is used here
-    runtime/        all that a compressed model needs to load: two files that travel with it
-    packing/        student -> files of a format: dense, torchao, packed; onnx, openvino, executorch
-    evaluate/       models -> metrics.json and its table; the student in each runtime: python -m distill.evaluate
-    export/         student -> artefact, once it is proven: python -m distill.export
-    checkpoints.py  when a training's state is saved, and how; which one to go on from
-    resume.py       a folder worked in before: is it the same run, and what is done again?
-    signals.py      requests to end: SIGTERM, SIGUSR1, Ctrl-C
-    ranks.py        several processes as one run: who this one is, what all must agree on
-    sharding.py     models split over the processes: trainer.strategy=fsdp
-    launch.py       a process per device, started and ended together
-    store.py        what is computed once and used again
-    fresh.py        a question answered in a process that has nothing of this one
-    tracking.py     metrics.csv and Weights & Biases
-    stages.py       named stages and their times
-    cli.py          command lines: errors -> one sentence and an exit code
-    errors.py       the ways in which a run ends early
+The map, from the entry points down; each module imports from those below it:
+
+    train.py            every stage of a run, on one screen: distill train
+    api.py              the same from Python, for models and data in memory
+    cli.py              command lines: errors -> one sentence and an exit code
+    teacher.py          the teacher stage: load, fine-tune, cache its outputs
+    student.py          the student stage: build, train, save
+    prepare.py          a recipe's data -> task, tokenizer, raw and encoded examples
+    resume.py           resuming a run folder: allowed changes, repeated stages
+    export/             the student of a run -> an exported folder, proven: distill export
+    evaluate/           models -> quality, latency and memory, in several runtimes: distill evaluate
+    packing/            a student -> files of a format: dense, packed, torchao, onnx, ...
+    training/           Lightning's Trainer: checkpoints, loggers, validation runs
+    callbacks/          compression techniques as Lightning callbacks
+    module/             the LightningModule: one training step
+    teacher_outputs/    a teacher's outputs, computed once and stored with the examples
+    compress/           functions of the techniques: masks, quantizers, low-rank factors
+    terms.py            extra loss terms on hidden states and attention
+    models/             names, configs and layers -> models; checks that they are compatible
+    data/               sources -> raw splits -> encoded examples -> batches
+    tasks/              tasks: encoding, labels, loss, metrics, serving
+    corpora.py          data sets that need no network
+    stages.py           named stages of a run and their times
+    processes/          several processes as one run; signals
+    losses/             logits -> losses, as pure functions
+    recipe/             recipe files -> Run; every key with its type, default and unit
+    remote_code/        two files that are copied into compressed exports
+    isolated/           scripts that run in a separate process
+    store.py            cached results of earlier runs; atomic files
+    internals.py        private attributes of torch, Lightning and transformers
+    errors.py           errors with one sentence for the user
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 _PUBLIC = {
-    "Batch": "tasks.base",
+    "Batch": "tasks.batch",
+    "Compression": "callbacks.compression",
+    "DistilledModel": "api",
     "Distillation": "module",
+    "Labels": "tasks.labels",
+    "Loss": "recipe.config",
+    "Optimizer": "recipe.config",
+    "Prepared": "prepare",
     "Run": "recipe.config",
     "RunFailed": "errors",
     "Task": "tasks.base",
     "Term": "terms",
     "UserError": "errors",
+    "distill_model": "api",
     "load_recipe": "recipe.compose",
 }
 __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: `import distill` itself costs nothing."""
+    """Import a public name when it is first used, so that `import distill` costs nothing."""
+    if name == "__version__":
+        return version("distill")
     if name not in _PUBLIC:
         raise AttributeError(
             f"module distill has no attribute {name}: choose from {', '.join(__all__)}"

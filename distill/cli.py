@@ -1,6 +1,6 @@
-"""Command lines: what went wrong is one sentence and an exit code, 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
+"""Command lines: a failure is one sentence and an exit code.
 
-75 says that the run was asked to end by a signal, and that the command to continue it was named.
+2 is bad input, 1 a failed run, 130 Ctrl-C. 75: a signal stopped the run, which can continue.
 """
 
 import functools
@@ -16,94 +16,119 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill.errors import Stopped, UserError
+from distill.processes.exits import SHOW_TRACEBACK, report_failure
 from distill.recipe.compose import explain_error
+
+__all__ = ["ENVIRONMENT", "cli_command", "parse_options"]
 
 T = TypeVar("T")
 
-ENVIRONMENT = {  # what the user has not set
-    "MKL_CBWR": "AUTO,STRICT",  # a product is the same wherever its operands lie in memory, as on AMD it is not by itself
-    "OMP_WAIT_POLICY": "passive",  # threads that wait for others sleep: much faster where other processes want the cores too
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # of maps that take moments
-    "HF_HUB_VERBOSITY": "error",  # one sentence of ours says what could not be reached, not a line per attempt
-    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",  # transformers imports torchao where it is installed; its kernels are not used here
+# defaults of the commands, which the user's variables override
+ENVIRONMENT = {
+    # matrix products do not depend on the memory alignment of their operands, also on AMD
+    "MKL_CBWR": "AUTO,STRICT",
+    # waiting threads sleep: much faster while other processes use the cores too
+    "OMP_WAIT_POLICY": "passive",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",  # our error names what cannot be reached, once
+    # transformers imports torchao if it is installed; its kernels are not used here
+    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
 }
-CHATTY = ("torchao", "torch.utils._pytree")  # loggers that warn about torchao's own code
-SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+# at import, torchao logs missing kernels, and torch a deprecated function that torchao uses
+_QUIET_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def cli_command(main: Callable[..., None]) -> Callable[..., None]:
-    """Turn what the user can mend into one sentence; `HYDRA_FULL_ERROR=1` shows the traceback in its place."""
+    """Decorate the main function of a command: errors become one sentence and an exit code.
+
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    """
 
     @functools.wraps(main)
-    def answered(*arguments: Any) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        for name in CHATTY:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to hand its errors over, not to print them
+    def command(*arguments: Any) -> None:
+        _configure_process()
         try:
             main(*arguments)
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            if SHOW_TRACEBACK:
-                raise
-            print(f"distill: {_one_line(error)}", file=sys.stderr)
-            sys.exit(getattr(error, "exit_code", 2))
+            _fail(error, _one_line(error), getattr(error, "exit_code", 2))
         except OSError as error:
-            if SHOW_TRACEBACK or error.errno is None:
+            if error.errno is None:  # not from the operating system
                 raise
-            print(f"distill: {_of_the_disk(error)}", file=sys.stderr)
-            sys.exit(1)
-        except Stopped as asked:
-            print(f"distill: {asked}", file=sys.stderr)
-            sys.exit(asked.exit_code)
+            _fail(error, _describe_os_error(error), 1)
+        except Stopped as stopped:
+            report_failure(str(stopped))
+            sys.exit(stopped.exit_code)
         except KeyboardInterrupt:
-            print(
-                "distill: interrupted: what was finished is kept, and the same command uses it again",
-                file=sys.stderr,
+            report_failure(
+                "interrupted: finished work is saved, and the same command continues from there"
             )
             sys.exit(130)
 
-    return answered
+    return command
 
 
 def parse_options(schema: type[T], usage: str) -> T:
-    """`key=value` arguments of the smaller commands -> a typed dataclass, without Hydra and without torch.
+    """Parse the `key=value` arguments of a command that needs neither Hydra nor torch.
 
-    `--help` prints the usage and ends. Unknown keys and wrong types are refused.
+    Args:
+        schema: A dataclass with the keys, their types and defaults.
+        usage: Printed by ``--help``, which ends the process.
+
+    Raises:
+        UserError: if an argument has no ``=`` or a value is not YAML.
+        OmegaConfBaseException: if a key is unknown or a value has the wrong type.
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(usage)
         sys.exit(0)
     for argument in arguments:
-        if not argument.partition("=")[1]:
-            raise UserError(f"{argument} is given, but options are written key=value: see --help")
+        if "=" not in argument:
+            raise UserError(
+                f"the argument is {argument}, but options are written key=value: see --help"
+            )
     try:
-        given = OmegaConf.from_cli(arguments)
+        values = OmegaConf.from_cli(arguments)
     except YAMLError as error:
         raise UserError(
-            f"{' '.join(arguments)} is given, but a value in it is no YAML ({' '.join(str(error).split())}): quote it"
+            f"the arguments are {' '.join(arguments)}, but a value is not YAML "
+            f"({' '.join(str(error).split())}): quote it"
         ) from error
-    parse_options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
-    assert isinstance(parse_options, schema)
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    assert isinstance(options, schema)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("distill").setLevel(logging.INFO)
-    return parse_options
+    return options
 
 
-def _of_the_disk(error: OSError) -> str:
-    what = error.filename or "the disk"
-    way_out = "mend that, or choose another place with hydra.run.dir (runs) or DISTILL_CACHE (what is used again)"
+def _configure_process() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+
+
+def _fail(error: Exception, message: str, exit_code: int) -> None:
+    if SHOW_TRACEBACK:
+        raise error
+    report_failure(message)
+    sys.exit(exit_code)
+
+
+def _describe_os_error(error: OSError) -> str:
+    path = error.filename or "the disk"
     return (
-        f"{what} cannot be used ({error.strerror}), but the run must read and write it: {way_out}"
+        f"{path} cannot be used ({error.strerror}), but the run must read and write it: "
+        "correct that, or choose another place with hydra.run.dir (runs) or DISTILL_CACHE (cache)"
     )
 
 
 def _one_line(error: BaseException) -> str:
-    """The user's sentence from the innermost error that has one: Hydra wraps those of OmegaConf."""
-    known: BaseException | None = error
-    while known is not None and not isinstance(known, OmegaConfBaseException | UserError):
-        known = known.__cause__ or known.__context__
-    if isinstance(known, OmegaConfBaseException):
-        return explain_error(known)
-    return " ".join(str(known or error).split())
+    """The message of the innermost error for the user: Hydra wraps those of OmegaConf."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException | UserError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OmegaConfBaseException):
+        return explain_error(cause)
+    return " ".join(str(cause or error).split())

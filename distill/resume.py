@@ -1,12 +1,13 @@
-"""A run folder that has been worked in before: may this recipe go on in it, and what is done again?
+"""Resuming a run in its folder: allowed changes of the recipe, and the stages that they repeat.
 
-The folder's `recipe.yaml` is what counts. What changes no result may differ, and is then written there.
+A recipe is compared with the folder's `recipe.yaml`. Keys that change no result may differ, and are
+updated there.
 """
 
 import logging
 import shlex
 import shutil
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,31 @@ from distill import store
 from distill.errors import UserError
 from distill.recipe import compose
 from distill.recipe.config import Run
-from distill.stages import PROGRESS, Stages
+from distill.stages import PROGRESS, VERSION, Stages
+
+__all__ = [
+    "LOG_FILE",
+    "RECIPE_FILE",
+    "check_same_examples",
+    "differences",
+    "expand_resume",
+    "is_unused",
+    "lock_run_folder",
+    "open_run_folder",
+    "remove_if_unused",
+    "remove_leftovers",
+    "resume_command",
+]
 
 log = logging.getLogger("distill")
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "train.log"
-OWN = (RECIPE_FILE, PROGRESS, LOG_FILE)  # of a run that has made nothing yet
 RUNS = "runs"
-ALL = ("student", "evaluate", "export")
-# beginnings of keys -> the stages that are done again where such a key differs; where any other differs, the run is another one
-HARMLESS: dict[str, tuple[str, ...]] = {
+_INITIAL = (RECIPE_FILE, PROGRESS, LOG_FILE, store.LOCK_FILE)  # files of a run without results
+_AFTER_TEACHER = ("student", "evaluate", "export")
+# prefixes of keys that may differ -> the stages that are then repeated
+_HARMLESS: dict[str, tuple[str, ...]] = {
     "name": (),
     "data.workers": (),
     "trainer.progress": (),
@@ -41,62 +56,70 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "evaluate.threads": ("evaluate", "export"),
     "export.": ("evaluate", "export"),
 }
-LENGTHS = ("trainer.epochs", "trainer.max_steps")  # may grow
+_LENGTHS = ("trainer.epochs", "trainer.max_steps")  # may grow
 
 
-def expand_resume(given: list[str]) -> list[str]:
-    """A command line in which `resume=FOLDER` is replaced by the folder and the recipe in it."""
-    named = [
-        argument.removeprefix("resume=") for argument in given if argument.startswith("resume=")
-    ]
+def expand_resume(arguments: list[str]) -> list[str]:
+    """Replace ``resume=FOLDER`` on a command line by the folder and its recipe.
+
+    Raises:
+        UserError: if the folder is not that of a run, or another argument contradicts it.
+    """
+    named = [text.removeprefix("resume=") for text in arguments if text.startswith("resume=")]
     if not named:
-        return given
-    others = [argument for argument in given if not argument.startswith("resume=")]
+        return arguments
+    others = [text for text in arguments if not text.startswith("resume=")]
     for argument in others:
         if argument.startswith(("recipe=", "hydra.run.dir=")) or argument in ("-m", "--multirun"):
             raise UserError(
-                f"resume is {named[0]} and {argument} is given too, but the folder has its own recipe: leave {argument} out"
+                f"resume is {named[0]} and {argument} is given, but the folder has a recipe: "
+                f"leave {argument} out"
             )
-    folder = _last() if named[-1] == "last" else Path(named[-1]).expanduser()
+    folder = _run_folder(named[-1])
+    directory = f"hydra.run.dir={compose.quote_override(str(folder))}"
+    return [f"recipe={folder / RECIPE_FILE}", *others, directory]
+
+
+def _run_folder(name: str) -> Path:
+    folder = _latest() if name == "last" else Path(name).expanduser()
     if not folder.is_dir():
         raise UserError(
-            f"resume is {named[-1]}, but there is no such folder: give the folder of a run, such as runs/NAME/TIME, or last"
+            f"resume is {name}, but there is no such folder: "
+            "give the folder of a run, such as runs/NAME/TIME, or last"
         )
     if not (folder / RECIPE_FILE).is_file():
         raise UserError(
-            f"resume is {folder}, but it holds no {RECIPE_FILE}: give the folder of a run, or start one with recipe="
+            f"resume is {folder}, but it holds no {RECIPE_FILE}: "
+            "give the folder of a run, or start one with recipe="
         )
-    return [
-        f"recipe={folder / RECIPE_FILE}",
-        *others,
-        f"hydra.run.dir={compose.quote_override(str(folder))}",
-    ]
+    return folder
 
 
-def _last() -> Path:
-    """The run that was worked in last."""
-    found = [file.parent for file in Path(RUNS).rglob(RECIPE_FILE)]
-    if not found:
+def _latest() -> Path:
+    """The folder of the run that was modified last."""
+    folders = [file.parent for file in Path(RUNS).rglob(RECIPE_FILE)]
+    if not folders:
         raise UserError(
-            f"resume is last, but there is no run under {Path(RUNS).absolute()}: give the folder of a run"
+            f"resume is last, but there is no run in {Path(RUNS).absolute()}: "
+            "give the folder of a run"
         )
-    return max(
-        found,
-        key=lambda folder: max(
-            (folder / name).stat().st_mtime for name in OWN if (folder / name).is_file()
-        ),
-    )
+    return max(folders, key=_modified)
+
+
+def _modified(folder: Path) -> float:
+    files = [folder / name for name in (RECIPE_FILE, PROGRESS, LOG_FILE)]
+    return max(file.stat().st_mtime for file in files if file.is_file())
 
 
 def resume_command(folder: Path) -> str:
-    """What a user types to go on."""
+    """The command that continues the run of a folder."""
     return f"python -m distill.train resume={shlex.quote(str(folder))}"
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process has left half-written; an earlier export that it had put aside comes back."""
-    for left in sorted(folder.rglob(f"{store.TEMPORARY_PREFIX}*"), reverse=True):
-        store.remove_abandoned(left.parent, owned=True)
+    """Remove incomplete files of a killed process, and restore the export that it was replacing."""
+    for path in sorted(folder.rglob(f"{store.TEMPORARY_PREFIX}*"), reverse=True):
+        store.remove_abandoned(path.parent, owned=True)
     for draft in folder.glob(".export-*"):
         if draft.name.endswith("-old") and not (folder / "export").exists():
             draft.replace(folder / "export")
@@ -105,44 +128,66 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether nothing is there, but for the log if Hydra has opened it."""
-    return all((file.name, file.stat().st_size) == (LOG_FILE, 0) for file in folder.iterdir())
+    """Whether the folder has only the lock and an empty log, which Hydra opens."""
+    return all(
+        file.name == store.LOCK_FILE or (file.name, file.stat().st_size) == (LOG_FILE, 0)
+        for file in folder.iterdir()
+    )
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove what a run has left that ended before it made anything; a folder in which anything else is, or anybody at work, stays."""
-    with suppress(UserError, OSError), store.exclusive_access(folder, patience=0):
-        if not Stages(folder).done("data") and {file.name for file in folder.iterdir()} <= {*OWN}:
-            for name in OWN:
-                (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
+    """Remove the folder of a run that ended before its data was ready.
+
+    A folder with other files, or in which another process is working, is not removed.
+    """
+    with suppress(UserError, OSError):
+        if not _is_removable(folder):
+            return
+        with store.exclusive_access(folder, timeout=0):
+            if _is_removable(folder):
+                for name in _INITIAL:
+                    (folder / name).unlink(missing_ok=True)
+                folder.rmdir()
+
+
+def _is_removable(folder: Path) -> bool:
+    names = {file.name for file in folder.iterdir()}
+    return names <= set(_INITIAL) and not Stages(folder).done("data")
+
+
+def lock_run_folder(folder: Path) -> AbstractContextManager[None]:
+    """Exclusive access to the folder of a run.
+
+    Raises:
+        UserError: if the folder holds other files, or if another process is working in it.
+    """
+    _check_is_run_folder(folder)
+    return store.exclusive_access(folder)
 
 
 def open_run_folder(run: Run, folder: Path, writes: bool = True) -> Stages:
-    """What is done in this folder: nothing where it is new. UserError where it holds another run, or no run but other files.
+    """The stages of the run in this folder, with those that are done.
 
-    Only one process of a run writes.
+    Args:
+        run: The recipe. It may differ from that of the folder in keys that change no result.
+        folder: The run folder.
+        writes: Whether this process writes to it; one process of a run does.
+
+    Raises:
+        UserError: if the folder has another run, or files but no run.
     """
+    _check_is_run_folder(folder)
     file = folder / RECIPE_FILE
-    others = sorted(
-        name
-        for other in folder.glob("*")
-        if (name := other.name) not in OWN and not name.startswith(store.TEMPORARY_PREFIX)
-    )
-    if others and not file.is_file():
-        listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        raise UserError(
-            f"hydra.run.dir is {folder}, but it holds {listed} and no {RECIPE_FILE}: name an empty folder, or that of a run"
-        )
     changed = (
         differences(compose.load_recipe(str(file)), compose.with_absolute_paths(run))
         if file.is_file()
         else {}
     )
-    again = _judged(folder, changed)
+    repeated = _stages_to_repeat(folder, changed)
     stage = Stages(folder, writes)
-    if again:
-        stage.again(again)
+    if repeated:
+        stage.again(repeated)
+    _check_version(folder, stage)
     if writes:
         remove_leftovers(folder)
         if not file.is_file():
@@ -150,17 +195,44 @@ def open_run_folder(run: Run, folder: Path, writes: bool = True) -> Stages:
     return stage
 
 
-def check_same_examples(run: Run, stage: Stages, fingerprint: str) -> None:
-    """UserError where a run goes on with other examples than it began with."""
+def _check_is_run_folder(folder: Path) -> None:
+    others = sorted(
+        file.name
+        for file in folder.glob("*")
+        if file.name not in _INITIAL and not file.name.startswith(store.TEMPORARY_PREFIX)
+    )
+    if others and not (folder / RECIPE_FILE).is_file():
+        listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise UserError(
+            f"hydra.run.dir is {folder}, but it holds {listed} and no {RECIPE_FILE}: "
+            "choose an empty folder, or the folder of a run"
+        )
+
+
+def _check_version(folder: Path, stage: Stages) -> None:
+    """Raise UserError if training would continue from checkpoints of another version."""
+    if stage.version == VERSION or stage.done("student"):
+        return
+    if any((folder / "checkpoints").rglob("step-*.ckpt")):
+        raise UserError(
+            f"resume is {folder}, but its checkpoints have version {stage.version}, and this "
+            f"distill continues version {VERSION} only: finish the run with the distill that "
+            "started it, or start a new run"
+        )
+    stage.version = VERSION
+
+
+def check_same_examples(source: str | None, stage: Stages, fingerprint: str) -> None:
+    """Raise UserError if the examples differ from those that the run started with."""
     if stage.results.setdefault("examples", fingerprint) != fingerprint:
         raise UserError(
-            f"data.source is {run.data.source}, but its examples are not those with which the run began: "
-            "bring them back, or start a new run"
+            f"data.source is {source}, but its examples are not those with which the run "
+            "started: restore them, or start a new run"
         )
 
 
 def differences(earlier: Run, now: Run) -> dict[str, tuple[Any, Any]]:
-    """Key -> value then and now, of those keys that differ."""
+    """The keys that differ between two recipes, with both values."""
     before, after = (_flat("", asdict(run)) for run in (earlier, now))
     keys = sorted(before.keys() | after.keys())
     return {
@@ -172,36 +244,35 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     return {
-        key: inner
+        key: leaf
         for name, part in value.items()
-        for key, inner in _flat(f"{prefix}.{name}" if prefix else str(name), part).items()
+        for key, leaf in _flat(f"{prefix}.{name}" if prefix else str(name), part).items()
     }
 
 
-def _judged(folder: Path, changed: dict[str, tuple[Any, Any]]) -> list[str]:
-    """The stages to be done again; says what is taken, and refuses what would make it another run."""
-    stages = {key: _stages(key, *values) for key, values in changed.items()}
-    harmful = [_said(key, changed[key]) for key, again in stages.items() if again is None]
+def _stages_to_repeat(folder: Path, changed: dict[str, tuple[Any, Any]]) -> list[str]:
+    """The stages to repeat after these changes; UserError if they change the results."""
+    stages = {key: _repeated_by(key, *values) for key, values in changed.items()}
+    harmful = [_describe(key, changed[key]) for key, names in stages.items() if names is None]
     if harmful:
         raise UserError(
-            f"resume is {folder}, but its run began with another recipe, and these decide its result: {', '.join(harmful)}: "
-            "leave them as they were, or start a new run"
+            f"resume is {folder}, but its run started with another recipe, and these keys change "
+            f"its results: {', '.join(harmful)}: restore them, or start a new run"
         )
     if changed:
-        log.info(
-            "the recipe has changed: %s",
-            ", ".join(_said(key, values) for key, values in changed.items()),
-        )
-    return [name for name in ALL if any(name in (again or ()) for again in stages.values())]
+        described = ", ".join(_describe(key, values) for key, values in changed.items())
+        log.info("the recipe has changed: %s", described)
+    return [name for name in _AFTER_TEACHER if any(name in (s or ()) for s in stages.values())]
 
 
-def _stages(key: str, before: Any, now: Any) -> tuple[str, ...] | None:
-    """What is done again where this key differs; null where that is another run."""
-    if key in LENGTHS:
-        return ALL if before is not None and now is not None and now > before else None
-    return next((again for beginning, again in HARMLESS.items() if key.startswith(beginning)), None)
+def _repeated_by(key: str, before: Any, now: Any) -> tuple[str, ...] | None:
+    """The stages that a change of this key repeats, None if the change is not allowed."""
+    if key in _LENGTHS:
+        longer = before is not None and now is not None and now > before
+        return _AFTER_TEACHER if longer else None
+    return next((stages for prefix, stages in _HARMLESS.items() if key.startswith(prefix)), None)
 
 
-def _said(key: str, values: tuple[Any, Any]) -> str:
+def _describe(key: str, values: tuple[Any, Any]) -> str:
     before, now = ("null" if value is None else value for value in values)
     return f"{key} was {before} and is {now}"

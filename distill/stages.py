@@ -1,4 +1,4 @@
-"""The named stages of a run, in the terminal and in its log: which one is under way, how long each took, which are done."""
+"""The named stages of a run: logged, timed, and recorded as done in its folder."""
 
 import json
 import logging
@@ -14,29 +14,48 @@ from distill import store
 log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
+VERSION = 2  # of checkpoints: raise it when older ones can no longer be resumed
 
 
 def show_progress(progress: bool) -> bool:
-    """Whether progress is wanted, and somebody may be looking: it is drawn on terminals alone."""
+    """Whether to draw progress bars: on a terminal, if the recipe enables them."""
     return progress and sys.stdout.isatty()
 
 
 class Stages:
-    """Which stages of a run folder are done, with their wall times in seconds and what they found; kept in `progress.json`.
+    """The stages of a run that are done, with wall times and results, as stored in `progress.json`.
 
-    What a killed run had done is done. Without a folder nothing is kept.
+    Args:
+        folder: The run folder, whose earlier progress is loaded. None stores no file.
+        writes: Whether this process writes the file; one process of a run does.
+
+    Attributes:
+        seconds: Wall time of each stage that is done.
+        results: Results that later stages and resumed runs need, as JSON values.
+        finished: Whether the run is complete.
+        version: Version of the run's checkpoints.
+
+    Example::
+
+        stage = Stages(folder)
+        if not stage.done("data"):
+            with stage("data"):
+                ...
     """
 
     def __init__(self, folder: Path | None = None, writes: bool = True) -> None:
         self.file = None if folder is None else folder / PROGRESS
         self.writes = writes
-        told = _read(self.file)
-        self.seconds: dict[str, float] = told.get("seconds", {})
-        self.results: dict[str, Any] = told.get("found", {})
-        self.finished: bool = told.get("finished", False)
+        progress = _read(self.file)
+        self.seconds: dict[str, float] = progress.get("seconds", {})
+        self.results: dict[str, Any] = progress.get("found", {})
+        self.finished: bool = progress.get("finished", False)
+        existed = self.file is not None and self.file.exists()
+        self.version: int = progress.get("version", 1 if existed else VERSION)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Log and time a stage, and record it as done at the end of the block."""
         log.info("── %s %s", name, "─" * (60 - len(name)))
         start = time.perf_counter()
         yield
@@ -45,30 +64,36 @@ class Stages:
         self._write()
 
     def done(self, name: str) -> bool:
+        """Whether a stage is done."""
         return name in self.seconds
 
     def again(self, names: Iterable[str]) -> None:
-        """These stages are not done any more; written down when the next one is."""
+        """Mark stages as not done; the file changes when the next stage is done."""
         self.seconds = {
             name: seconds for name, seconds in self.seconds.items() if name not in names
         }
         self.finished = False
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Mark the run as complete."""
         self.finished = True
         self._write()
 
     def _write(self) -> None:
         if self.file is not None and self.writes:
-            told = {"seconds": self.seconds, "found": self.results, "finished": self.finished}
-            store.write_file(self.file, (json.dumps(told, indent=1) + "\n").encode())
+            progress = {
+                "version": self.version,
+                "seconds": self.seconds,
+                "found": self.results,
+                "finished": self.finished,
+            }
+            store.write_file(self.file, (json.dumps(progress, indent=1) + "\n").encode())
 
 
 def _read(file: Path | None) -> dict[str, Any]:
     try:
-        told = json.loads(file.read_text()) if file is not None and file.is_file() else {}
-        return told if isinstance(told, dict) else {}
+        progress = json.loads(file.read_text()) if file is not None and file.is_file() else {}
     except ValueError as error:
-        log.warning("%s is damaged (%s): the stages after the teacher are done again", file, error)
+        log.warning("%s is damaged (%s): the stages after the teacher are repeated", file, error)
         return {}
+    return progress if isinstance(progress, dict) else {}

@@ -1,11 +1,11 @@
-"""What is computed once and used again, addressed by its ingredients: another ingredient is another entry.
+"""Cached results, addressed by a hash of their ingredients, and files written atomically.
 
-An entry is a folder with a manifest of SHA-256 checksums. It is written under a temporary name and renamed when whole; one
-whose files differ from its manifest is never used. What a killed process left half-written is removed by the next one.
+An entry is a folder with a manifest of SHA-256 checksums. It is written under a temporary name and
+renamed when complete. An entry that differs from its manifest is never used. The next process
+removes what a killed one left incomplete.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,29 +18,58 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from distill.errors import UserError
+
+__all__ = [
+    "LOCK_FILE",
+    "MANIFEST",
+    "TEMPORARY_PREFIX",
+    "cache_root",
+    "entry_path",
+    "exclusive_access",
+    "fsync",
+    "fsync_tree",
+    "is_intact",
+    "link_file",
+    "link_tree",
+    "remove_abandoned",
+    "sha256",
+    "temporary_folder",
+    "write_entry",
+    "write_file",
+]
 
 log = logging.getLogger(__name__)
 
-MANIFEST, LOCK = "manifest.json", "lock"
-TEMPORARY_PREFIX = ".writing-"  # begins what is not whole yet
-OLD = 24 * 3600  # seconds after which also what has no lock belongs to nobody
-PATIENCE = 15  # seconds that the helpers of a killed process may outlive it
+MANIFEST = "manifest.json"
+LOCK_FILE = ".lock"  # in a run folder, and in a temporary one
+TEMPORARY_PREFIX = ".writing-"  # prefix of incomplete files and folders
+_ABANDONED_SECONDS = 24 * 3600  # age from which temporary files without a lock are removed
+_LOCK_TIMEOUT = 15  # seconds; DataLoader processes may outlive a killed run for that long
+_LOCK_POLL_SECONDS = 0.2
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems without locks
 
 
 def cache_root() -> Path:
-    """DISTILL_CACHE, or ~/.cache/distill."""
+    """The folder of cached results: ``DISTILL_CACHE``, or ``~/.cache/distill``."""
     return Path(os.environ.get("DISTILL_CACHE") or Path.home() / ".cache" / "distill")
 
 
 def entry_path(kind: str, ingredients: dict[str, Any]) -> Path:
-    """The folder in which something made of exactly these ingredients is, or will be."""
+    """The folder of a cached result.
+
+    Args:
+        kind: Name of a group of entries, such as ``teachers``.
+        ingredients: Everything that the result depends on, as JSON values.
+    """
     text = json.dumps(ingredients, sort_keys=True, default=str)
     return cache_root() / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether an entry is there and every file is as it was written."""
+    """Whether an entry exists and every file matches its checksum."""
     if not folder.is_dir():
         return False
     try:
@@ -49,15 +78,20 @@ def is_intact(folder: Path) -> bool:
     except (OSError, ValueError) as error:
         damaged = [str(error)]
     if damaged:
-        log.warning("%s is damaged (%s): it is made again", folder, ", ".join(damaged))
+        log.warning("%s is damaged (%s): it is computed again", folder, ", ".join(damaged))
     return not damaged
 
 
 @contextmanager
 def write_entry(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it takes its name only when all of it is there.
+    """A temporary folder, which is renamed to the entry's at the end of the block.
 
-    Where another process has made the same entry meanwhile, that one stays: somebody may be reading it.
+    If another process has written the same entry meanwhile, that one is kept: it may be in use.
+
+    Example::
+
+        with write_entry(entry_path("teachers", ingredients)) as folder:
+            model.save_pretrained(folder)
     """
     with temporary_folder(folder.parent) as temporary:
         inside = temporary / folder.name
@@ -70,45 +104,18 @@ def write_entry(folder: Path) -> Iterator[Path]:
         }
         (inside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         fsync_tree(inside)
-        while not _published(inside, folder, temporary / "earlier"):
+        while not _published(inside, folder, temporary / "replaced"):
             pass
         fsync(folder.parent)
 
 
-@contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder that is gone afterwards; should this process be killed, the next one that comes here removes it.
-
-    It is told from those of living processes by a lock, which the system opens when a process ends, however it ends.
-    """
-    parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(parent)
-    temporary, lock = _held(parent)
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
-
-
-def _held(parent: Path) -> tuple[Path, int]:
-    """A new folder and its lock, taken; a process that swept at this very moment may have removed the first one."""
-    while True:
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=TEMPORARY_PREFIX))
-        with suppress(FileNotFoundError):
-            lock = os.open(temporary / LOCK, os.O_CREAT | os.O_RDWR)
-            if _lock(lock) and (temporary / LOCK).exists():
-                return temporary, lock
-            os.close(lock)
-
-
 def _published(inside: Path, folder: Path, aside: Path) -> bool:
-    """Give the folder its name; False where another process was faster, whose folder is to be looked at first."""
+    """Rename the folder; False if another process was faster and its entry must be checked."""
     if folder.exists():
         if _manifest(folder) == _manifest(inside) and is_intact(folder):
             return True
         shutil.rmtree(aside, ignore_errors=True)
-        with suppress(FileNotFoundError):  # another process has put it aside
+        with suppress(FileNotFoundError):  # another process has moved it
             folder.replace(aside)
     try:
         inside.replace(folder)
@@ -126,66 +133,111 @@ def _manifest(folder: Path) -> str:
         return ""
 
 
-def remove_abandoned(parent: Path, owned: bool = False) -> None:
-    """Remove what killed processes have left half-written in a folder; `owned`: no living process writes there."""
-    for left in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if (left / LOCK).exists() and not owned:
-            _remove_abandoned(left)
-        elif owned or _old(left):
-            left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
-        elif left.is_dir():
-            with suppress(OSError):
-                left.rmdir()  # empty: its process was killed before it had a lock, or makes another folder
-
-
-def _remove_abandoned(left: Path) -> None:
-    with suppress(FileNotFoundError):
-        lock = os.open(left / LOCK, os.O_RDWR)
-        try:
-            if _lock(lock):
-                log.debug("removing %s, which a killed process has left", left)
-                shutil.rmtree(left, ignore_errors=True)
-        finally:
-            os.close(lock)
-
-
-def _old(left: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return time.time() - left.stat().st_mtime > OLD
-    return False
-
-
-def _lock(handle: int) -> bool:
-    """Take a lock; False where another process has it, True also where the file system knows no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+# ---- temporary folders and locks
 
 
 @contextmanager
-def exclusive_access(folder: Path, patience: float | None = None) -> Iterator[None]:
-    """Inside, no other process is at work in this folder; UserError where one still is after so many seconds."""
-    handle = os.open(folder, os.O_RDONLY)
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder that is removed at the end of the block.
+
+    If this process is killed, the next call with the same parent removes the folder. It is locked
+    while this process lives: the operating system releases the lock of a killed process.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(parent)
+    temporary, lock = _locked_folder(parent)
     try:
-        waiting = time.monotonic() + (PATIENCE if patience is None else patience)
-        while not _lock(handle):
-            if time.monotonic() > waiting:
-                way_out = "wait for its end, or name another with hydra.run.dir"
-                raise UserError(
-                    f"the run folder is {folder}, but another process is at work in it: {way_out}"
-                )
-            time.sleep(0.2)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        lock.release()
+
+
+def _locked_folder(parent: Path) -> tuple[Path, FileLock]:
+    """A new folder and its lock; another process may remove the folder before it is locked."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=TEMPORARY_PREFIX))
+        with suppress(FileNotFoundError, FileExistsError):
+            lock = _try_lock(temporary / LOCK_FILE)
+            if lock and (temporary / LOCK_FILE).exists():
+                return temporary, lock
+            if lock:
+                lock.release()
+
+
+def remove_abandoned(parent: Path, owned: bool = False) -> None:
+    """Remove the incomplete files and folders of killed processes.
+
+    Args:
+        parent: The folder that holds them.
+        owned: Whether no other process writes in `parent`; otherwise locked folders and files
+            younger than a day are kept.
+    """
+    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if (path / LOCK_FILE).exists() and not owned:
+            _remove_unlocked(path)
+        elif owned or _is_old(path):
+            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        elif path.is_dir():
+            with suppress(OSError):
+                path.rmdir()  # empty and unlocked: its process was killed, or makes another
+
+
+def _remove_unlocked(folder: Path) -> None:
+    with suppress(FileNotFoundError, FileExistsError):  # another process is removing it
+        if lock := _try_lock(folder / LOCK_FILE):
+            log.debug("removing %s, which a killed process left", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+
+def _is_old(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+    return False
+
+
+@contextmanager
+def exclusive_access(folder: Path, timeout: float | None = None) -> Iterator[None]:
+    """Lock a run folder for this process.
+
+    Args:
+        folder: Its lock is the file ``.lock``, which is not removed.
+        timeout: Seconds to wait for another process, 15 by default.
+
+    Raises:
+        UserError: if another process still holds the lock.
+    """
+    lock = _try_lock(folder / LOCK_FILE, _LOCK_TIMEOUT if timeout is None else timeout)
+    if lock is None:
+        raise UserError(
+            f"the run folder is {folder}, but another process is working in it: "
+            "wait until it has ended, or choose another folder with hydra.run.dir"
+        )
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
+
+
+def _try_lock(file: Path, timeout: float = 0) -> FileLock | None:
+    """Lock a file; None if another process holds it. A file system without locks locks nothing."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=timeout, poll_interval=_LOCK_POLL_SECONDS)
+    except Timeout:
+        return None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+    return lock
+
+
+# ---- files
 
 
 def write_file(file: Path, content: bytes | memoryview) -> None:
-    """Write a file whole: it has its name only when every byte is on the disk, and after an error nothing is left of it."""
+    """Write a file atomically: on the disk it is complete, or unchanged."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f"{TEMPORARY_PREFIX}{file.name}")
     try:
@@ -201,7 +253,7 @@ def write_file(file: Path, content: bytes | memoryview) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Returns when the disk has what was written to a file, or which names a folder has."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -210,24 +262,25 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Returns when the disk has a folder and everything in it."""
+    """Wait until a folder and everything in it are on the disk."""
     for path in [*folder.rglob("*"), folder]:
         fsync(path)
 
 
 def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """The same files under a second name: hard links where the file system has them, copies elsewhere."""
+    """Hard-link all files of a folder; copy them on file systems without hard links."""
     for file in (file for file in source.rglob("*") if file.is_file()):
         link_file(file, target / file.relative_to(source))
 
 
 def link_file(file: Path, name: Path) -> None:
-    """A second name for a file, in the place of what had it before."""
+    """Hard-link a file, or copy it; an existing file of that name is replaced."""
     name.parent.mkdir(parents=True, exist_ok=True)
     draft = name.with_name(f"{TEMPORARY_PREFIX}{name.name}")
     draft.unlink(missing_ok=True)
@@ -236,4 +289,4 @@ def link_file(file: Path, name: Path) -> None:
     except OSError:
         shutil.copy2(file, draft)
     draft.replace(name)
-    draft.unlink(missing_ok=True)  # two names of one file are left as they are by a renaming
+    draft.unlink(missing_ok=True)  # renaming one link of a file to another does nothing

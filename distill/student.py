@@ -1,4 +1,4 @@
-"""The student stage: build it, train it against the teacher, and save the weights that did best on the validation split."""
+"""The student stage: build it, train it against the teacher, save the best weights."""
 
 import logging
 from pathlib import Path
@@ -6,201 +6,113 @@ from typing import Any
 
 import lightning as L
 import torch
-from datasets import Dataset, DatasetDict
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from datasets import Dataset
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from transformers import PreTrainedModel
 
 from distill import data, models, packing, store
 from distill.callbacks import Quantize
-from distill.callbacks.base import (
-    Compression,
-    SaveDense,
-    compressions,
-    order_callbacks,
-    prefix_with_key,
-)
-from distill.callbacks.quantize import inputs
+from distill.callbacks.compression import Compression, compressions, prefix_with_key
+from distill.callbacks.save_dense import SaveDense
 from distill.compress.quantizer import QuantSpec
 from distill.compress.restore import strip_quantization
-from distill.errors import UserError
 from distill.module import Distillation
+from distill.prepare import Prepared
 from distill.processes import fsdp, ranks
-from distill.recipe import config, targets
+from distill.recipe import config
 from distill.tasks.base import Task
 from distill.training import loop, performance
+from distill.training.hardware import resolve_precision
 from distill.training.loggers import Tracker
 
 log = logging.getLogger(__name__)
 
 
-def build_callbacks(run: config.Run) -> list[Callback]:
-    """The recipe's callbacks; UserError where they would change a student of which each process has but a share."""
-    built = [_callback(name, spec) for name, spec in run.callbacks.items()]
-    if run.trainer.compile and compressions(built):
-        raise UserError(
-            f"trainer.compile is true, but callbacks.{compressions(built)[0].name} changes the student while it trains, and it would be "
-            "compiled again and again: leave trainer.compile out"
-        )
-    if run.trainer.strategy == "fsdp" and compressions(built):
-        raise UserError(
-            f"trainer.strategy is fsdp, but callbacks.{compressions(built)[0].name} changes tensors that no process has whole: "
-            "set trainer.strategy=ddp, or leave it out and compress with export.quantize"
-        )
-    return built
-
-
-def bind_callbacks(
+def train_student(
     run: config.Run,
-    task: Task,
-    tokenizer: Any,
-    build_callbacks: list[Callback],
-    raw: Dataset,
-    examples: Dataset,
-) -> list[Callback]:
-    """The callbacks in their order, those that compress by stage, once they know data and length; UserError where they do not go together.
-
-    `raw` and `examples` are the training split, as texts and encoded.
-    """
-    per_epoch = -(-len(examples_in_loss(examples, task, run)) // run.data.batch_size)
-    for technique in compressions(build_callbacks):
-        with prefix_with_key(technique.name):
-            technique.bind_to_data(
-                tokenizer, (text for column in run.data.text for text in raw[column] if text)
-            )
-    return order_callbacks(build_callbacks, loop.count_steps(run.trainer, per_epoch))
-
-
-def distil(
-    run: config.Run,
-    task: Task,
-    tokenizer: Any,
-    examples: DatasetDict,
+    prepared: Prepared,
     teacher: PreTrainedModel | None,
-    build_callbacks: list[Callback],
+    callbacks: list[Callback],
     folder: Path,
     tracker: Tracker,
 ) -> dict[str, Any]:
-    """Train the recipe's student and write it to `student/` in the run folder. Returns what metrics.json says of its training.
+    """Train the student and save it as `student/` in the run folder.
 
-    A training that was cut short goes on from its newest checkpoint.
+    An interrupted training resumes from its newest checkpoint. If callbacks compress the student,
+    `dense/` is the student before the first of them changed it.
 
-    Where callbacks compress it, `dense/` holds the student as it was before the first of them changed it.
+    Args:
+        run: the recipe.
+        prepared: the data; its training split has the teacher's outputs unless they are online.
+        teacher: result of the teacher stage.
+        callbacks: Lightning callbacks, in the order in which they act.
+        folder: the run folder.
+        tracker: logs the training.
+
+    Returns:
+        The key `training` of metrics.json: examples, steps and the best validation metric.
     """
-    L.seed_everything(
-        run.seed, verbose=False
-    )  # whether the teacher was trained now or earlier must not matter
-    student, classes = build_student(run, task, tokenizer, teacher)
-    student.config.architectures = [
-        type(student).__name__
-    ]  # as saving it does: checkpoints before and after that are alike
-    learned = examples_in_loss(examples["train"], task, run)
+    # The same seed whether the teacher was trained now or by an earlier run.
+    L.seed_everything(run.seed, verbose=False)
+    student, classes = build_student(run.student, run.teacher, prepared, teacher)
+    # Saving sets it, and configs before and after saving must be equal.
+    student.config.architectures = [type(student).__name__]
+    task, tokenizer = prepared.task, prepared.tokenizer
+    examples = examples_in_loss(prepared.examples["train"], task, run.loss)
     train, validation = loop.make_loaders(
-        run, learned, examples["validation"], task, tokenizer.pad_token_id
+        run, examples, prepared.examples["validation"], task, tokenizer.pad_token_id
     )
-    packing.check_format(run, student, tokenizer, *_quantized(student, build_callbacks))
+    packing.check_format(run.export, student, tokenizer, *_quantized(student, callbacks))
     steps = loop.count_steps(run.trainer, train.plan.steps)
-    module = Distillation(
-        task, student, _answering(run, teacher), run.loss, run.optimizer, steps, classes
-    )
-    if (
-        module.chunked
-        and not fsdp.uses_fsdp(run.trainer)
-        and loop.resolve_precision(run.trainer) != "16-mixed"
-    ):
-        log.info("logits are computed some at a time, the loss and its gradients with them")
-    log.info(
-        "training the student on %d examples, %d steps, %s",
-        len(learned),
-        steps,
-        loop.resolve_precision(run.trainer),
-    )
-    techniques = compressions(build_callbacks)
+    online = online_part(run.teacher, run.trainer, teacher)
+    module = Distillation(task, student, online, run.loss, run.optimizer, steps)
+    module.classes = classes
+    _log_start(module, run.trainer, len(examples))
+    techniques = compressions(callbacks)
     dense = SaveDense(techniques, steps, lambda: _save(student, tokenizer, folder / "dense"))
-    loggers = tracker.loggers("student")
-    watching = (
-        [performance.OnlineTeacherCost()]
-        if run.loss.needs_teacher and run.teacher is not None and run.teacher.outputs == "online"
-        else []
-    )
+    if run.loss.needs_teacher and run.teacher is not None and run.teacher.outputs == "online":
+        callbacks = [*callbacks, performance.OnlineTeacherCost()]
     best = loop.fit(
-        module,
-        train,
-        validation,
-        run.trainer,
-        folder / "checkpoints",
-        loggers,
-        [dense, *build_callbacks, *watching],
+        loop.Training(
+            module,
+            train,
+            validation,
+            run.trainer,
+            folder / "checkpoints",
+            tracker.loggers("student"),
+            [dense, *callbacks],
+        )
     )
     for _, term in module.named_terms():
         term.detach()
-    if techniques and not dense.saved:
-        dense.save()  # what is left to do is done now
-    for technique in techniques:
-        tokenizer = technique.finish(student, tokenizer)
+    tokenizer = _finish(techniques, dense, student, tokenizer)
     _save(student, tokenizer, folder / "student")
     ranks.barrier()
-    return {"examples": len(learned), "steps": steps, "best": best}
-
-
-def _answering(run: config.Run, teacher: PreTrainedModel | None) -> nn.Module | None:
-    """What of the teacher answers in training: all of it online, its head where its hidden states are cached."""
-    if run.teacher is None or teacher is None:
-        return None
-    teacher.to(
-        getattr(torch, models.resolve_teacher_dtype(run))
-    )  # no student is cut from it any more
-    return {"online": teacher, "hidden": teacher.get_output_embeddings()}.get(run.teacher.outputs)
-
-
-def _quantized(
-    student: PreTrainedModel, build_callbacks: list[Callback]
-) -> tuple[dict[str, QuantSpec], set[str]]:
-    """The tensors that the callbacks will quantize, and how; those whose layers will round their inputs to each token's range."""
-    specs: dict[str, QuantSpec] = {}
-    rounded: set[str] = set()
-    for technique in (each for each in build_callbacks if isinstance(each, Quantize)):
-        with prefix_with_key(technique.name):
-            found = {
-                name: technique.spec(inputs(layer))
-                for name, layer in technique.tensors(student).items()
-            }
-        specs |= found
-        rounded |= {*found} if technique.activations == "dynamic" else set()
-    return specs, rounded
-
-
-def _save(student: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    if ranks.is_rank_zero():
-        with store.write_entry(folder) as inside:
-            models.save(student, tokenizer, inside)
-
-
-def _callback(name: str, spec: dict[str, Any]) -> Callback:
-    with prefix_with_key(name):
-        built = targets.instantiate(spec)
-    if isinstance(built, Compression):
-        built.name = name
-    if isinstance(built, ModelCheckpoint):
-        raise UserError(
-            f"callbacks.{name} is a ModelCheckpoint, but a run saves its own state: say when with trainer.checkpoint"
-        )
-    if not isinstance(built, Callback):
-        raise UserError(
-            f"callbacks.{name} is {spec['_target_']}, but that gives a {type(built).__name__}, and Lightning calls only its own: "
-            "name a subclass of lightning.pytorch.callbacks.Callback"
-        )
-    return built
+    return {"examples": len(examples), "steps": steps, "best": best}
 
 
 def build_student(
-    run: config.Run, task: Task, tokenizer: Any, teacher: PreTrainedModel | None
+    spec: config.Student,
+    teacher_spec: config.Teacher | None,
+    prepared: Prepared,
+    teacher: PreTrainedModel | None,
 ) -> tuple[PreTrainedModel, int | None]:
-    """The student before training, and how many columns of the logits it shares with its teacher (null: all)."""
-    spec = run.student
+    """The student before training.
+
+    Args:
+        spec: the recipe's section `student`.
+        teacher_spec: its section `teacher`.
+        prepared: the data, with the tokenizer that the student must share.
+        teacher: the model whose layers may initialize the student.
+
+    Returns:
+        The student, and the number of leading logits that it shares with its teacher (None: all).
+    """
+    task, tokenizer = prepared.task, prepared.tokenizer
     if spec.layers is not None and teacher is not None:
-        student, account = models.select_layers(teacher, spec.layers, spec.architecture, task)
-        headline, _, tensors = str(account).partition("\n")
+        student, report = models.select_layers(teacher, spec.layers, spec.architecture, task)
+        headline, _, tensors = str(report).partition("\n")
         log.info(headline)
         log.debug(tensors)
     else:
@@ -208,16 +120,78 @@ def build_student(
             student = models.load(spec.model, spec.config, task, "student", tokenizer)
         models.check_length(student, task.max_length, "student")
         models.check_labels(student, task, "student")
-        models.check_floats(student, "student")
+        models.check_not_quantized(student, "student")
         strip_quantization(student, "student")
-    existing = (
-        run.teacher is not None and run.teacher.outputs in config.SPARSE
-    )  # which know no others
-    return student, models.shared_logits(
-        tokenizer, student, teacher, existing
-    ) if teacher is not None else None
+    if teacher is None:
+        return student, None
+    # Sampled tokens exist in the vocabulary, so that padded logits are sliced even at equal width.
+    sparse = teacher_spec is not None and teacher_spec.outputs in config.SPARSE
+    return student, models.shared_logits(tokenizer, student, teacher, sparse)
 
 
-def examples_in_loss(examples: Dataset, task: Task, run: config.Run) -> Dataset:
-    """The examples that have a part in the loss: those without a label have none where nothing comes from the teacher."""
-    return examples if run.loss.needs_teacher else data.only_labelled(examples, task)
+def examples_in_loss(examples: Dataset, task: Task, loss: config.Loss) -> Dataset:
+    """The examples that train the student: if the loss needs no teacher, those with a label."""
+    return examples if loss.needs_teacher else data.only_labelled(examples, task)
+
+
+def count_steps(
+    prepared: Prepared, loss: config.Loss, trainer: config.Trainer, batch_size: int
+) -> int:
+    """Optimizer steps of the student's training."""
+    examples = examples_in_loss(prepared.examples["train"], prepared.task, loss)
+    return loop.count_steps(trainer, -(-len(examples) // batch_size))
+
+
+def online_part(
+    spec: config.Teacher | None, trainer: config.Trainer, teacher: PreTrainedModel | None
+) -> nn.Module | None:
+    """The module of the teacher that training needs: all of it if online, its head if hidden."""
+    if spec is None or teacher is None:
+        return None
+    # The student is already built from its layers, so its dtype may change.
+    teacher.to(getattr(torch, models.resolve_teacher_dtype(spec, trainer)))
+    parts = {"online": teacher, "hidden": teacher.get_output_embeddings()}
+    return parts.get(spec.outputs)
+
+
+def _log_start(module: Distillation, trainer: config.Trainer, examples: int) -> None:
+    precision = resolve_precision(trainer)
+    if module.chunked and not fsdp.uses_fsdp(trainer) and precision != "16-mixed":
+        log.info("logits, their loss and gradients are computed for some rows at a time")
+    log.info("training the student on %d examples, %d steps, %s", examples, module.steps, precision)
+
+
+def _quantized(
+    student: PreTrainedModel, callbacks: list[Callback]
+) -> tuple[dict[str, QuantSpec], set[str]]:
+    """The tensors that the callbacks will quantize.
+
+    Returns:
+        How each tensor will be quantized, and the names of those whose layers will quantize their
+        inputs dynamically.
+    """
+    specs: dict[str, QuantSpec] = {}
+    dynamic: set[str] = set()
+    for technique in (callback for callback in callbacks if isinstance(callback, Quantize)):
+        with prefix_with_key(technique.name):
+            weights = technique.weight_specs(student)
+        specs |= weights
+        dynamic |= {*weights} if technique.activations == "dynamic" else set()
+    return specs, dynamic
+
+
+def _finish(
+    techniques: list[Compression], dense: SaveDense, student: PreTrainedModel, tokenizer: Any
+) -> Any:
+    """Finish the techniques after training, and return the student's tokenizer."""
+    if techniques and not dense.saved:
+        dense.save()
+    for technique in techniques:
+        tokenizer = technique.finish(student, tokenizer)
+    return tokenizer
+
+
+def _save(student: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    if ranks.is_rank_zero():
+        with store.write_entry(folder) as inside:
+            models.save(student, tokenizer, inside)

@@ -1,169 +1,196 @@
-"""`python -m distill.train recipe=bert_to_distil`: the whole way, from a recipe to a proven student."""
+"""`python -m distill.train recipe=bert_to_distil`: from a recipe to a proven student."""
 
 import os
 import signal
 import sys
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distill import resume, store
+from distill import resume
 from distill.cli import cli_command
 from distill.errors import Stopped, UserError
-from distill.processes import launch, signals
-from distill.recipe import compose
+from distill.processes import environment, exits, signals
+from distill.recipe import compose, hydra_config
 from distill.recipe.config import Run
 from distill.stages import Stages
 
+if TYPE_CHECKING:
+    from distill.evaluate.records import Metrics
+    from distill.prepare import Prepared
+
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
-    """Every stage of one run, in the order of the data. Returns what `metrics.json` holds; the rest is in the folder.
+    """Run every stage of a recipe, in the order of the data.
 
-    In a folder in which this run was cut short it goes on from there.
+    In the folder of an interrupted run, it resumes.
+
+    Args:
+        run: the recipe.
+        folder: the run folder, for all files of the run.
+
+    Returns:
+        The contents of `metrics.json`.
     """
-    from distill import data, evaluate, models, student, teacher
+    from distill import data, evaluate, student, teacher, training
+    from distill.prepare import prepare_run
     from distill.processes import ranks
-    from distill.recipe import targets
-    from distill.training import loop
-    from distill.training.loggers import Tracker
 
-    loop.check_device(run.trainer)
-    run = loop.resolve_auto(run)
-    callbacks = student.build_callbacks(run)
+    training.check_device(run.trainer)
+    run = training.resolve_auto(run)
+    callbacks = training.build_callbacks(run.callbacks, run.trainer, run.export)
     with ranks.rank_zero_first():
         stage = resume.open_run_folder(run, folder, ranks.is_rank_zero())
     if stage.finished:
         print(f"{folder} is finished: nothing is left to do")
-        return evaluate.read(folder)
+        earlier = evaluate.read_metrics(folder)
+        return {} if earlier is None else earlier.to_json()
     with stage("data"), ranks.rank_zero_first():
-        task = targets.instantiate(run.task)
-        raw = data.load(run.data, task, run.seed)
-        tokenizer = models.build_tokenizer(run, task, raw["train"])
-        examples = data.encode(raw, task, tokenizer, run.data)
-        callbacks = student.bind_callbacks(
-            run, task, tokenizer, callbacks, raw["train"], examples["train"]
+        prepared = prepare_run(run)
+        callbacks = training.bind_callbacks(
+            callbacks,
+            prepared.tokenizer,
+            prepared.raw["train"],
+            run.data.text,
+            student.count_steps(prepared, run.loss, run.trainer, run.data.batch_size),
         )
-        resume.check_same_examples(run, stage, data.fingerprint(examples["train"]))
+        fingerprint = data.fingerprint(prepared.examples["train"])
+        resume.check_same_examples(run.data.source, stage, fingerprint)
     if ranks.is_rank_zero():
-        compose.save_recipe(
-            run, folder / resume.RECIPE_FILE
-        )  # where keys have changed, they hold from here on
-    tracker = Tracker(run, folder)
+        compose.save_recipe(run, folder / resume.RECIPE_FILE)  # keys may have changed
+    tracker = training.Tracker(run, folder)
     if not stage.done("student"):
         with stage("teacher"):
-            tutor = teacher.obtain(run, task, tokenizer, examples, folder, tracker)
+            frozen = teacher.obtain(run, prepared, folder, tracker)
         with stage("cache"):
-            examples["train"] = teacher.with_outputs(run, tutor, examples["train"], task, tokenizer)
+            prepared = teacher.with_outputs(run, prepared, frozen)
         with stage("student"):
-            stage.results["training"] = student.distil(
-                run, task, tokenizer, examples, tutor, callbacks, folder, tracker
+            stage.results["training"] = student.train_student(
+                run, prepared, frozen, callbacks, folder, tracker
             )
-    metrics = (
-        _outcome(run, task, raw["test"], examples["test"], tokenizer, folder, stage)
-        if ranks.is_rank_zero()
-        else {}
-    )
+    metrics: dict[str, Any] = {}
+    if ranks.is_rank_zero():
+        metrics = _measure_and_export(run, prepared, folder, stage).to_json()
     tracker.finish(metrics)
     stage.finish()
     return ranks.broadcast(metrics)
 
 
-def _outcome(
-    run: Run, task: Any, raw: Any, examples: Any, tokenizer: Any, folder: Path, stage: Stages
-) -> dict[str, Any]:
-    """Measure the run's models and export its student; `raw` and `examples` are the test split."""
-    from distill import evaluate, export, models
+def _measure_and_export(run: Run, prepared: "Prepared", folder: Path, stage: Stages) -> "Metrics":
+    """Measure the models on the test split and export the student, which is written once."""
+    from distill import evaluate, export
 
-    metrics = evaluate.read(folder)
-    artefact: Path | None = folder / export.FINAL
-    if not (stage.done("evaluate") and metrics):
-        with stage("evaluate"):
-            metrics = evaluate.evaluate(run, task, raw, examples, tokenizer, folder)
-            metrics |= {"training": stage.results["training"], "stages": stage.seconds}
-            evaluate.write(metrics, folder)  # kept even if the export should fail
-            evaluate.report(metrics, folder)
-    if not stage.done("export"):
-        with stage("export"):
-            own = models.load_tokenizer(str(folder / "student"))  # callbacks may have trimmed it
-            artefact = export.export(run, task, raw, own, folder, metrics)
-    metrics["stages"] = stage.seconds
-    evaluate.write(metrics, folder)
-    evaluate.show(metrics, folder, artefact)
+    metrics = evaluate.read_metrics(folder)
+    final = folder / export.FINAL
+    measured, exported = stage.done("evaluate") and metrics, stage.done("export")
+    if not (measured and exported):
+        spec = evaluate.export_spec(run.export, run.data, prepared, folder / "student")
+        with export.write_draft(spec, folder) as draft:
+            if not measured:
+                with stage("evaluate"):
+                    shipped = draft.measured if draft else None
+                    metrics = evaluate.evaluate(run, prepared, folder, shipped=shipped)
+                    training = stage.results["training"]
+                    metrics = replace(metrics, training=training, stages=stage.seconds)
+                    evaluate.write_metrics(metrics, folder)  # kept even if the export fails
+                    evaluate.write_report(metrics, folder)
+            if not exported:
+                with stage("export"):
+                    texts = prepared.raw["test"]
+                    if draft is not None:
+                        export.prove_and_publish(draft, run, spec, texts, folder, metrics)
+    assert metrics is not None
+    metrics = replace(metrics, stages=stage.seconds)
+    evaluate.write_metrics(metrics, folder)
+    evaluate.show(metrics, folder, final if run.export.format else None)
     return metrics
 
 
 @cli_command
 def main() -> None:
-    launch.exit_with_parent()
+    """Read the command line and run the recipe, or each recipe of a sweep."""
+    exits.exit_with_launcher()
     try:
         with signals.raise_on_stop_signals():
-            launch.ARGUMENTS[:] = resume.expand_resume(sys.argv[1:])
-            sys.argv[1:] = compose.register_recipes(list(launch.ARGUMENTS))
-            hydra.main(version_base="1.3", config_path=None, config_name="run")(_one_run)()
-    except signals.StopRequested as asked:
+            arguments = resume.expand_resume(sys.argv[1:])
+            sys.argv[1:] = hydra_config.register_recipes(arguments)
+            _hydra_main(arguments)
+    except signals.StopRequested as request:
         raise Stopped(
-            f"{asked} came before the run had begun: the same command begins it", 75
+            f"{request} arrived before the run started: the same command starts it", 75
         ) from None
 
 
+def _hydra_main(arguments: list[str]) -> None:
+    def run(composed: DictConfig) -> None:
+        with exits.exit_on_error():  # before Hydra prints an error that another rank has caused
+            _run_composed(composed, arguments)
+
+    hydra.main(version_base="1.3", config_path=None, config_name="run")(run)()
+
+
 @cli_command
-def _one_run(composed: DictConfig) -> None:
+def _run_composed(composed: DictConfig, arguments: list[str]) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())  # as the user would type it
-    fresh = resume.is_unused(folder)
+    new = resume.is_unused(folder)
     try:
-        _as_ranks(compose.validate(composed), folder)
-    except (KeyboardInterrupt, signals.StopRequested) as asked:
-        raise _stopped(folder, fresh, getattr(asked, "number", signal.SIGINT)) from None
+        _run_on_ranks(compose.validate(composed), folder, arguments)
+    except (KeyboardInterrupt, signals.StopRequested) as request:
+        raise _stopped(folder, new, getattr(request, "number", signal.SIGINT)) from None
     except Exception:
-        if fresh and os.environ.get("RANK", "0") == "0":
-            resume.remove_if_unused(
-                folder
-            )  # a refused recipe leaves nothing behind, and takes nothing away
+        if new and os.environ.get("RANK", "0") == "0":
+            resume.remove_if_unused(folder)
         raise
 
 
-def _stopped(folder: Path, fresh: bool, number: int) -> Stopped:
-    """What is said to somebody who asked for the end."""
+def _stopped(folder: Path, new: bool, number: int) -> Stopped:
+    """How to continue a run that this signal stopped; removes a new folder without results."""
     if (folder / resume.RECIPE_FILE).exists():
-        way_on = f"go on with {resume.resume_command(folder)}"
+        way_out = f"continue with {resume.resume_command(folder)}"
     else:
-        way_on = "that was before the run had begun, and the same command begins it"
-        if fresh:
+        way_out = "that was before the run started, and the same command starts it"
+        if new:
             resume.remove_if_unused(folder)
-    said, code = signals.exit_status(number)
-    return Stopped(f"{said}: {way_on}", code)
+    outcome, code = signals.exit_status(number)
+    return Stopped(f"{outcome}: {way_out}", code)
 
 
-def _as_ranks(run: Run, folder: Path) -> None:
-    """Train in this process, or in the processes that it starts, or as one of those that others have started."""
-    count = launch.processes_to_start(run.trainer)
-    if count and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise UserError(
-            f"trainer.devices is {count}, but a sweep has one process for each of its runs: start the runs one by one"
-        )
+def _run_on_ranks(run: Run, folder: Path, arguments: list[str]) -> None:
+    """Train in this process, in processes started here, or as one of those of torchrun or srun."""
+    count = environment.processes_to_start(run.trainer)
     if count:
-        code = launch.launch("distill.train", folder, count)
-        sys.exit(code)
-    from distill.processes import ranks
+        _launch(count, folder, arguments)
+    from distill.processes import group, ranks
 
-    ranks.join_process_group(run.trainer)
+    group.join_process_group(run.trainer)
     shared = Path(ranks.broadcast(str(folder)))
     if shared != folder:
         with suppress(OSError):
-            folder.rmdir()  # Hydra names one for each process
-    try:
-        with store.exclusive_access(shared) if ranks.is_rank_zero() else nullcontext():
-            train(run, shared)
-    finally:
-        ranks.leave_process_group()
+            folder.rmdir()  # Hydra made one for each process
+    with resume.lock_run_folder(shared) if ranks.is_rank_zero() else nullcontext():
+        train(run, shared)
+    group.leave_process_group()  # not after an error: it is reported before others fail
+
+
+def _launch(count: int, folder: Path, arguments: list[str]) -> NoReturn:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise UserError(
+            f"trainer.devices is {count}, but a sweep runs each recipe in one process: "
+            "start the runs one by one"
+        )
+    from distill.processes.launch import launch  # imports torch
+
+    shared = [*arguments, f"hydra.run.dir={compose.quote_override(str(folder))}"]
+    sys.exit(launch("distill.train", shared, count, folder / resume.LOG_FILE))
 
 
 if __name__ == "__main__":
-    launch.run_and_exit(main)
+    exits.run_and_exit(main)

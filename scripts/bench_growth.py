@@ -1,11 +1,12 @@
-"""Does a larger corpus cost more for each example, in time or memory? Data, cache and training at several sizes.
+"""Time and memory per example as the corpus grows: data preparation, teacher cache and training.
 
     python scripts/bench_growth.py [sizes=1000,10000,100000] [key=value ...]
 
-Made-up sentences of 4 to 40 words in CSV files, a random BERT of two layers as the teacher and one of them as the student, one epoch;
-each size in a process of its own, with an empty store. Seconds are those of the process's one thread. Memory is the most of RssAnon,
-looked at every 10 ms: what a process holds for itself. Pages of files that are mapped into memory come on top, but the system takes them
-back when it needs room; the most of these is in the last column.
+Generated sentences of 4 to 40 words in CSV files, a random BERT of two layers as the teacher, one
+of its layers as the student, one epoch. Each size runs in its own process with an empty store.
+Seconds are process time of one thread. Memory is sampled every 10 ms: the peak of RssAnon (private
+memory) and the peak of RssFile (pages of mapped files, which the kernel reclaims when memory is
+short).
 """
 
 import json
@@ -36,122 +37,108 @@ RECIPE = {
     "trainer.epochs": 1,
     "trainer.validations": 1,
 }
+STAGES = ["data", "cache", "training"]
 CONSTANT = 500  # examples of the validation and test splits
 WORDS = 2000
 
 
-def corpus(folder: Path, size: int) -> None:
-    """Sentences whose first word tells their label."""
-    drawn = random.Random(0)
+def write_corpus(folder: Path, size: int) -> None:
+    """CSV splits of sentences whose first word determines their label."""
+    rng = random.Random(0)
     words = [
-        "".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=drawn.randint(2, 9)))
+        "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
         for _ in range(WORDS)
     ]
     for split, count in (("train", size), ("validation", CONSTANT), ("test", CONSTANT)):
         with (folder / f"{split}.csv").open("w") as file:
             file.write("text,label\n")
             for _ in range(count):
-                label = drawn.randrange(4)
-                file.write(
-                    f"{words[label]} {' '.join(drawn.choices(words, k=drawn.randint(3, 39)))},topic {label}\n"
-                )
+                label = rng.randrange(4)
+                rest = " ".join(rng.choices(words, k=rng.randint(3, 39)))
+                file.write(f"{words[label]} {rest},topic {label}\n")
 
 
-def resident() -> tuple[int, int]:
-    """Bytes of the process's own memory, and of mapped files."""
+def resident_bytes() -> tuple[int, int]:
+    """Private memory of the process, and its pages of mapped files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     anonymous, files = (1024 * int(lines[name].split()[0]) for name in ("RssAnon", "RssFile"))
     return anonymous, files
 
 
-def watched(work: Callable[[], Any]) -> tuple[Any, float, int, int]:
-    """What it answers, its seconds, and the most of both kinds of memory meanwhile."""
-    most, over = resident(), threading.Event()
+def measure(work: Callable[[], Any]) -> tuple[Any, float, int, int]:
+    """Result, seconds, and the peaks of both kinds of memory."""
+    peaks, finished = resident_bytes(), threading.Event()
 
-    def look() -> None:
-        nonlocal most
-        while not over.wait(0.01):
-            most = tuple(map(max, most, resident()))  # type: ignore[assignment]
+    def sample() -> None:
+        nonlocal peaks
+        while not finished.wait(0.01):
+            peaks = tuple(map(max, peaks, resident_bytes()))  # type: ignore[assignment]
 
-    looker = threading.Thread(target=look)
-    looker.start()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
     began = time.process_time()
-    answer = work()
+    result = work()
     seconds = time.process_time() - began
-    over.set()
-    looker.join()
-    return answer, seconds, *most
+    finished.set()
+    sampler.join()
+    return result, seconds, *peaks
 
 
-def stages(
-    size: int, folder: Path, changes: dict[str, str]
-) -> Iterator[tuple[str, float, int, int]]:
-    """Name, seconds and memory of each stage."""
+def stages(folder: Path, changes: dict[str, str]) -> Iterator[tuple[Any, ...]]:
+    """Name, seconds and peaks of private and file memory of each stage."""
     import torch
-    from measured import composed, prepared
+    from benchmark import compose_run
 
     from distill import student, teacher
+    from distill.prepare import prepare_run
     from distill.training.loggers import Tracker
 
     torch.set_num_threads(1)
 
-    given = {f"teacher.config.{key}": value for key, value in TINY.items()} | RECIPE | changes
-    run = composed({"data.source": str(folder / "corpus"), **given})
-    made, *told = watched(lambda: prepared(run))
-    yield "data", *told
+    config = {f"teacher.config.{key}": value for key, value in TINY.items()}
+    run = compose_run({"data.source": str(folder / "corpus")} | config | RECIPE | changes)
+    made, *costs = measure(lambda: prepare_run(run))
+    yield "data", *costs
     tracker = Tracker(run, folder)
-    tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
-    taught, *told = watched(
-        lambda: teacher.with_outputs(run, tutor, made.examples["train"], made.task, made.tokenizer)
-    )
-    yield "cache", *told
-    made.examples["train"] = taught
-    _, *told = watched(
-        lambda: student.distil(
-            run, made.task, made.tokenizer, made.examples, tutor, [], folder, tracker
-        )
-    )
-    yield "training", *told
+    model = teacher.obtain(run, made, folder, tracker)
+    examples, *costs = measure(lambda: teacher.with_outputs(run, made, model).examples["train"])
+    yield "cache", *costs
+    made.examples["train"] = examples
+    _, *costs = measure(lambda: student.train_student(run, made, model, [], folder, tracker))
+    yield "training", *costs
 
 
 def main() -> None:
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    if "size" in given:
-        size, folder = int(given.pop("size")), Path(given.pop("folder"))
-        print(json.dumps([list(told) for told in stages(size, folder, given)]))
+    changes = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    if "folder" in changes:
+        print(json.dumps([list(costs) for costs in stages(Path(changes.pop("folder")), changes)]))
         return
-    from measured import conditions, table
+    from benchmark import conditions, table
 
-    sizes = [int(size) for size in given.pop("sizes", "1000,10000,100000").split(",")]
     rows = []
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as name:
-            (Path(name) / "corpus").mkdir()
-            corpus(Path(name) / "corpus", size)
-            command = [
-                sys.executable,
-                __file__,
-                f"size={size}",
-                f"folder={name}",
-                *(f"{key}={value}" for key, value in given.items()),
-            ]
-            answer = subprocess.check_output(
-                command, text=True, env=os.environ | {"DISTILL_CACHE": f"{name}/store"}
-            )
-        for stage, seconds, anonymous, files in json.loads(answer.splitlines()[-1]):
-            rows.append(
-                [
-                    stage,
-                    f"{size:,}",
-                    f"{1e3 * seconds / size:.3f}",
-                    f"{anonymous / 1e6:.0f}",
-                    f"{files / 1e6:.0f}",
-                ]
-            )
+    for size in map(int, changes.pop("sizes", "1000,10000,100000").split(",")):
+        for stage, seconds, anonymous, files in measure_size(size, changes):
+            row = [stage, f"{size:,}", f"{1e3 * seconds / size:.3f}"]
+            rows.append([*row, f"{anonymous / 1e6:.0f}", f"{files / 1e6:.0f}"])
             print(rows[-1], file=sys.stderr, flush=True)
-    rows.sort(key=lambda row: ["data", "cache", "training"].index(row[0]))
-    print(table(["stage", "examples", "ms an example", "own memory, MB", "mapped files, MB"], rows))
+    rows.sort(key=lambda row: STAGES.index(row[0]))
+    titles = ["stage", "examples", "ms an example", "private memory, MB", "mapped files, MB"]
+    print(table(titles, rows))
     print(f"\n{conditions()}")
+
+
+def measure_size(size: int, changes: dict[str, str]) -> list[tuple[str, float, int, int]]:
+    """All stages for one corpus size, in a new process with an empty store."""
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "corpus").mkdir()
+        write_corpus(Path(name) / "corpus", size)
+        keys = [f"{key}={value}" for key, value in changes.items()]
+        output = subprocess.check_output(
+            [sys.executable, __file__, f"folder={name}", *keys],
+            text=True,
+            env=os.environ | {"DISTILL_CACHE": f"{name}/store"},
+        )
+    return json.loads(output.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Is the student better for its teacher? The same student, with and without, over several seeds.
+"""The same student with and without its teacher, over several seeds.
 
-    python scripts/compare_seeds.py recipe=bert_to_distil seeds=0,1,2 [metric=accuracy] [key=value ...]
+    python scripts/compare_seeds.py recipe=bert_to_distil seeds=0,1,2
+                                    [metric=accuracy] [key=value ...]
 
-Each seed draws the labelled examples, the teacher's training and the student's anew. The students without a teacher train on the
-labels alone, for as many optimizer steps of the same batch size, from the same start (layers of the fine-tuned teacher) and from
-layers of the model as it was before fine-tuning. Prints a Markdown table with 95 % t intervals over the seeds.
+Each seed draws the labelled examples and trains the teacher and the student anew. The students
+without a teacher train on the labels alone, for as many optimizer steps of the same batch size,
+from the same initial weights (layers of the fine-tuned teacher) and from layers of the model before
+fine-tuning. Prints a Markdown table with 95 % t intervals over the seeds.
 """
 
 import json
@@ -26,10 +28,10 @@ T_975 = {
     9: 2.306,
     10: 2.262,
 }  # quantile of t, by number of seeds
-UNTOUCHED = [
+NOT_FINETUNED = [  # one step with a learning rate too small to change float32 weights
     "teacher.finetune.epochs=0.01",
     "teacher.finetune.lr=1e-12",
-]  # one step that moves nothing: the model as it was
+]
 QUICK = [
     "export.format=null",
     "evaluate.requests=1",
@@ -40,38 +42,41 @@ QUICK = [
 
 
 def main() -> None:
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    seeds = [int(seed) for seed in given.pop("seeds", "0,1,2").split(",")]
+    arguments = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    seeds = [int(seed) for seed in arguments.pop("seeds", "0,1,2").split(",")]
     if len(seeds) not in T_975:
         sys.exit(
-            f"seeds is {len(seeds)} seeds, but an interval needs 2 to {max(T_975)}: give as many, with commas"
+            f"seeds has {len(seeds)} values, but an interval needs 2 to {max(T_975)}: "
+            "separate them by commas"
         )
-    metric = given.pop("metric", "accuracy")
-    options = [f"{key}={value}" for key, value in given.items()]
-    found: dict[str, list[float]] = {"teacher": []}
+    metric = arguments.pop("metric", "accuracy")
+    options = [f"{key}={value}" for key, value in arguments.items()]
+    values: dict[str, list[float]] = {"teacher": []}
     for seed in seeds:
-        with_teacher, steps = trained([*options, f"seed={seed}"])
+        with_teacher, steps = train([*options, f"seed={seed}"])
         alone = [*options, f"seed={seed}", "loss.alpha=1", f"trainer.max_steps={steps}"]
         arms = {
             "student, with teacher": with_teacher,
-            "student, labels alone": trained(alone)[0],
-            "student, labels alone, lr / 4": trained(
+            "student, labels alone": train(alone)[0],
+            "student, labels alone, lr / 4": train(
                 [*alone, f"optimizer.lr={learning_rate(options) / 4}"]
             )[0],
-            "student, labels alone, cut before fine-tuning": trained([*alone, *UNTOUCHED])[0],
+            "student, labels alone, from the model before fine-tuning": train(
+                [*alone, *NOT_FINETUNED]
+            )[0],
         }
-        found["teacher"].append(with_teacher["teacher"]["quality"][metric]["value"])
+        values["teacher"].append(with_teacher["teacher"]["quality"][metric]["value"])
         for name, metrics in arms.items():
-            found.setdefault(name, []).append(metrics["student"]["quality"][metric]["value"])
+            values.setdefault(name, []).append(metrics["student"]["quality"][metric]["value"])
         print(
             f"seed {seed}: "
-            + ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()),
+            + ", ".join(f"{name} {column[-1]:.3f}" for name, column in values.items()),
             file=sys.stderr,
         )
-    show(found, metric)
+    show(values, metric)
 
 
-def trained(options: list[str]) -> tuple[dict, int]:
+def train(options: list[str]) -> tuple[dict, int]:
     """metrics.json of one run, and the optimizer steps of its student."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -92,15 +97,15 @@ def trained(options: list[str]) -> tuple[dict, int]:
 def learning_rate(options: list[str]) -> float:
     from distill import load_recipe
 
-    given = dict(option.split("=", 1) for option in options)
-    return float(given.get("optimizer.lr", load_recipe(given["recipe"]).optimizer.lr))
+    keys = dict(option.split("=", 1) for option in options)
+    return float(keys.get("optimizer.lr", load_recipe(keys["recipe"]).optimizer.lr))
 
 
-def show(found: dict[str, list[float]], metric: str) -> None:
-    """Means over the seeds; differences and ratios are taken seed by seed."""
-    with_teacher, teacher = found["student, with teacher"], found["teacher"]
+def show(results: dict[str, list[float]], metric: str) -> None:
+    """Print means over the seeds; differences and ratios are those of each seed."""
+    with_teacher, teacher = results["student, with teacher"], results["teacher"]
     print(f"| | {metric} | of the teacher's | the distilled student's lead |\n|---|---:|---:|---:|")
-    for name, values in found.items():
+    for name, values in results.items():
         ratios = [100 * value / best for value, best in zip(values, teacher, strict=True)]
         leads = [100 * (ours - value) for ours, value in zip(with_teacher, values, strict=True)]
         lead = "" if values is with_teacher else f"{interval(leads, 1)} points"
@@ -109,6 +114,7 @@ def show(found: dict[str, list[float]], metric: str) -> None:
 
 
 def interval(values: list[float], digits: int) -> str:
+    """Mean and half the width of its 95 % t interval."""
     mean = statistics.mean(values)
     if len(values) == 1:
         return f"{mean:.{digits}f}"

@@ -1,13 +1,17 @@
-"""What each compression technique costs and saves: one dense student, then every technique on it, in the loop and one-shot.
+"""Quality and cost of each compression technique on one student, trained and one-shot.
 
-    python scripts/compress_table.py recipe=bert_to_distil [folder=runs/compress] [epochs=4] [only=int8,2:4] [key=value ...]
+    python scripts/compress_table.py recipe=bert_to_distil [folder=runs/compress] [epochs=4]
+                                     [only=int8,2:4] [key=value ...]
 
-The recipe's student is trained once. Each technique then starts from it. In the loop: it acts on its schedule during `epochs` further
-epochs of distillation. One-shot: it acts after ten batches on which nothing is learned (they are what activations are measured on),
-and nothing repairs it. The dense row has had the same further epochs. Finished rows are kept in the folder: a second call goes on.
+The recipe's student is trained once, and every technique starts from it. Trained: the technique
+follows its schedule during `epochs` further epochs of distillation. One-shot: it is applied after
+ten batches with a learning rate of about 0, on which activations are measured, and no training
+follows. The dense row has the same further epochs. Finished rows stay in the folder, and a second
+call continues.
 """
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +19,23 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from distill import evaluate, store, student, teacher, train
+from distill import evaluate, packing, store, student, teacher, train
+from distill.prepare import prepare_run
 from distill.recipe import compose, config, targets
-from distill.training.loggers import Tracker
+from distill.training import Tracker, bind_callbacks, build_callbacks
 
-STILL = {"max_steps": 10, "validations": 1}  # with a learning rate that moves no float32
-LEARNING_RATE = 1e-12
+ONE_SHOT: dict[str, Any] = {"max_steps": 10, "validations": 1}
+LEARNING_RATE = 1e-12  # too small to change float32 weights
+TITLES = (
+    "trained",
+    "agreement",
+    "one-shot",
+    "agreement",
+    "size",
+    "bits a weight",
+    "latency",
+    "throughput",
+)
 
 
 def technique(name: str, **arguments: Any) -> dict[str, Any]:
@@ -65,36 +80,31 @@ TECHNIQUES: dict[str, tuple[str, dict[str, Any]]] = {  # row -> export format, c
 
 
 def main() -> None:
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    folder, epochs = Path(given.pop("folder", "runs/compress")), float(given.pop("epochs", "4"))
-    only = given.pop("only", "")
+    arguments = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    folder = Path(arguments.pop("folder", "runs/compress"))
+    epochs, only = float(arguments.pop("epochs", "4")), arguments.pop("only", "")
     rows = [row for row in TECHNIQUES if not only or row in only.split(",")]
-    run = described(given)
+    run = compose_run(arguments)
     if not (folder / "start" / "metrics.json").is_file():
         (folder / "start").mkdir(parents=True, exist_ok=True)
         train.train(replace(run, callbacks={}), folder / "start")
     table = Table(run, folder, epochs)
-    print(
-        "| | in the loop | agreement | one-shot | agreement | size | bits a weight | latency | throughput |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(f"| | {' | '.join(TITLES)} |\n|---|{'---:|' * len(TITLES)}")
     for row in rows:
         print(table.line(row), flush=True)
 
 
-def described(given: dict[str, str]) -> config.Run:
-    """The recipe with keys of the command line laid over it."""
-    run = compose.load_recipe(given.pop("recipe", "bert_to_distil"))
-    changes = OmegaConf.from_dotlist([f"{key}={value}" for key, value in given.items()])
+def compose_run(arguments: dict[str, str]) -> config.Run:
+    """The recipe with the command line's keys applied to it."""
+    run = compose.load_recipe(arguments.pop("recipe", "bert_to_distil"))
+    changes = OmegaConf.from_dotlist([f"{key}={value}" for key, value in arguments.items()])
     return compose.validate(OmegaConf.merge(OmegaConf.structured(run), changes))  # type: ignore[arg-type]
 
 
 class Table:
-    """What all rows share: data, teacher and its outputs, made once."""
+    """The rows of the table; data, teacher and its outputs are prepared once."""
 
     def __init__(self, run: config.Run, folder: Path, epochs: float) -> None:
-        from distill import data, models
-
         start = config.Student(model=str(folder / "start" / "student"))
         tracking = replace(run.tracking, wandb="disabled")
         self.run = replace(
@@ -104,104 +114,76 @@ class Table:
             trainer=replace(run.trainer, epochs=epochs, progress=False),
         )
         self.folder = folder
-        self.task = targets.instantiate(run.task)
-        self.raw = data.load(run.data, self.task, run.seed)
-        self.tokenizer = models.build_tokenizer(run, self.task, self.raw["train"])
-        self.examples = data.encode(self.raw, self.task, self.tokenizer, run.data)
-        self.teacher = teacher.obtain(
-            run,
-            self.task,
-            self.tokenizer,
-            self.examples,
-            folder / "start",
-            Tracker(self.run, folder),
-        )
-        self.examples["train"] = teacher.with_outputs(
-            run, self.teacher, self.examples["train"], self.task, self.tokenizer
-        )
+        made = prepare_run(run)
+        self.teacher = teacher.obtain(run, made, folder / "start", Tracker(self.run, folder))
+        self.made = teacher.with_outputs(run, made, self.teacher)
 
     def line(self, row: str) -> str:
         """One row of the table: quality and size against the teacher."""
-        looped, shot = (
-            self.measured(row, self.in_loop(row)),
-            self.measured(f"{row}, one-shot", self.one_shot(row)),
-        )
-        dense = json.loads((self.folder / "start" / "metrics.json").read_text())["student"]["cost"][
-            "disk_bytes"
-        ]
-        ours, theirs = (looped[who]["cost"] for who in ("student", "teacher"))
+        trained = self.measure(row, self.trained(row))
+        one_shot = self.measure(f"{row}, one-shot", self.one_shot(row))
+        dense = json.loads((self.folder / "start" / "metrics.json").read_text())["student"]["cost"]
+        student, teacher = (trained[who]["cost"] for who in ("student", "teacher"))
         cells = [
-            *quality(looped),
-            *quality(shot),
-            f"{ours['disk_bytes'] / dense:.3f}",
-            f"{ours['bits_per_weight']:.2f}",
-        ]
-        cells += [
-            f"{ours['latency_p50_ms'] / theirs['latency_p50_ms']:.2f}",
-            f"{ours['examples_per_s'] / theirs['examples_per_s']:.2f}",
+            *quality(trained),
+            *quality(one_shot),
+            f"{student['disk_bytes'] / dense['disk_bytes']:.3f}",
+            f"{student['bits_per_weight']:.2f}",
+            f"{student['latency_p50_ms'] / teacher['latency_p50_ms']:.2f}",
+            f"{student['examples_per_s'] / teacher['examples_per_s']:.2f}",
         ]
         return f"| {row} | {' | '.join(cells)} |"
 
-    def in_loop(self, row: str) -> config.Run:
-        packing, callbacks = TECHNIQUES[row]
-        return replace(
-            self.run, callbacks=callbacks, export=replace(self.run.export, format=packing)
-        )
+    def trained(self, row: str) -> config.Run:
+        format, callbacks = TECHNIQUES[row]
+        export = replace(self.run.export, format=format)
+        return replace(self.run, callbacks=callbacks, export=export)
 
     def one_shot(self, row: str) -> config.Run:
-        looped = self.in_loop(row)
-        last = {name: at_the_end(spec) for name, spec in looped.callbacks.items()}
-        trainer, optimizer = (
-            replace(looped.trainer, **STILL),
-            replace(looped.optimizer, lr=LEARNING_RATE),
+        run = self.trained(row)
+        return replace(
+            run,
+            callbacks={name: at_the_end(spec) for name, spec in run.callbacks.items()},
+            trainer=replace(run.trainer, **ONE_SHOT),
+            optimizer=replace(run.optimizer, lr=LEARNING_RATE),
         )
-        return replace(looped, callbacks=last, trainer=trainer, optimizer=optimizer)
 
-    def measured(self, name: str, run: config.Run) -> dict[str, Any]:
-        """metrics.json of one trained student, made where it is not there yet."""
-        folder = self.folder / name.replace(" ", "_").replace(",", "").replace("%", "").replace(
-            ":", "_"
-        )
+    def measure(self, name: str, run: config.Run) -> dict[str, Any]:
+        """metrics.json of one student, which is trained unless its folder has it."""
+        folder = self.folder / re.sub("[ :]", "_", re.sub("[,%]", "", name))
         if not (folder / "metrics.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             compose.save_recipe(run, folder / "recipe.yaml")
-            callbacks = student.bind_callbacks(
-                run,
-                self.task,
-                self.tokenizer,
-                student.build_callbacks(run),
-                self.raw["train"],
-                self.examples["train"],
+            made = self.made
+            callbacks = bind_callbacks(
+                build_callbacks(run.callbacks, run.trainer, run.export),
+                made.tokenizer,
+                made.raw["train"],
+                run.data.text,
+                student.count_steps(made, run.loss, run.trainer, run.data.batch_size),
             )
-            trained = (
-                self.task,
-                self.tokenizer,
-                self.examples,
-                self.teacher,
-                callbacks,
-                folder,
-                Tracker(run, folder),
-            )
-            training = student.distil(run, *trained)
+            tracker = Tracker(run, folder)
+            training = student.train_student(run, made, self.teacher, callbacks, folder, tracker)
             store.link_tree(self.folder / "start" / "teacher", folder / "teacher")
-            metrics = evaluate.evaluate(
-                run, self.task, self.raw["test"], self.examples["test"], self.tokenizer, folder
-            )
-            evaluate.write(metrics | {"training": training}, folder)
+            spec = evaluate.export_spec(run.export, run.data, made, folder / "student")
+            with packing.temporary_artefact(spec, folder / "student") as shipped:
+                metrics = evaluate.evaluate(run, made, folder, shipped)
+            evaluate.write_metrics(replace(metrics, training=training), folder)
         return json.loads((folder / "metrics.json").read_text())
 
 
 def at_the_end(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same technique, all of it after the last step."""
-    known = targets.read_signature(spec["_target_"])
-    return spec | {key: 1.0 for key in ("start", "end") if known is not None and key in known.names}
+    """The same technique, applied after the last step."""
+    signature = targets.read_signature(spec["_target_"])
+    names = () if signature is None else signature.names
+    return spec | {key: 1.0 for key in ("start", "end") if key in names}
 
 
 def quality(metrics: dict[str, Any]) -> list[str]:
     """The primary metric with its 95 % interval, and the agreement with the teacher."""
-    found = metrics["student"]["quality"][metrics["comparison"]["metric"]]
+    value = metrics["student"]["quality"][metrics["comparison"]["metric"]]
     return [
-        f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]",
+        f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]",
         f"{metrics['fidelity']['agreement']:.3f}",
     ]
 

@@ -1,155 +1,133 @@
-"""What each way of keeping a language model teacher's outputs takes and gives: bytes, seconds, and the angle of its gradient.
+"""Size, time and gradient error of each form in which a language model teacher's outputs are
+cached.
 
-    python scripts/lm_caches.py [recipe=gpt2_half] [tokens=12,25,50] [batches=8] [steps=0,200,1000] [key=value ...]
+    python scripts/lm_caches.py [recipe=gpt2_half] [tokens=12,25,50] [batches=8] [steps=0,200,1000]
+                                [key=value ...]
 
-The angle is that between the gradient of the recipe's loss with the whole divergence and with what is kept of it, over all parameters of
-the student and one batch; mean and largest of `batches`. `loss.alpha=0` leaves the divergence alone. `steps`: after so many of training
-on the whole divergence, for a student that is near its teacher leaves less to measure. Seconds are about 0 where the store has it.
+The gradient error is the angle between the gradients of the recipe's loss with the full divergence
+and with the cached outputs, over all parameters of the student and one batch; mean and maximum of
+`batches`. `loss.alpha=0` leaves the divergence alone. `steps`: number of training steps on the full
+divergence before measuring, because the angle depends on how close the student is to its teacher.
+Seconds are about 0 where the store has the outputs already.
 """
 
 import logging
 import math
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measured import composed, conditions, options, prepared, table
+from benchmark import compose_run, conditions, options, table
 
 from distill import data, student, teacher
 from distill.module import Distillation
+from distill.prepare import Prepared, prepare_run
 from distill.recipe import config
 from distill.training.loggers import Tracker
 
 
+@dataclass
+class Models:
+    """A run with its data, its teacher and its student."""
+
+    run: config.Run
+    made: Prepared
+    teacher: Any
+    student: Any
+    classes: int | None
+
+    def module(self, teacher: Any) -> Distillation:
+        """The training module with this teacher, or with the teacher's head alone."""
+        loss, optimizer = self.run.loss, self.run.optimizer
+        module = Distillation(self.made.task, self.student, teacher, loss, optimizer, 1)
+        module.classes = self.classes
+        return module
+
+    def loader(self, split: Any, seed: int) -> Any:
+        pad_id = self.made.tokenizer.pad_token_id
+        batching = data.Batching(self.run.data.batch_size, seed=seed)
+        return data.make_loader(split, self.made.task, pad_id, batching)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.WARNING)
-    own, changes = options({"tokens": "12,25,50", "steps": "0,200,1000", "batches": 8})
+    settings, changes = options({"tokens": "12,25,50", "steps": "0,200,1000", "batches": 8})
+    tokens, steps = (list(map(int, settings[key].split(","))) for key in ("tokens", "steps"))
+    forms = [("hidden", 50), *(("sampled", count) for count in tokens), ("top_k", tokens[0])]
     with tempfile.TemporaryDirectory() as folder:
-        run = composed({"recipe": "gpt2_half", "teacher.dtype": "float32"} | changes)
-        show(run, Path(folder), numbers(own["tokens"]), numbers(own["steps"]), own["batches"])
+        run = compose_run({"recipe": "gpt2_half", "teacher.dtype": "float32"} | changes)
+        rows = measure(build(run, Path(folder)), forms, steps, settings["batches"])
+    angles = (f"angle after {step} steps" for step in steps)
+    print(table(["outputs", "bytes a token", "seconds", *angles], rows))
     print(f"\n{conditions()}")
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+def build(run: config.Run, folder: Path) -> Models:
+    made = prepare_run(run)
+    model = teacher.obtain(run, made, folder, Tracker(run, folder))
+    return Models(run, made, model, *student.build_student(run.student, run.teacher, made, model))
 
 
-def show(run: config.Run, folder: Path, tokens: list[int], steps: list[int], batches: int) -> None:
-    task, tokenizer, examples = prepared(run)
-    tutor = teacher.obtain(run, task, tokenizer, examples, folder, Tracker(run, folder))
-    learner, classes = student.build_student(run, task, tokenizer, tutor)
-    ways = [
-        ("hidden", 50),
-        *(("sampled", count) for count in tokens),
-        *(("top_k", count) for count in tokens[:1]),
-    ]
-    kept = [
-        cached(run, way, count, examples["train"], task, tokenizer, tutor) for way, count in ways
-    ]
-    angles: list[list[str]] = [[] for _ in kept]
+def measure(
+    models: Models, forms: list[tuple[str, int]], steps: list[int], batches: int
+) -> list[list[str]]:
+    """A row of the table for each form: bytes, seconds, and an angle for each number of steps."""
+    caches = [fill_cache(models, form, count) for form, count in forms]
+    rows = []
+    for (form, count), (_, size, seconds) in zip(forms, caches, strict=True):
+        name = form if form == "hidden" else f"{form}, tokens={count}"
+        rows.append([name, f"{size:.1f}", f"{seconds:.1f}"])
     done = 0
     for step in steps:
-        train(run, learner, tutor, task, examples["train"], tokenizer, step - done, classes)
+        train(models, step - done)
         done = step
-        for shown, (split, *_) in zip(angles, kept, strict=True):
-            shown.append(angle(run, learner, tutor, task, split, tokenizer, batches, classes))
-    rows = []
-    for (way, count), (_, size, seconds), shown in zip(ways, kept, angles, strict=True):
-        name = way if way == "hidden" else f"{way}, tokens={count}"
-        rows.append([name, f"{size:.1f}", f"{seconds:.1f}", *shown])
-    print(
-        table(
-            [
-                "outputs",
-                "bytes a token",
-                "seconds",
-                *(f"angle after {step} steps" for step in steps),
-            ],
-            rows,
-        )
-    )
+        for row, (split, *_) in zip(rows, caches, strict=True):
+            row.append(angle(models, split, batches))
+    return rows
 
 
-def cached(
-    run: config.Run, way: str, count: int, split: Any, task: Any, tokenizer: Any, tutor: Any
-) -> tuple[Any, float, float]:
-    """The examples with such outputs, bytes of these for each predicted token, and the seconds that it took."""
+def fill_cache(models: Models, form: str, count: int) -> tuple[Any, float, float]:
+    """The examples with cached outputs, bytes per predicted token, and seconds."""
+    run, made = models.run, models.made
     assert run.teacher is not None
-    changed = replace(run, teacher=replace(run.teacher, outputs=way, tokens=count))
+    changed = replace(run, teacher=replace(run.teacher, outputs=form, tokens=count))
+    split = made.examples["train"]
     began = time.perf_counter()
-    taught = teacher.with_outputs(changed, tutor, split, task, tokenizer)
+    cached = teacher.with_outputs(changed, made, models.teacher).examples["train"]
     seconds = time.perf_counter() - began
-    columns = [name for name in taught.column_names if name not in split.column_names]
-    size = taught.select_columns(columns).with_format("arrow")[:].nbytes
-    return taught, size / sum(split["rows"]), seconds
-
-
-def module_of(
-    run: config.Run, learner: Any, answering: Any, task: Any, classes: int | None
-) -> Distillation:
-    return Distillation(task, learner, answering, run.loss, run.optimizer, 1, classes)
+    columns = [name for name in cached.column_names if name not in split.column_names]
+    size = cached.select_columns(columns).with_format("arrow")[:].nbytes
+    return cached, size / sum(split["rows"]), seconds
 
 
 def gradient(module: Distillation, batch: Any) -> torch.Tensor:
     module.eval()
     module.zero_grad()
     module.parts(batch)["loss"].backward()
-    return torch.cat(
-        [
-            parameter.grad.flatten()
-            for parameter in module.student.parameters()
-            if parameter.grad is not None
-        ]
-    )
+    gradients = [parameter.grad for parameter in module.student.parameters()]
+    return torch.cat([each.flatten() for each in gradients if each is not None])
 
 
-def angle(
-    run: config.Run,
-    learner: Any,
-    tutor: Any,
-    task: Any,
-    split: Any,
-    tokenizer: Any,
-    batches: int,
-    classes: int | None,
-) -> str:
-    """Degrees, mean and largest of some batches."""
-    module = module_of(run, learner, tutor, task, classes)
-    heads = module_of(run, learner, tutor.get_output_embeddings(), task, classes)
-    found = []
-    for _, batch in zip(
-        range(batches),
-        data.make_loader(split, task, tokenizer.pad_token_id, run.data.batch_size, seed=1),
-        strict=False,
-    ):
-        whole, kept = gradient(module, batch._replace(teacher=None)), gradient(heads, batch)
-        found.append(
-            math.degrees(
-                math.acos(
-                    min(1, torch.cosine_similarity(whole.double(), kept.double(), dim=0).item())
-                )
-            )
-        )
-    return f"{sum(found) / len(found):.2f}° (at most {max(found):.2f}°)"
+def angle(models: Models, split: Any, batches: int) -> str:
+    """Degrees between both gradients: mean and maximum of some batches."""
+    online = models.module(models.teacher)
+    cached = models.module(models.teacher.get_output_embeddings())
+    angles = []
+    for _, batch in zip(range(batches), models.loader(split, seed=1), strict=False):
+        exact, approximate = gradient(online, batch._replace(teacher=None)), gradient(cached, batch)
+        cosine = torch.cosine_similarity(exact.double(), approximate.double(), dim=0).item()
+        angles.append(math.degrees(math.acos(min(1, cosine))))
+    return f"{sum(angles) / len(angles):.2f}° (at most {max(angles):.2f}°)"
 
 
-def train(
-    run: config.Run,
-    learner: Any,
-    tutor: Any,
-    task: Any,
-    split: Any,
-    tokenizer: Any,
-    steps: int,
-    classes: int | None,
-) -> None:
-    """Some plain steps on the whole divergence."""
-    module = module_of(run, learner, tutor, task, classes).train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=run.optimizer.lr)
-    batches = data.make_loader(split, task, tokenizer.pad_token_id, run.data.batch_size, seed=2)
+def train(models: Models, steps: int) -> None:
+    """Train the student for some steps on the full divergence."""
+    module = models.module(models.teacher).train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=models.run.optimizer.lr)
+    batches = models.loader(models.made.examples["train"], seed=2)
     done = 0
     while done < steps:
         for _, batch in zip(range(steps - done), batches, strict=False):

@@ -1,8 +1,11 @@
-"""What the student of a run is worth and costs in each runtime, as a Markdown table: bytes, agreement, quality, ratios to the teacher.
+"""Quality and cost of a run's student in each runtime as a Markdown table, with ratios to the
+teacher.
 
-    python scripts/runtime_table.py run=FOLDER[,FOLDER...] [runtimes=torch,onnx_int8,...] [key=value ...]
+    python scripts/runtime_table.py run=FOLDER[,FOLDER...] [runtimes=torch,onnx_int8,...]
+                                    [key=value ...]
 
-The other keys are those of `python -m distill.evaluate`. A run that has been measured in these runtimes, in this order, is not again.
+Other keys are those of `python -m distill.evaluate`. A run is measured again only if its
+runtimes.json holds other runtimes.
 """
 
 import json
@@ -11,44 +14,38 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distill.evaluate import RUNTIMES, table
+from distill.evaluate import RUNTIMES, RuntimesReport, runtimes_table
 
-FORMS = "torch,torch_bf16,torch_compile_bf16,torch_compile_int8"
-WANTED = f"{FORMS},onnx,onnx_int8,onnx_static,openvino,openvino_int8,executorch,executorch_int8"
+TORCH = "torch,torch_bf16,torch_compile_bf16,torch_compile_int8"
+ONNX = "onnx,onnx_int8,onnx_static"
+ALL = f"{TORCH},{ONNX},openvino,openvino_int8,executorch,executorch_int8"
 
 
 def main() -> None:
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    folders, wanted = given.pop("run").split(","), given.pop("runtimes", WANTED)
-    for folder in folders:
-        print(
-            f"\n{Path(folder).name}\n\n{markdown(measured(Path(folder), wanted, given))}",
-            flush=True,
-        )
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    folders, runtimes = options.pop("run").split(","), options.pop("runtimes", ALL)
+    for folder in map(Path, folders):
+        metrics = measure(folder, runtimes, options)
+        print(f"\n{folder.name}\n\n{markdown(metrics)}", flush=True)
 
 
-def measured(folder: Path, wanted: str, options: dict[str, str]) -> dict[str, Any]:
-    """runtimes.json of a run, made where it holds other runtimes or none."""
+def measure(folder: Path, runtimes: str, options: dict[str, str]) -> dict[str, Any]:
+    """runtimes.json of a run, written first unless it has these runtimes."""
     file = folder / RUNTIMES
-    known = json.loads(file.read_text()) if file.is_file() else {"runtimes": {}, "baseline": None}
-    if [name for name in known["runtimes"] if name != known["baseline"]] != wanted.split(","):
-        arguments = [
-            f"run={folder}",
-            f"runtimes=[{wanted}]",
-            *(f"{key}={value}" for key, value in options.items()),
-        ]
-        subprocess.run(
-            [sys.executable, "-m", "distill.evaluate", *arguments], check=True, stdout=sys.stderr
-        )
+    earlier = json.loads(file.read_text()) if file.is_file() else {"runtimes": {}, "baseline": None}
+    if [name for name in earlier["runtimes"] if name != earlier["baseline"]] != runtimes.split(","):
+        keys = [f"{key}={value}" for key, value in options.items()]
+        command = [sys.executable, "-m", "distill.evaluate", f"run={folder}"]
+        command += [f"runtimes=[{runtimes}]", *keys]
+        subprocess.run(command, check=True, stdout=sys.stderr)
     return json.loads(file.read_text())
 
 
 def markdown(metrics: dict[str, Any]) -> str:
-    titles = table.RUNTIME_COLUMNS
-    lines = [titles, ["---", *("---:" for _ in titles[1:])], *table.runtime_rows(metrics)]
-    return "\n".join(
-        [*(f"| {' | '.join(cells)} |" for cells in lines), "", table.runtime_conditions(metrics)]
-    )
+    report, titles = RuntimesReport.from_json(metrics), runtimes_table.COLUMNS
+    lines = [titles, ["---", *("---:" for _ in titles[1:])], *runtimes_table.rows(report)]
+    rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([*rows, "", runtimes_table.conditions(report)])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Pulls the plug at random moments, resumes, and compares with a run that was left alone.
+"""Kills runs at random moments, resumes them, and compares the results with a run that was not
+killed.
 
-python scripts/soak.py [kills=40] [devices=1] [seed=0] [folder=/tmp/soak] [key=value ...]
+    python scripts/soak.py [kills=40] [devices=1] [seed=0] [folder=/tmp/soak] [key=value ...]
 
-Every attempt is the command itself on the tiny recipe, in a folder and with a store of its own, killed by SIGKILL at a random moment of
-one stage after another, and resumed until it is finished. Prints a Markdown table: stage, kills tried, identical endings. What differed
-stays in the folder; the rest is removed.
+Every attempt is the command on the tiny recipe in its own folder and store. It is killed by SIGKILL
+at a random moment of one stage after another, and resumed until it finishes. Prints a Markdown
+table: stage, kills tried, identical results. Folders of runs whose results differ are kept, the
+others removed.
 """
 
 import os
@@ -20,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.integration.killed import contents  # noqa: E402
+from tests.integration.killed import contents
 
 STAGES = ("data", "teacher", "cache", "student", "evaluate", "export")
 SIZES = [
@@ -30,12 +32,12 @@ SIZES = [
     "evaluate.requests=1",
     "evaluate.batches=1",
 ]
-TOOK = re.compile(r"^(\w+) took ([\d.]+) s$")
+STAGE_TIME = re.compile(r"^(\w+) took ([\d.]+) s$")
 
 
-def command(folder, *arguments):
-    """The command, running in a process group of its own."""
-    own = {
+def start(folder, *arguments):
+    """Start the command in its own process group."""
+    variables = {
         "DISTILL_CACHE": str(folder / "cache"),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
@@ -44,7 +46,7 @@ def command(folder, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "distill.train", *arguments],
         cwd=folder,
-        env=os.environ | own,
+        env=os.environ | variables,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,23 +54,23 @@ def command(folder, *arguments):
     )
 
 
-def begun(folder, arguments):
+def start_run(folder, arguments):
     folder.mkdir(parents=True)
-    return command(folder, "recipe=tiny", "hydra.run.dir=run", *SIZES, *arguments)
+    return start(folder, "recipe=tiny", "hydra.run.dir=run", *SIZES, *arguments)
 
 
-def left_alone(folder, arguments):
-    """Seconds of each stage of a run that nobody kills."""
-    process = begun(folder, arguments)
-    said = [line.strip() for line in process.stderr]
+def stage_seconds(folder, arguments):
+    """Seconds of each stage of a run that is not killed."""
+    process = start_run(folder, arguments)
+    lines = [line.strip() for line in process.stderr]
     if process.wait():
-        sys.exit("\n".join(said[-20:]))
-    return {match[1]: float(match[2]) for match in map(TOOK.match, said) if match}
+        sys.exit("\n".join(lines[-20:]))
+    return {match[1]: float(match[2]) for match in map(STAGE_TIME.match, lines) if match}
 
 
-def killed(folder, arguments, stage, seconds):
-    """Whether a run was killed so many seconds into a stage; its end may have been faster."""
-    process = begun(folder, arguments)
+def kill_in_stage(folder, arguments, stage, seconds):
+    """Kill a run some seconds into a stage; False if it had finished by then."""
+    process = start_run(folder, arguments)
     for line in process.stderr:
         if line.startswith(f"── {stage} "):
             time.sleep(seconds)
@@ -79,51 +81,52 @@ def killed(folder, arguments, stage, seconds):
     return process.wait() == -signal.SIGKILL
 
 
-def resumed(folder):
-    """What the command says that goes on; it may have been killed before there was anything to go on with."""
-    there = (folder / "run" / "recipe.yaml").exists()
-    process = command(folder, "resume=run") if there else None
-    said = process.communicate()[1] if process is not None else "nothing was there to resume"
-    return None if process is None or process.returncode == 0 else said
+def resume(folder):
+    """Resume a run; returns the error output if that fails, else None."""
+    if not (folder / "run" / "recipe.yaml").exists():
+        return "the run was killed before it wrote its recipe"
+    process = start(folder, "resume=run")
+    output = process.communicate()[1]
+    return output if process.returncode else None
+
+
+def differences(expected, folder):
+    """Names of the files that are missing, additional, or have other contents."""
+    actual = contents(folder)
+    names = expected.keys() | actual.keys()
+    return sorted(name for name in names if expected.get(name) != actual.get(name))
 
 
 def main():
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    kills, folder = int(given.pop("kills", 40)), Path(given.pop("folder", "/tmp/soak"))
-    rng, arguments = (
-        random.Random(int(given.pop("seed", 0))),
-        [f"trainer.devices={given.pop('devices', 1)}"],
-    )
-    arguments += [f"{key}={value}" for key, value in given.items()]
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    kills, folder = int(options.pop("kills", 40)), Path(options.pop("folder", "/tmp/soak"))
+    rng, devices = random.Random(int(options.pop("seed", 0))), options.pop("devices", 1)
+    arguments = [f"trainer.devices={devices}"]
+    arguments += [f"{key}={value}" for key, value in options.items()]
     shutil.rmtree(folder, ignore_errors=True)
-    seconds = left_alone(folder / "whole", arguments)
-    expected = contents(folder / "whole")
-    table = {stage: [0, 0] for stage in STAGES}
+    seconds = stage_seconds(folder / "uninterrupted", arguments)
+    expected = contents(folder / "uninterrupted")
+    counts = {stage: [0, 0] for stage in STAGES}
     for number in range(kills):
         stage = STAGES[number % len(STAGES)]
-        place = folder / f"{number} {stage}"
-        if not killed(place, arguments, stage, rng.uniform(0, seconds[stage])):
-            shutil.rmtree(place)
+        attempt = folder / f"{number} {stage}"
+        if not kill_in_stage(attempt, arguments, stage, rng.uniform(0, seconds[stage])):
+            shutil.rmtree(attempt)
             continue
-        failure, ended = resumed(place), contents(place)
-        different = sorted(
-            name for name in expected.keys() | ended.keys() if expected.get(name) != ended.get(name)
-        )
-        table[stage][0] += 1
-        table[stage][1] += failure is None and not different
-        print(
-            f"{number + 1} of {kills}: {stage}: {failure or different or 'identical'}",
-            file=sys.stderr,
-            flush=True,
-        )
-        if failure is None and not different:
-            shutil.rmtree(place)
-    print(f"| stage ({arguments[0]}) | kills tried | identical endings |\n|---|---|---|")
-    for stage, (tried, same) in [
-        *table.items(),
-        ("all", [sum(column) for column in zip(*table.values(), strict=True)]),
-    ]:
-        print(f"| {stage} | {tried} | {same} |")
+        problem = resume(attempt) or differences(expected, attempt)
+        counts[stage][0] += 1
+        counts[stage][1] += not problem
+        print(f"{number + 1} of {kills}: {stage}: {problem or 'identical'}", file=sys.stderr)
+        if not problem:
+            shutil.rmtree(attempt)
+    show(counts, devices)
+
+
+def show(counts, devices):
+    print(f"| stage ({devices} processes) | kills tried | identical results |\n|---|---|---|")
+    total = [sum(column) for column in zip(*counts.values(), strict=True)]
+    for stage, (tried, identical) in [*counts.items(), ("all", total)]:
+        print(f"| {stage} | {tried} | {identical} |")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _module_store(tmp_path_factory):
-    """Nothing is read from, or left in, the user's cache; the tests of a module share what they computed."""
+    """Use a temporary store instead of the user's; the tests of a module share it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILL_CACHE", str(tmp_path_factory.mktemp("store")))
         yield

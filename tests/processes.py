@@ -1,4 +1,4 @@
-"""A function of the tests on several ranks at once, each a process of its own that joins the others as a run's ranks do.
+"""Runs a function of the tests on several ranks, each in its own process.
 
 python -m tests.processes MODULE:FUNCTION FOLDER    (one rank; its environment says which)
 """
@@ -11,23 +11,27 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from distill.processes import launch, ranks
+from distill.processes import exits, group, ranks
 from distill.recipe import config
 
 ROOT = Path(__file__).parents[1]
 
 
 def on_ranks(function, folder, world, timeout=300):
-    """What FUNCTION(FOLDER) returns on each rank: tensors, numbers, strings, and lists and dicts of them."""
+    """What `function(folder)` returns on each of `world` ranks.
+
+    It may return tensors, numbers, strings, and lists and dictionaries of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    where = {
+    shared = {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(launch._free_port()),
+        "MASTER_PORT": str(get_free_port()),
     }
-    where["PYTHONPATH"] = f"{ROOT}:{Path(inspect.getfile(function)).parent}"
+    shared["PYTHONPATH"] = f"{ROOT}:{Path(inspect.getfile(function)).parent}"
     command = [
         sys.executable,
         "-m",
@@ -36,19 +40,19 @@ def on_ranks(function, folder, world, timeout=300):
         str(folder),
     ]
     environments = [
-        os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)
+        os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)
     ]
     started = [
         subprocess.Popen(command, cwd=ROOT, env=each, stderr=subprocess.PIPE, text=True)
         for each in environments
     ]
     try:
-        said = [process.communicate(timeout=timeout)[1] for process in started]
+        errors = [process.communicate(timeout=timeout)[1] for process in started]
     finally:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0] * world, "\n".join(
-        text[-3000:] for text in said
+        text[-3000:] for text in errors
     )
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
@@ -56,11 +60,11 @@ def on_ranks(function, folder, world, timeout=300):
 def main():
     (module, _, name), folder = sys.argv[1].partition(":"), Path(sys.argv[2])
     torch.set_num_threads(1)
-    ranks.join_process_group(config.Trainer(accelerator="cpu"))
-    answer = getattr(importlib.import_module(module), name)(folder)
-    torch.save(answer, folder / f"rank{ranks.rank()}.pt")
-    ranks.leave_process_group()
+    group.join_process_group(config.Trainer(accelerator="cpu"))
+    result = getattr(importlib.import_module(module), name)(folder)
+    torch.save(result, folder / f"rank{ranks.rank()}.pt")
+    group.leave_process_group()
 
 
 if __name__ == "__main__":
-    launch.run_and_exit(main)
+    exits.run_and_exit(main)

@@ -1,4 +1,4 @@
-"""One small setting of each compression callback: a row here is put through the resume, two-process and export tests."""
+"""A small setting of each technique; each row goes through resume, two-process and export tests."""
 
 from typing import Any
 

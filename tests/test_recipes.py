@@ -5,6 +5,7 @@ import yaml
 
 from distill import data, models
 from distill.errors import UserError
+from distill.prepare import prepare_run
 from distill.recipe import compose, targets
 
 RECIPES = sorted(compose.SHIPPED.glob("*.yaml"))
@@ -38,10 +39,8 @@ def test_a_recipe_is_one_screen_in_the_order_of_the_data(file):
 @pytest.mark.parametrize("name", OFFLINE)
 def test_an_offline_recipe_has_its_data_and_models_here(name):
     run = compose.load_recipe(name)
-    task = targets.instantiate(run.task)
-    raw = data.load(run.data, task, run.seed)
-    tokenizer = models.build_tokenizer(run, task, raw["train"])
-    models.load(run.teacher.model, run.teacher.config, task, "teacher", tokenizer)
+    made = prepare_run(run)
+    models.load(run.teacher.model, run.teacher.config, made.task, "teacher", made.tokenizer)
 
 
 def test_a_recipe_of_the_hub_says_what_could_not_be_reached():

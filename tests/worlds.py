@@ -1,4 +1,4 @@
-"""A small world for tests: a recipe on generated data, prepared up to encoded examples and random models."""
+"""What many tests share: a small recipe on generated data, its examples and random models."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
 
-from distill import data, models
-from distill.recipe import compose, config, targets
+from distill import data, models, student, training
+from distill.prepare import Prepared, prepare_run
+from distill.recipe import compose, config
 from distill.tasks.base import Task
 
 TINY = {
@@ -61,16 +62,16 @@ LANGUAGE = {
 
 
 def tiny(**changes: Any) -> config.Run:
-    """The recipe above with changes laid over it; a section that is null is left out, and another teacher replaces this one."""
+    """The recipe above with changes; None leaves a section out, a `model_type` replaces one."""
     replaced = {
         key
         for key, value in changes.items()
         if value is None
         or (isinstance(value, dict) and "model_type" in (value.get("config") or {}))
     }
-    kept = {key: value for key, value in TINY.items() if key not in replaced}
+    defaults = {key: value for key, value in TINY.items() if key not in replaced}
     changes = {key: value for key, value in changes.items() if value is not None}
-    return compose.validate(OmegaConf.merge(OmegaConf.structured(config.Run), kept, changes))
+    return compose.validate(OmegaConf.merge(OmegaConf.structured(config.Run), defaults, changes))
 
 
 @dataclass
@@ -82,11 +83,15 @@ class World:
     examples: DatasetDict
 
     @property
+    def prepared(self) -> Prepared:
+        return Prepared(self.task, self.tokenizer, self.raw, self.examples)
+
+    @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
     def model(self, what: str = "teacher", seed: int = 0, **changes: Any) -> Any:
-        """A random model of the teacher's config; spread out, so that its answers differ from text to text."""
+        """A random model of the teacher's config, with logits that depend on the text."""
         assert self.run.teacher is not None
         torch.manual_seed(seed)
         made = models.load(
@@ -98,17 +103,14 @@ class World:
         return made
 
     def loader(self, split: str = "train", **options: Any) -> Any:
-        return data.make_loader(
-            self.examples[split], self.task, self.pad_id, **({"batch_size": 16} | options)
-        )
+        batching = data.Batching(**({"batch_size": 16} | options))
+        return data.make_loader(self.examples[split], self.task, self.pad_id, batching)
 
 
 def world(**changes: Any) -> World:
     run = tiny(**changes)
-    task = targets.instantiate(run.task)
-    raw = data.load(run.data, task, run.seed)
-    tokenizer = models.build_tokenizer(run, task, raw["train"])
-    return World(run, task, raw, tokenizer, data.encode(raw, task, tokenizer, run.data))
+    made = prepare_run(run)
+    return World(run, made.task, made.raw, made.tokenizer, made.examples)
 
 
 STILL = {  # no dropout: a resumed run draws other random numbers
@@ -116,6 +118,15 @@ STILL = {  # no dropout: a resumed run draws other random numbers
     "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
+
+
+def callbacks_of(run: config.Run, made: Any) -> list[Any]:
+    """The callbacks of a recipe, as `train` builds them for data that are prepared."""
+    built = training.build_callbacks(run.callbacks, run.trainer, run.export)
+    steps = student.count_steps(made, run.loss, run.trainer, run.data.batch_size)
+    return training.bind_callbacks(
+        built, made.tokenizer, made.raw["train"], list(run.data.text), steps
+    )
 
 
 def few(**changes: Any) -> World:
@@ -126,7 +137,7 @@ def few(**changes: Any) -> World:
 
 
 class Rows(Logger):
-    """What a Trainer has its loggers write, row by row."""
+    """A logger that keeps what a Trainer logs, row by row."""
 
     name = version = None
 
@@ -141,7 +152,7 @@ class Rows(Logger):
 
 
 def trainer(steps: int, *callbacks: Any, **options: Any) -> L.Trainer:
-    """Lightning's Trainer with these callbacks alone, silent; it stores checkpoints where one of them is a ModelCheckpoint."""
+    """A silent Trainer with these callbacks alone; it saves checkpoints with a ModelCheckpoint."""
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,

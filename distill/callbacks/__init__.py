@@ -1,17 +1,21 @@
-"""When a technique is applied to the student: thin classes over the functions of `compress/`.
+"""Compression techniques: Lightning callbacks that apply the functions of `distill/compress`.
 
-| file | what it owns |
+README.md in this folder describes each of them for users.
+
+| file | contents |
 |---|---|
-| `base.py` | what all techniques share: the schedule, what a checkpoint holds, what they may act on |
-| `prune_structure.py` | neurons and attention heads |
-| `prune_layers.py` | whole blocks |
-| `factorize.py` | linear layers as products of two |
-| `prune_weights.py` | single weights |
-| `quantize.py` | weights, embeddings and activations of few bits |
-| `vocabulary.py` | tokens that no training text holds |
+| `compression.py` | the base class of all techniques: schedule, checks, state |
+| `structure_base.py` | the base class of the removal of neurons, heads and layers |
+| `prune_structure.py` | `PruneNeurons`, `PruneHeads` |
+| `prune_layers.py` | `PruneLayers`: transformer blocks |
+| `factorize.py` | `Factorize`: low-rank factors of linear layers |
+| `prune_weights.py` | `PruneWeights`: individual weights |
+| `quantize.py` | `Quantize`: weights, embeddings and activations with few bits |
+| `trim_vocabulary.py` | `TrimVocabulary`: tokens that no training text uses |
+| `save_dense.py` | `SaveDense`: the student before compression, for comparison |
 """
 
-from distill.callbacks.base import Compression
+from distill.callbacks.compression import Compression
 from distill.callbacks.factorize import Factorize
 from distill.callbacks.prune_layers import PruneLayers
 from distill.callbacks.prune_structure import PruneHeads, PruneNeurons

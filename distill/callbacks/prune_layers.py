@@ -1,4 +1,4 @@
-"""Whole layers: physically removed at one step."""
+"""Removal of transformer blocks at one step."""
 
 import logging
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.callbacks.prune_structure import Structure
+from distill.callbacks.structure_base import PruneStructure
 from distill.compress import importance, structure
 from distill.compress.observe import Observer
 from distill.models.architectures import architecture, blocks
@@ -15,118 +15,133 @@ from distill.module import Distillation
 from distill.processes import ranks
 from distill.terms import AttentionRelations, HiddenStates
 
+__all__ = ["PruneLayers"]
+
 log = logging.getLogger("distill")
 
 
-class PruneLayers(Structure):
-    """Remove whole blocks, at `start` and at once: those of these numbers, or the share that turns its input least.
+class PruneLayers(PruneStructure):
+    """Removes transformer blocks at `start`.
 
-    `layers` are counted from 0 in the student as it starts. With `amount`, block influence up to `start` decides (Men et al. 2024).
+    Args:
+        layers: positions of the blocks to remove, from 0, in the student before training.
+        amount: in place of `layers`, the share of blocks to remove, in [0, 1): those that changed
+            the hidden states least before `start` (Men et al. 2024).
+        start: when they are removed: a share of the training, or ``"500 steps"``.
+
+    Raises:
+        UserError: if an argument is out of range, or not exactly one of the first two is set.
+
+    Example::
+
+        callbacks:
+          layers: {_target_: distill.callbacks.PruneLayers, amount: 0.5}
     """
 
     def __init__(
-        self, layers: list[int] | None = None, amount: float | None = None, start: float = 0.1
+        self,
+        layers: list[int] | None = None,
+        amount: float | None = None,
+        start: float | str = 0.1,
     ) -> None:
         super().__init__(start, start, "one_shot", 1)
         if (layers is None) == (amount is None):
             raise self.error(
-                f"layers is {layers} and amount is {amount}, but exactly one of them says what goes: give one"
+                f"layers is {layers} and amount is {amount}, but exactly one of them must be "
+                "given: leave one out"
             )
         if layers is not None and not isinstance(layers, list):
             raise self.error(
-                f"layers is {layers}, but it must be a list of layers, counted from 0: [0, 2] removes two"
+                f"layers is {layers}, but it must be a list of layers, counted from 0: "
+                "[0, 2] removes two"
             )
         if amount is not None:
             self.check_amount(amount)
         self.layers, self.amount = layers, amount
         self._blocks: list[nn.Module] = []
-        self._influence: Tensor | None = None  # of each block, gathered
+        self._influence: Tensor | None = None  # influence of each block, summed over tokens
         self._observer: Observer | None = None
 
     def prepare(self, module: Distillation) -> None:
-        if self.reached == 1:
+        if self.progress == 1:
             return
-        self.start_over(module, measured=self.amount is not None)
+        self.check_start(module, measured=self.amount is not None)
         student = module.student
         self._blocks = list(blocks(student))
-        self._check(student)
+        self._check_layers(student)
         self._check_terms(module)
         if self.amount is not None:
             self._observer = importance.BlockInfluence(student)
-            gathered = (
-                torch.zeros(len(self._blocks)) if self._influence is None else self._influence
-            )
-            self._influence = gathered.to(student.device)
+            if self._influence is None:
+                self._influence = torch.zeros(len(self._blocks))
+            self._influence = self._influence.to(student.device)
 
-    def _check(self, student: PreTrainedModel) -> None:
-        count = len(self._blocks)
-        for key, value in architecture(student.config.model_type).requires.items():
-            if getattr(student.config, key) != value:
+    def _check_layers(self, student: PreTrainedModel) -> None:
+        config, count = student.config, len(self._blocks)
+        for key, value in architecture(config.model_type).requires.items():
+            if getattr(config, key) != value:
                 raise self.error(
-                    f"the student's {key} is {getattr(student.config, key)}, but without {value} its layers cannot move up"
+                    f"the student's {key} is {getattr(config, key)}, but its layers can change "
+                    f"their positions only if it is {value}: use another technique"
                 )
         for layer in self.layers or ():
             if not (isinstance(layer, int) and 0 <= layer < count):
                 raise self.error(
-                    f"layers has {layer}, but the student has {count} layers: name layers from 0 to {count - 1}"
+                    f"layers has {layer}, but the student has {count} layers: "
+                    f"name layers from 0 to {count - 1}"
                 )
-        going = round((self.amount or 0) * count) if self.layers is None else len(set(self.layers))
-        if going >= count:
-            asked = (
-                f"amount is {self.amount:g}" if self.layers is None else f"layers is {self.layers}"
-            )
+        amount = self.amount or 0
+        removed = round(amount * count) if self.layers is None else len(set(self.layers))
+        if removed >= count:
+            key = f"amount is {amount:g}" if self.layers is None else f"layers is {self.layers}"
             raise self.error(
-                f"{asked}, but that removes all {count} layers of the student: at least one must stay"
+                f"{key}, but that removes all {count} layers of the student: keep at least one"
             )
 
     def _check_terms(self, module: Distillation) -> None:
         first = min(self.layers or [0]) if self.amount is None else 0
         for name, term in module.named_terms():
-            named: list[int] = []
+            layers: list[int] = []
             if isinstance(term, HiddenStates):
-                named = list(term.layers)
+                layers = list(term.layers)
             elif isinstance(term, AttentionRelations):
-                named = [term.student_layer]
-            for layer in named:
+                layers = [term.student_layer]
+            for layer in layers:
                 if layer >= first:
                     raise self.error(
-                        f"loss.terms.{name} names layer {layer} of the student, but layers from {first} on go or move up: "
-                        "name one before them, or cut the student by student.layers"
+                        f"loss.terms.{name} names layer {layer} of the student, but layers from "
+                        f"{first} on are removed or change their positions: name one before them, "
+                        "or select layers by student.layers instead"
                     )
 
     def after_step(self, module: Distillation) -> None:
         if self._observer is not None and self._influence is not None:
             values = ranks.all_reduce_sum_by_name(self._observer.values)
-            self._influence += torch.stack(
-                [values[str(place)] for place in range(len(self._blocks))]
-            )
+            positions = range(len(self._blocks))
+            self._influence += torch.stack([values[str(position)] for position in positions])
             self._observer.values.clear()
 
     def change(self, module: Distillation, amount: float) -> None:
-        kept = [place for place in range(len(self._blocks)) if place not in self._going()]
-        if len(kept) < len(self._blocks):
-            structure.keep_blocks(module.student, kept)
-            self.rewire(module)
-        log.info(
-            "%s: the layers that stay are %s of %d", type(self).__name__, kept, len(self._blocks)
-        )
+        removed = self._layers_to_remove()
+        remaining = [position for position in range(len(self._blocks)) if position not in removed]
+        if len(remaining) < len(self._blocks):
+            structure.keep_blocks(module.student, remaining)
+            self.refresh(module)
+        log.info("PruneLayers: kept layers %s of %d", remaining, len(self._blocks))
         if self._observer is not None:
             self._observer.remove()
             self._observer = None
 
-    def _going(self) -> list[int]:
+    def _layers_to_remove(self) -> list[int]:
         if self.layers is not None:
             return self.layers
         assert self._influence is not None and self.amount is not None
-        return self._influence.argsort(stable=True)[
-            : round(self.amount * len(self._blocks))
-        ].tolist()
+        count = round(self.amount * len(self._blocks))
+        return self._influence.argsort(stable=True)[:count].tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        pending = (
-            {} if self._influence is None or self.reached == 1 else {"influence": self._influence}
-        )
-        return super().state_dict() | pending
+        unfinished = self._influence is not None and self.progress < 1
+        return super().state_dict() | ({"influence": self._influence} if unfinished else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

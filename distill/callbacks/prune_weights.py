@@ -1,4 +1,7 @@
-"""Pruning by weight: single weights of linear layers become zero and stay so, while the others go on learning."""
+"""Pruning of individual weights: they are set to zero and stay zero while the others are trained.
+
+Shapes: O = output features, I = input features, N = tokens, D = features.
+"""
 
 from typing import Any
 
@@ -8,38 +11,51 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill.callbacks.base import (
-    STAGES,
-    Compression,
-    compression_config,
-    expand_low_rank,
-    select_modules,
-)
-from distill.callbacks.factorize import Factorize
-from distill.callbacks.prune_structure import PruneNeurons
-from distill.compress import masks, scores, structure
+from distill.callbacks.compression import STAGES, Compression
+from distill.compress import masks, scores
+from distill.compress.layer_patterns import expand_low_rank, select_modules
 from distill.compress.observe import Observer
-from distill.models import blocks
+from distill.compress.quantizable import shares_embedding_weight
 from distill.module import Distillation
 from distill.processes import ranks
-from distill.remote_code.modeling import LINEAR, LowRank, in_out_features
+from distill.remote_code.modeling import LINEAR, CompressionConfig, LowRank, in_out_features
+
+__all__ = ["PruneWeights"]
 
 SCORES = ("magnitude", "movement", "wanda")
 
 
 class PruneWeights(Compression):
-    """Removes a share (`sparsity`) of the weights, or all but N of every M neighbours along the input (`pattern`: "2:4").
+    """Sets a share of the weights of linear layers to zero, by masks that follow a schedule.
 
-    `score` says which go first: the smallest ("magnitude"), those that matter least for the inputs they meet ("wanda"), or those
-    that training moved towards zero ("movement"). `scope` says what they are compared with: the weights of their "layer", of their
-    output "row", or of all layers ("global"); null is the row for Wanda, else the layer. Towards a
-    pattern it says the same of the weights that N:M can do without, null being the layer.
+    The mask at `end` is final. With ``magnitude`` and ``wanda``, pruned weights stay pruned. With
+    ``movement``, the value of a pruned weight is stored and its score is still updated (Sanh et al.
+    2020): the value is restored if a later mask keeps the weight.
 
-    The mask is made anew each time that the schedule goes on, with exactly its share of the target; the last is final. By magnitude
-    and by Wanda, what is removed stays removed. By movement, the value of a removed weight is put aside and its score goes on as if
-    it were in place (Sanh et al. 2020); it comes back with that value when a later mask keeps it.
+    Args:
+        sparsity: share of the weights to remove, in [0, 1).
+        pattern: in place of `sparsity`, N:M as text: ``"2:4"`` keeps 2 of every 4 neighboring
+            inputs. The other weights are removed gradually, until `end`.
+        score: which weights are removed first: ``magnitude`` (the smallest), ``wanda`` (the
+            smallest product with the norm of their inputs since the last mask) or ``movement``
+            (those that training moves towards zero, since its first step).
+        scope: the weights among which scores are compared: those of a ``layer``, of an output
+            ``row``, or of all layers (``global``). Default: the row for Wanda without a pattern,
+            else the layer.
+        layers: patterns of the names of linear layers, such as ``*.ffn.lin1``. Default: all linear
+            layers of the transformer blocks.
+        start: when pruning begins: a share of the training, or ``"500 steps"``.
+        end: when the target is reached, likewise.
+        shape: shape of the schedule: ``cubic``, ``linear`` or ``one_shot``.
+        every: optimizer steps between two masks.
 
-    Wanda looks at the inputs since the last mask, those of the student as it is; movement adds up its scores from the first step on.
+    Raises:
+        UserError: if an argument is out of range, or not exactly one of the first two is set.
+
+    Example::
+
+        callbacks:
+          prune: {_target_: distill.callbacks.PruneWeights, sparsity: 0.8, score: movement}
     """
 
     stage = "sparsity"
@@ -51,8 +67,8 @@ class PruneWeights(Compression):
         score: str = "magnitude",
         scope: str | None = None,
         layers: list[str] | None = None,
-        start: float = 0.1,
-        end: float = 0.6,
+        start: float | str = 0.1,
+        end: float | str = 0.6,
         shape: str = "cubic",
         every: int = 10,
     ) -> None:
@@ -60,224 +76,199 @@ class PruneWeights(Compression):
         scope = scope or ("row" if score == "wanda" and pattern is None else "layer")
         for key, value, known in (("score", score, SCORES), ("scope", scope, tuple(masks.SCOPES))):
             if value not in known:
-                raise self.error(
-                    f"{key} is {value}, but it must be one of {', '.join(known)}: choose one of them"
-                )
+                choices = ", ".join(known)
+                raise self.error(f"{key} is {value}, but it must be one of {choices}: choose one")
         if isinstance(layers, str):
             raise self.error(f"layers is {layers}, but it must be a list of patterns: [{layers}]")
-        self.group = self._group(sparsity, pattern)  # (N, M)
-        self.sparsity = (
-            float(sparsity or 0) if self.group is None else 1 - self.group[0] / self.group[1]
-        )
+        self.pattern = self._parse_target(sparsity, pattern)
+        self.sparsity = float(sparsity or 0)
+        if self.pattern is not None:
+            self.sparsity = 1 - self.pattern[0] / self.pattern[1]
         self.score, self.scope, self.layers = score, scope, layers
-        self.masks: dict[
-            str, Tensor
-        ] = {}  # name of the weight -> True where it is kept, in its own layout
-        self.statistics: dict[
-            str, Tensor
-        ] = {}  # name of the weight -> square sums of its inputs (I,), or its scores of movement
-        self.aside: dict[
-            str, Tensor
-        ] = {}  # name of the weight -> by movement, the values removed until the last mask, 0 where kept
+        # By name of the weight: `masks` in the weight's layout; `statistics`, the sums of squared
+        # inputs (I,) or the movement scores; `removed_values`, with movement, the values that the
+        # last mask set to 0, and 0 elsewhere.
+        self.masks: dict[str, Tensor] = {}
+        self.statistics: dict[str, Tensor] = {}
+        self.removed_values: dict[str, Tensor] = {}
         self._observer: Observer | None = None
 
-    def _group(self, sparsity: float | None, pattern: str | None) -> tuple[int, int] | None:
+    def _parse_target(self, sparsity: float | None, pattern: str | None) -> tuple[int, int] | None:
+        """(N, M) of a pattern; None for a sparsity."""
         if (sparsity is None) == (pattern is None):
-            rule = "exactly one of the two must be given: sparsity=0.5, or pattern='2:4'"
-            raise self.error(f"sparsity is {sparsity} and pattern is {pattern}, but {rule}")
+            raise self.error(
+                f"sparsity is {sparsity} and pattern is {pattern}, but exactly one of them must be "
+                "given: sparsity=0.5, or pattern='2:4'"
+            )
         if sparsity is not None and not (isinstance(sparsity, int | float) and 0 <= sparsity < 1):
             raise self.error(
-                f"sparsity is {sparsity}, but it must lie in [0, 1): 0.5 removes half of the weights"
+                f"sparsity is {sparsity}, but it must lie in [0, 1): 0.5 removes half the weights"
             )
         with self.prefix_errors():
             return None if pattern is None else masks.parse_pattern(pattern)
 
     def prepare(self, module: Distillation) -> None:
-        """Refuse, before the first step, what cannot be: layers that are not there, widths that do not fit, nothing to judge by."""
         layers = self._layers(module.student)
-        if self.group is not None:
+        if self.pattern is not None:
             with self.prefix_errors():
                 for name, layer in layers.items():
-                    masks.check_width(name, in_out_features(layer)[0], *self.group)
-        self._check_others(module)
-        total, settled = module.trainer.max_steps, self._settled(module.trainer)
-        if self.score != "magnitude" and self.schedule.at(settled, total) > 0:
+                    masks.check_width(name, in_out_features(layer)[0], *self.pattern)
+        for other in self.other_techniques(module.trainer):
+            self._check_other(other, module.student)
+        total, stable = module.trainer.max_steps, self._first_stable_step(module.trainer)
+        if self.score != "magnitude" and self.schedule.at(stable, total) > 0:
             raise self.error(
-                f"the first mask is due at step {self.schedule.first(total)}, but {self.score} judges by the steps since "
-                f"step {settled}, when the layers have their form: start at least a step later, or choose magnitude"
+                f"the first mask is due at step {self.schedule.first(total)}, but {self.score} "
+                f"needs training steps after step {stable}, when no technique changes the layers "
+                "any more: start at least a step later, or choose magnitude"
             )
 
-    def _check_others(self, module: Distillation) -> None:
-        """A weight has one mask, and the pattern must divide the widths that other techniques will leave."""
-        student = module.student
-        for other in self.other_techniques(module.trainer):
-            if isinstance(other, PruneWeights):
-                twice = sorted(other._layers(student).keys() & self._layers(student))
-                if twice:
-                    rule = "but another PruneWeights has it too, and a weight has one mask"
-                    raise self.error(f"layers has {twice[0]}, {rule}: name layers for each")
-            width = _width_to_come(other, student)
-            if self.group is not None and width is not None and width % self.group[1]:
-                rule = f"but {type(other).__name__} leaves layers with {width if width > 0 else 'unequal numbers of'} inputs"
-                raise self.error(
-                    f"pattern is {self.group[0]}:{self.group[1]}, {rule}: choose a width that {self.group[1]} divides"
-                )
+    def _check_other(self, other: Compression, student: PreTrainedModel) -> None:
+        """Check that layers have one mask, and that the pattern fits widths that will change."""
+        duplicates: list[str] = []
+        if isinstance(other, PruneWeights):
+            duplicates = sorted(other._layers(student).keys() & self._layers(student))
+        if duplicates:
+            raise self.error(
+                f"layers has {duplicates[0]}, but another PruneWeights has it too, and a weight "
+                "has one mask: name layers for each"
+            )
+        width = other.final_width(student)
+        if self.pattern is not None and width is not None and width % self.pattern[1]:
+            inputs = width if width > 0 else "unequal numbers of"
+            raise self.error(
+                f"pattern is {self.pattern[0]}:{self.pattern[1]}, but {type(other).__name__} "
+                f"leaves layers with {inputs} inputs: choose a width that {self.pattern[1]} divides"
+            )
 
-    def _settled(self, trainer: L.Trainer) -> int:
-        """The step from which on no technique of an earlier stage changes the layers."""
+    def _first_stable_step(self, trainer: L.Trainer) -> int:
+        """The first step after which no technique of an earlier stage changes the layers."""
         earlier = STAGES[: STAGES.index(self.stage)]
-        return max(
-            [
-                0,
-                *(
-                    other.schedule.last(trainer.max_steps)
-                    for other in self.other_techniques(trainer)
-                    if other.stage in earlier
-                ),
-            ]
-        )
+        others = [other for other in self.other_techniques(trainer) if other.stage in earlier]
+        return max([0, *(other.schedule.last(trainer.max_steps) for other in others)])
 
     def _layers(self, student: PreTrainedModel) -> dict[str, nn.Module]:
-        """The linear layers to act on, as the student is now: a factorized layer stands for its two factors."""
+        """The layers to prune in the current student; of a low-rank layer, its two factors."""
         with self.prefix_errors():
             layers = expand_low_rank(select_modules(student, self.layers, (*LINEAR, LowRank)))
-        embedding = student.get_input_embeddings().weight
         for name, layer in layers.items():
-            if layer.weight is embedding:
+            if shares_embedding_weight(student, layer):
                 raise self.error(
-                    f"layers has {name}, but its weight is that of the embeddings, which are looked up: leave it out"
+                    f"layers has {name}, but it shares its weight with the embeddings, which "
+                    "cannot be pruned: leave it out"
                 )
         return layers
 
-    # ---- what the scores need: gathered in each step, whole on every rank when the step is over
+    # Statistics are reduced over the ranks in each step: only rank zero writes the checkpoint.
 
     @property
-    def _gathering(self) -> bool:
-        return self.reached < 1 and self.score != "magnitude"
+    def _gathers(self) -> bool:
+        return self.progress < 1 and self.score != "magnitude"
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        """Wanda looks anew at each optimizer step, since other techniques may replace layers between them."""
-        if self._gathering and self.score == "wanda" and self._observer is None:
+        """For Wanda, observe inputs; with new hooks in each step, since layers may be replaced."""
+        if self._gathers and self.score == "wanda" and self._observer is None:
             assert isinstance(module, Distillation)
-            self._observer = Observer(
-                module.student,
-                self._layers(module.student),
-                lambda input_ND: input_ND.square().sum(0),
-            )
+            layers = self._layers(module.student)
+            self._observer = Observer(module.student, layers, _square_sums)
 
-    def _look(self, module: Distillation) -> None:
+    def _add_inputs(self) -> None:
         if self._observer is not None:
             self._observer.remove()
-            for name, sums_I in ranks.all_reduce_sum_by_name(self._observer.values).items():
-                self.statistics[f"{name}.weight"] = self._so_far(f"{name}.weight", sums_I) + sums_I
+            for layer, sums_I in ranks.all_reduce_sum_by_name(self._observer.values).items():
+                name = f"{layer}.weight"
+                self.statistics[name] = self._statistic(name, sums_I) + sums_I
             self._observer = None
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Movement counts all gradients; then those of removed weights go, for they shall not count when gradients are clipped."""
+        """Update movement scores, then zero the gradients of pruned weights before clipping."""
         assert isinstance(module, Distillation)
-        if self._gathering and self.score == "movement":
-            self._move(module.student)
-        for name, mask in self._on_device(module.student):
+        if self._gathers and self.score == "movement":
+            self._add_movement(module.student)
+        for name, mask in self._masks_on_device(module.student):
             gradient = module.student.get_parameter(name).grad
             if gradient is not None:
                 gradient.masked_fill_(~mask, 0)
 
     @torch.no_grad()
-    def _move(self, student: PreTrainedModel) -> None:
-        for name, layer in self._layers(student).items():
-            name, weight = f"{name}.weight", layer.weight
+    def _add_movement(self, student: PreTrainedModel) -> None:
+        for layer_name, layer in self._layers(student).items():
+            name, weight = f"{layer_name}.weight", layer.weight
             assert isinstance(weight, nn.Parameter)
-            if weight.grad is not None:
-                gradient = weight.grad.nan_to_num(
-                    0, 0, 0
-                )  # float16 overflows now and then; the loss scaler then leaves out the step
-                whole = (
-                    weight + self.aside[name].to(weight.device) if name in self.aside else weight
-                )
-                self.statistics[name] = scores.movement(self._so_far(name, weight), whole, gradient)
+            if weight.grad is None:
+                continue
+            gradient = weight.grad.nan_to_num(0, 0, 0)  # fp16 overflow: the step will be skipped
+            value: Tensor = weight
+            if name in self.removed_values:
+                value = weight + self.removed_values[name].to(weight.device)
+            score = self._statistic(name, weight)
+            self.statistics[name] = scores.movement(score, value, gradient)
 
-    def _so_far(self, name: str, like: Tensor) -> Tensor:
-        """What was gathered of a weight; zeros at first, where no batch came through it, and where its layer has a new form."""
-        before = self.statistics.get(name)
-        return (
-            torch.zeros_like(like)
-            if before is None or before.shape != like.shape
-            else before.to(like.device)
-        )
-
-    # ---- masks
+    def _statistic(self, name: str, like: Tensor) -> Tensor:
+        """The accumulated statistic; zeros if there is none or the weight's shape has changed."""
+        value = self.statistics.get(name)
+        if value is None or value.shape != like.shape:
+            return torch.zeros_like(like)
+        return value.to(like.device)
 
     @torch.no_grad()
     def change(self, module: Distillation, amount: float) -> None:
-        layers = self._layers(module.student)
-        scores_OI = {
-            f"{name}.weight": self._score(f"{name}.weight", layer) for name, layer in layers.items()
-        }
-        if self.group is not None:
-            spared = masks.n_of_m(scores_OI, *self.group)
-            scores_OI = {
-                name: score.masked_fill(spared[name], torch.inf)
-                for name, score in scores_OI.items()
-            }
+        layers = {f"{name}.weight": layer for name, layer in self._layers(module.student).items()}
+        scores_OI = {name: self._score(name, layer) for name, layer in layers.items()}
+        if self.pattern is not None:  # weights that the pattern keeps must not be pruned earlier
+            for name, mask in masks.n_of_m(scores_OI, *self.pattern).items():
+                scores_OI[name] = scores_OI[name].masked_fill(mask, torch.inf)
         kept_OI = masks.SCOPES[self.scope](scores_OI, amount * self.sparsity)
         self.masks = {
-            f"{name}.weight": _oriented(layer, kept_OI[f"{name}.weight"]).contiguous()
-            for name, layer in layers.items()
+            name: _transpose(layer, kept_OI[name]).contiguous() for name, layer in layers.items()
         }
         if self.score == "movement":
-            self._set_aside(module.student)
+            self._store_removed_values(module.student)
         if self.score == "wanda" or amount == 1:
-            self.statistics, self.aside = {}, {}
-        compression = compression_config(module.student)
-        compression["sparse"] = sorted({*compression.get("sparse", []), *self.masks})
-        self._hold(module)
+            self.statistics, self.removed_values = {}, {}
+        compression = CompressionConfig.from_config(module.student.config)
+        compression.sparse = sorted({*compression.sparse, *self.masks})
+        compression.write_to(module.student.config)
+        self._apply_masks(module)
 
     def _score(self, name: str, layer: nn.Module) -> Tensor:
-        """(O, I): the lowest go first."""
+        """Scores of a layer's weights, (O, I); -inf for those that stay pruned."""
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         if self.score == "movement":
-            return _oriented(layer, self._so_far(name, weight))
-        weight_OI = _oriented(layer, weight)
+            return _transpose(layer, self._statistic(name, weight))
+        weight_OI = _transpose(layer, weight)
         score_OI = scores.magnitude(weight_OI)
         if self.score == "wanda":
-            score_OI = scores.wanda(weight_OI, self._so_far(name, weight_OI[0]))
-        return (
-            score_OI.masked_fill(~_oriented(layer, self.masks[name]), -torch.inf)
-            if name in self.masks
-            else score_OI
-        )
+            score_OI = scores.wanda(weight_OI, self._statistic(name, weight_OI[0]))
+        if name not in self.masks:
+            return score_OI
+        return score_OI.masked_fill(~_transpose(layer, self.masks[name]), -torch.inf)
 
-    def _set_aside(self, student: PreTrainedModel) -> None:
+    def _store_removed_values(self, student: PreTrainedModel) -> None:
         for name, mask in self.masks.items():
             weight = student.get_parameter(name)
-            if name in self.aside:
-                weight.add_(self.aside[name].to(weight.device))
-            self.aside[name] = weight.masked_fill(mask, 0)
+            if name in self.removed_values:
+                weight.add_(self.removed_values[name].to(weight.device))
+            self.removed_values[name] = weight.masked_fill(mask, 0)
 
     def after_step(self, module: Distillation) -> None:
-        self._look(module)
-        self._hold(module)
+        self._add_inputs()
+        self._apply_masks(module)
 
     @torch.no_grad()
-    def _hold(self, module: Distillation) -> None:
-        """Removed weights are zero, and so are their moments: one that comes back starts afresh."""
+    def _apply_masks(self, module: Distillation) -> None:
+        """Set pruned weights and their moments to 0; a restored weight starts with new moments."""
         state = module.trainer.optimizers[0].state
-        for name, mask in self._on_device(module.student):
+        for name, mask in self._masks_on_device(module.student):
             weight = module.student.get_parameter(name)
-            moments = [
-                value
-                for value in state.get(weight, {}).values()
-                if isinstance(value, Tensor) and value.shape == weight.shape
-            ]
-            for tensor in (weight, *moments):
-                tensor.masked_fill_(
-                    ~mask, 0
-                )  # and not by product, which would leave zeros of both signs
+            for tensor in (weight, *state.get(weight, {}).values()):
+                if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+                    tensor.masked_fill_(~mask, 0)  # a product would give zeros of both signs
 
-    def _on_device(self, student: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    def _masks_on_device(self, student: PreTrainedModel) -> list[tuple[str, Tensor]]:
         self.masks = {
             name: mask.to(student.get_parameter(name).device) for name, mask in self.masks.items()
         }
@@ -287,29 +278,20 @@ class PruneWeights(Compression):
         return self.masks
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "masks": self.masks,
-            "statistics": self.statistics,
-            "aside": self.aside,
-        }
+        parts = ("masks", "statistics", "removed_values")
+        return super().state_dict() | {part: getattr(self, part) for part in parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.masks, self.statistics, self.aside = (
-            state["masks"],
-            state["statistics"],
-            state["aside"],
-        )
+        self.masks, self.statistics = state["masks"], state["statistics"]
+        self.removed_values = state["removed_values"]
 
 
-def _width_to_come(other: Compression, student: PreTrainedModel) -> int | None:
-    """Inputs of the layers that another technique will narrow; -1 where that is not known yet, null where it narrows none."""
-    if isinstance(other, PruneNeurons) and other.reached < 1:
-        count = structure.neurons(student, blocks(student)[0]).count
-        return count - round(other.amount * count) if other.equal else -1
-    return (other.rank or -1) if isinstance(other, Factorize) and other.reached < 1 else None
+def _square_sums(input_ND: Tensor) -> Tensor:
+    """Sum of the square of each input feature over tokens, (D,)."""
+    return input_ND.square().sum(0)
 
 
-def _oriented(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """A linear layer's weight or mask as (O, I), or back from it: GPT-2's are transposed."""
+def _transpose(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """From the layout of a layer's weight to (O, I), and back. Conv1D weights are (I, O)."""
     return tensor.T if isinstance(layer, Conv1D) else tensor

@@ -1,4 +1,4 @@
-"""Vocabulary trimming: tokens that the training texts never use leave the student and its tokenizer."""
+"""Vocabulary trimming: tokens that no training text uses are removed from the student."""
 
 import logging
 from collections.abc import Iterable
@@ -8,107 +8,125 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from distill.callbacks.base import Compression, compression_config
+from distill.callbacks.compression import Compression
 from distill.compress import tokenizer_trim
+from distill.compress.groups import PER_TENSOR
 from distill.models.architectures import ARCHITECTURES
 from distill.module import Distillation
+from distill.remote_code.modeling import CompressionConfig
+
+__all__ = ["TrimVocabulary"]
 
 log = logging.getLogger("distill")
-CHUNK = 1000  # texts that are tokenised together
+BATCH = 1000  # texts in a call of the tokenizer
 
 
 class TrimVocabulary(Compression):
-    """Keeps the embeddings of the tokens in the training texts, whole, and of those in `keep`: texts, or a file with one a line.
+    """Removes the embeddings of tokens that no training text uses, after training.
 
-    It acts once training is over: until then teacher and student read the same ids. What the trimmed tokenizer does not know as one
-    token it writes in smaller ones.
+    The trimmed tokenizer splits words of other texts into smaller tokens. Texts that use remaining
+    tokens only get the same logits as before. Language models are refused.
+
+    Args:
+        keep: texts whose tokens are not removed either: a list, or a file with one text per line.
+
+    Raises:
+        UserError: if `keep` is not a list of texts, or the file cannot be read.
+
+    Example::
+
+        callbacks:
+          vocabulary: {_target_: distill.callbacks.TrimVocabulary, keep: names.txt}
     """
 
     stage = "vocabulary"
 
     def __init__(self, keep: list[str] | str | None = None) -> None:
         super().__init__(1.0, 1.0, "one_shot", 1)
-        self.reached = 1.0  # training sees the student in its final form
-        self.keep = self._lines(keep) if isinstance(keep, str) else list(keep or [])
+        self.progress = 1.0  # it changes nothing during training
+        self.keep = self._read_lines(keep) if isinstance(keep, str) else list(keep or [])
         for text in self.keep:
             if not isinstance(text, str):
-                raise self.error(f"keep has {text}, but it lists texts: put it in quotation marks")
-        self._ids: set[int] = set()  # that occur in training texts
+                raise self.error(f"keep has {text}, but it must list texts: put it in quotes")
+        self._ids: set[int] = set()  # ids of all tokens in training texts
 
-    def _lines(self, keep: str) -> list[str]:
+    def _read_lines(self, keep: str) -> list[str]:
         file = Path(keep).expanduser()
         if not file.is_file():
             raise self.error(
-                f"keep is {keep}, but there is no such file: give one with a text a line, or the texts as a list"
+                f"keep is {keep}, but there is no such file: "
+                "give a file with a text in each line, or a list of texts"
             )
         try:
             return file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise self.error(
-                f"keep is {keep}, but this file is no text in UTF-8 ({error.reason}): save it as such"
+                f"keep is {keep}, but the file is not in UTF-8 ({error.reason}): save it as UTF-8"
             ) from error
 
     def prepare(self, module: Distillation) -> None:
         if module.student.get_output_embeddings() is not None:
             raise self.error(
-                "the student predicts tokens, but without some it could not follow its teacher: leave this callback out"
+                "the student predicts tokens, but it needs the same tokens as its teacher: "
+                "leave this callback out"
             )
 
     def bind_to_data(self, tokenizer: Any, texts: Iterable[str]) -> None:
         with self.prefix_errors():
             tokenizer_trim.check_supported(tokenizer)
-        self._ids = used(tokenizer, texts)
+        self._ids = used_ids(tokenizer, texts)
 
     def change(self, module: Distillation, amount: float) -> None:
-        """Nothing while training."""
+        """Does nothing: during training, student and teacher read the same ids."""
 
     def finish(self, student: PreTrainedModel, tokenizer: Any) -> Any:
-        before = student.config.vocab_size
+        size = student.config.vocab_size
         ids = {
             *self._ids,
-            *_written(self.keep, tokenizer),
-            *_extremes(student),
-            *_before_padding(student),
+            *_ids_to_keep(self.keep, tokenizer),
+            *_extreme_rows(student),
+            *_ids_before_padding(student),
         }
-        kept = tokenizer_trim.ids_to_keep(tokenizer, ids)
-        tokenizer_trim.trim_embeddings(student, kept)
-        compression_config(student)["vocabulary"] = before
+        kept_ids = tokenizer_trim.ids_to_keep(tokenizer, ids)
+        tokenizer_trim.trim_embeddings(student, kept_ids)
+        compression = CompressionConfig.from_config(student.config)
+        compression.vocabulary = size
+        compression.write_to(student.config)
+        removed = 100 - 100 * len(kept_ids) / size
         log.info(
-            "vocabulary: %d of %d tokens stay, %.0f %% of the embeddings go",
-            len(kept),
-            before,
-            100 - 100 * len(kept) / before,
+            "TrimVocabulary: kept %d of %d tokens, removed %.0f %% of the embeddings",
+            *(len(kept_ids), size, removed),
         )
-        return tokenizer_trim.trim_tokenizer(tokenizer, kept)
+        return tokenizer_trim.trim_tokenizer(tokenizer, kept_ids)
 
 
-def _extremes(student: PreTrainedModel) -> list[int]:
-    """Rows with the smallest and the largest value, where all rows share one scale: without them it would be another."""
-    weight_VD: Any = student.get_input_embeddings().weight
-    name = next(name for name, parameter in student.named_parameters() if parameter is weight_VD)
-    if compression_config(student).get("weights", {}).get(name, {}).get("group") != -1:
-        return []
-    return [int(place) // weight_VD.shape[1] for place in (weight_VD.argmin(), weight_VD.argmax())]
-
-
-def _before_padding(student: PreTrainedModel) -> range:
-    """All ids before the padding id, which then stays what it is, where the model counts positions from it."""
-    family = ARCHITECTURES.get(student.config.model_type)
-    return range(
-        student.config.pad_token_id if family is not None and family.positions_after_pad else 0
-    )
-
-
-def used(tokenizer: Any, texts: Iterable[str]) -> set[int]:
-    """The ids in which the tokenizer writes these texts, in their whole length."""
-    chunks = iter(texts)
+def used_ids(tokenizer: Any, texts: Iterable[str]) -> set[int]:
+    """The ids of all tokens in these texts, which are not truncated."""
+    remaining = iter(texts)
     ids: set[int] = set()
-    while chunk := list(islice(chunks, CHUNK)):
-        ids.update(*tokenizer(chunk, verbose=False)["input_ids"])
+    while batch := list(islice(remaining, BATCH)):
+        ids.update(*tokenizer(batch, verbose=False)["input_ids"])
     return ids
 
 
-def _written(texts: list[str], tokenizer: Any) -> set[int]:
-    """The ids in which the tokenizer writes these texts, and those of texts that are tokens themselves."""
-    known = tokenizer.get_vocab()
-    return used(tokenizer, texts) | {known[text] for text in texts if text in known}
+def _ids_to_keep(texts: list[str], tokenizer: Any) -> set[int]:
+    """The ids of all tokens in these texts, and of those texts that are single tokens."""
+    vocabulary = tokenizer.get_vocab()
+    return used_ids(tokenizer, texts) | {vocabulary[text] for text in texts if text in vocabulary}
+
+
+def _extreme_rows(student: PreTrainedModel) -> list[int]:
+    """Rows with the smallest and largest weight, if they determine one scale for all rows."""
+    weight_VD: Any = student.get_input_embeddings().weight
+    name = next(name for name, parameter in student.named_parameters() if parameter is weight_VD)
+    weights = CompressionConfig.from_config(student.config).weights
+    if name not in weights or weights[name]["group"] != PER_TENSOR:
+        return []
+    return [int(index) // weight_VD.shape[1] for index in (weight_VD.argmin(), weight_VD.argmax())]
+
+
+def _ids_before_padding(student: PreTrainedModel) -> range:
+    """All ids below the padding id, if position ids start there: the padding id must not change."""
+    family = ARCHITECTURES.get(student.config.model_type)
+    counted = family is not None and family.positions_after_pad
+    return range(student.config.pad_token_id if counted else 0)

@@ -1,15 +1,33 @@
-"""What to remove, how to round, and how to write less: functions of weights and of statistics, which know no trainer.
+"""Compression as functions of weights and statistics, independent of a trainer.
 
-| file | what it owns |
+The callbacks in `distill/callbacks` apply them during training.
+
+| file | contents |
 |---|---|
-| `schedule.py` | how far a technique has come at each step |
-| `observe.py` | what passes through modules in training -> a statistic of each |
-| `structure.py` | neurons, heads and blocks as slices of parameters: masked, removed, declared in the config |
-| `importance.py` | which of them matter least |
-| `low_rank.py` | a matrix as the product of two |
-| `scores.py`, `masks.py` | which single weights go |
-| `quantize.py`, `codebook.py` | weight -> codes on a grid, or in a codebook |
-| `quantized.py` | layers that compute with quantized weights while their latent weights train |
-| `vocabulary.py` | a tokenizer and a model without some tokens |
-| `rebuild.py` | a fresh student -> the form that a checkpoint describes |
+| `schedule.py` | the share of a technique's target at each training step |
+| `observe.py` | statistics of module inputs, accumulated during training |
+| `layer_patterns.py` | patterns of names in a recipe -> layers of a student |
+| `structure.py` | neurons, attention heads and blocks as slices of parameters, and their removal |
+| `importance.py` | which neurons, heads and blocks to remove |
+| `low_rank.py` | a weight -> two factors |
+| `scores.py`, `masks.py` | which individual weights to prune |
+| `quantizable.py` | which layers are quantized |
+| `quantizer.py`, `codebook.py` | weight -> quantized weight: linear, nf4, codebook |
+| `groups.py` | the recipe's `group`: which weights share a scale |
+| `fake_quant.py` | layers that quantize their weights and inputs while they train |
+| `tokenizer_trim.py` | a tokenizer and a model without some of their tokens |
+| `restore.py` | the structure of a compressed student, restored before its checkpoint is loaded |
 """
+
+from distill.compress.quantizer import QuantSpec, fake_quantize_weight, quantize_weight
+from distill.compress.restore import restore_structure, strip_quantization
+from distill.compress.schedule import Schedule
+
+__all__ = [
+    "QuantSpec",
+    "Schedule",
+    "fake_quantize_weight",
+    "quantize_weight",
+    "restore_structure",
+    "strip_quantization",
+]

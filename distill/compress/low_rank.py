@@ -1,33 +1,50 @@
-"""A linear layer's weight -> two thin factors, by truncated SVD: of the weight itself, or of what it makes of its inputs.
+"""The weight of a linear layer -> two factors, by truncated SVD in float64 on the CPU.
 
-O = output features, I = input features, R = rank, N = tokens. Everything is computed in float64, on the CPU.
+The approximation is optimal for the weight itself or, with a second moment of the inputs, for the
+outputs on these inputs.
+
+Shapes: O = output features, I = input features, R = rank, N = tokens.
 """
 
 import torch
 from torch import Tensor
 
-FULL = 4096  # input features up to which the whole second moment is gathered; of more only its diagonal, for it grows with their square
-RIDGE = 1e-6  # of the mean second moment: directions that no input had count this little, but not nothing
+__all__ = [
+    "factors",
+    "max_rank",
+    "rank_for_energy",
+    "saves_parameters",
+    "second_moment",
+    "spectrum",
+]
+
+MAX_FEATURES = 4096  # above this only the diagonal is accumulated: the matrix grows quadratically
+RIDGE = 1e-6  # share of the mean second moment that is added to its diagonal
 
 
-def worthwhile(rank: int, out: int, inputs: int) -> bool:
-    """Whether factors of this rank hold fewer numbers than the weight."""
-    return rank * (out + inputs) < out * inputs
+def saves_parameters(rank: int, out_features: int, in_features: int) -> bool:
+    """Whether factors of this rank have fewer parameters than the weight."""
+    return rank * (out_features + in_features) < out_features * in_features
 
 
-def largest(out: int, inputs: int) -> int:
-    """The largest rank that is worthwhile; 0 where none is."""
-    return (out * inputs - 1) // (out + inputs)
+def max_rank(out_features: int, in_features: int) -> int:
+    """The largest rank that saves parameters; 0 if none does."""
+    return (out_features * in_features - 1) // (out_features + in_features)
 
 
 def second_moment(input_ND: Tensor) -> Tensor:
-    """Sum of x x^T over the tokens, (I, I); of more than FULL features its diagonal, (I,)."""
+    """Sum of x x^T over tokens, (I, I); only its diagonal, (I,), for more than 4096 features."""
     with torch.autocast(input_ND.device.type, enabled=False):
-        return input_ND.T @ input_ND if input_ND.shape[1] <= FULL else input_ND.square().sum(0)
+        if input_ND.shape[1] <= MAX_FEATURES:
+            return input_ND.T @ input_ND
+        return input_ND.square().sum(0)
 
 
-def root(moment: Tensor) -> Tensor:
-    """S with S S^T = the second moment, (I, I) or, of a diagonal one, (I,)."""
+def _moment_root(moment: Tensor) -> Tensor:
+    """S with S S^T = the second moment plus a ridge: (I, I), or (I,) for a diagonal moment.
+
+    The ridge gives some weight to directions without inputs.
+    """
     moment = moment.double().cpu()
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
     ridge = RIDGE * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -37,32 +54,54 @@ def root(moment: Tensor) -> Tensor:
     return vectors_II * (values_I.clamp_min(0) + ridge).sqrt()
 
 
-def scaled(weight_OI: Tensor, moment: Tensor | None = None) -> Tensor:
-    """W S, whose Frobenius norm is that of the outputs W X, S S^T being the inputs' second moment; without one it is W."""
+def _scale_by_inputs(weight_OI: Tensor, moment: Tensor | None) -> Tensor:
+    """W S, whose Frobenius norm is that of the outputs W X; W without a moment."""
     weight_OI = weight_OI.detach().double().cpu()
     if moment is None:
         return weight_OI
-    scale = root(moment)
-    return weight_OI * scale if scale.ndim == 1 else weight_OI @ scale
+    root = _moment_root(moment)
+    return weight_OI * root if root.ndim == 1 else weight_OI @ root
 
 
 def spectrum(weight_OI: Tensor, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of W S, (O, min(O, I)), and its singular values, from the largest to the smallest."""
-    left_OR, values_R, _ = torch.linalg.svd(scaled(weight_OI, moment), full_matrices=False)
+    """Singular value decomposition of a weight, or of its outputs.
+
+    Args:
+        weight_OI: the weight.
+        moment: second moment of the inputs, from :func:`second_moment`; None for the weight alone.
+
+    Returns:
+        Left singular vectors, (O, min(O, I)), and singular values in descending order.
+    """
+    scaled_OI = _scale_by_inputs(weight_OI, moment)
+    left_OR, values_R, _ = torch.linalg.svd(scaled_OI, full_matrices=False)
     return left_OR, values_R
 
 
-def rank_of(values_R: Tensor, energy: float) -> int:
-    """The smallest rank that keeps this share, in (0, 1], of the squared singular values; 1 leaves out exact zeros only."""
-    lost_R = values_R.square().flip(0).cumsum(0).flip(0)  # [r]: what rank r leaves out
+def rank_for_energy(values_R: Tensor, energy: float) -> int:
+    """The smallest rank that keeps a share of the energy.
+
+    Args:
+        values_R: singular values in descending order.
+        energy: share of the sum of their squares, in (0, 1]; 1 drops exact zeros only.
+    """
+    lost_R = values_R.square().flip(0).cumsum(0).flip(0)  # [r]: the energy that rank r discards
     return max(1, int((lost_R > (1 - energy) * lost_R[0]).sum()))
 
 
 def factors(weight_OI: Tensor, left_OR: Tensor) -> tuple[Tensor, Tensor]:
-    """(second_OR, first_RI), whose product W' minimises ||(W - W') S|| where `left_OR` are the first R of :func:`spectrum`'s vectors.
+    """Factors of rank R with the smallest error.
 
-    W' = U U^T W, as SVD-LLM (Wang et al. 2024) has it, without its inverse of S: the moment may be singular.
-    Without a moment this is the truncated SVD. Balanced: second^T second = first first^T.
+    Their product is W' = U U^T W, where U are the first R left singular vectors of W S. It
+    minimizes ||(W - W') S|| as in SVD-LLM (Wang et al. 2024), but does not need the inverse of S.
+
+    Args:
+        weight_OI: the weight W.
+        left_OR: U, from :func:`spectrum`.
+
+    Returns:
+        second_OR and first_RI, in the dtype of the weight, balanced:
+        second^T second = first first^T.
     """
     turn_RR, values_R, right_RI = torch.linalg.svd(
         left_OR.T @ weight_OI.detach().double().cpu(), full_matrices=False

@@ -1,8 +1,10 @@
-"""Scores and a sparsity -> boolean masks: True is kept, False removed, exact to the parameter.
+"""Scores and a sparsity -> boolean masks, True where a weight is kept.
 
-O = output features, I = input features. Of n weights, `round(sparsity * n)` are removed: those of the lowest score, and of
-equal scores those that come first. So a mask is a function of its scores alone, the same on every rank, and with the same scores
-a larger sparsity removes all that a smaller one does.
+Of n weights, exactly `round(sparsity * n)` are removed: those with the lowest scores and, of equal
+scores, the first. A mask therefore depends on its scores only and is the same on all ranks, and a
+larger sparsity removes every weight that a smaller one removes.
+
+Shapes: O = output features, I = input features, R = rows, C = columns.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,29 +14,38 @@ from torch import Tensor
 
 from distill.errors import UserError
 
+__all__ = [
+    "SCOPES",
+    "across_layers",
+    "check_width",
+    "n_of_m",
+    "parse_pattern",
+    "per_layer",
+    "per_row",
+]
+
 
 def per_layer(scores_OI: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """The same share of each layer is removed."""
+    """Remove the same share of each layer."""
     return {
-        name: _without_lowest(score.reshape(1, -1), sparsity).view(score.shape)
+        name: _keep_highest(score.reshape(1, -1), sparsity).view(score.shape)
         for name, score in scores_OI.items()
     }
 
 
 def per_row(scores_OI: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """The same share of each output row is removed, which is the group that Wanda compares within."""
-    return {name: _without_lowest(score, sparsity) for name, score in scores_OI.items()}
+    """Remove the same share of each output row, as Wanda does."""
+    return {name: _keep_highest(score, sparsity) for name, score in scores_OI.items()}
 
 
 def across_layers(scores_OI: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """One threshold for all layers, so that some lose more than others."""
-    together = torch.cat([score.reshape(-1) for score in scores_OI.values()])
-    kept = _without_lowest(together[None], sparsity)[0].split(
-        [score.numel() for score in scores_OI.values()]
-    )
+    """Remove a share of the weights of all layers together, with one threshold for all scores."""
+    flat_N = torch.cat([score.reshape(-1) for score in scores_OI.values()])
+    sizes = [score.numel() for score in scores_OI.values()]
+    masks = _keep_highest(flat_N[None], sparsity)[0].split(sizes)
     return {
-        name: part.view(score.shape)
-        for part, (name, score) in zip(kept, scores_OI.items(), strict=True)
+        name: mask.view(score.shape)
+        for mask, (name, score) in zip(masks, scores_OI.items(), strict=True)
     }
 
 
@@ -45,48 +56,62 @@ SCOPES: Mapping[str, Callable[[Mapping[str, Tensor], float], dict[str, Tensor]]]
 }
 
 
-def n_of_m(scores_OI: Mapping[str, Tensor], kept: int, group: int) -> dict[str, Tensor]:
-    """The highest `kept` of every `group` neighbours along the input dimension stay; UserError where they do not fit."""
+def n_of_m(scores_OI: Mapping[str, Tensor], n: int, m: int) -> dict[str, Tensor]:
+    """Keep the highest `n` of every `m` neighbors along the input dimension.
+
+    Raises:
+        UserError: if `m` does not divide the input features of a layer.
+    """
     for name, score in scores_OI.items():
-        check_width(name, score.shape[1], kept, group)
+        check_width(name, score.shape[1], n, m)
     return {
-        name: _without(score.reshape(-1, group), group - kept).view(score.shape)
+        name: _remove_lowest(score.reshape(-1, m), m - n).view(score.shape)
         for name, score in scores_OI.items()
     }
 
 
-def check_width(name: str, width: int, kept: int, group: int) -> None:
-    """UserError where the groups of N:M do not fill a layer's inputs."""
-    if width % group:
+def check_width(name: str, width: int, n: int, m: int) -> None:
+    """Check that the pattern `n`:`m` fits a layer with `width` input features.
+
+    Raises:
+        UserError: if `m` does not divide `width`.
+    """
+    if width % m:
         raise UserError(
-            f"pattern is {kept}:{group}, but {name} has {width} inputs, which {group} does not divide: "
+            f"pattern is {n}:{m}, but {name} has {width} inputs, which {m} does not divide: "
             "choose a pattern that fits, or name only other layers in layers"
         )
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """`2:4` -> (2, 4): how many are kept, of how many."""
+    """Read a pattern N:M, which keeps N of every M weights.
+
+    Raises:
+        UserError: if it is not of this form.
+
+    Example:
+        >>> parse_pattern("2:4")
+        (2, 4)
+    """
     numbers = str(pattern).split(":")
-    if (
-        len(numbers) == 2
-        and all(number.isdecimal() for number in numbers)
-        and 0 < int(numbers[0]) < int(numbers[1])
-    ):
+    decimal = len(numbers) == 2 and all(number.isdecimal() for number in numbers)
+    if decimal and 0 < int(numbers[0]) < int(numbers[1]):
         return int(numbers[0]), int(numbers[1])
     raise UserError(
-        f"pattern is {pattern}, but it must be N:M with 0 < N < M, written as text: '2:4' keeps 2 of every 4 weights"
+        f"pattern is {pattern}, but it must be N:M with 0 < N < M, written as text: "
+        "'2:4' keeps 2 of every 4 weights"
     )
 
 
-def _without_lowest(score_RC: Tensor, sparsity: float) -> Tensor:
-    return _without(score_RC, round(sparsity * score_RC.shape[1]))
+def _keep_highest(score_RC: Tensor, sparsity: float) -> Tensor:
+    return _remove_lowest(score_RC, round(sparsity * score_RC.shape[1]))
 
 
-def _without(score_RC: Tensor, count: int) -> Tensor:
-    """False at exactly `count` entries of each row: all below the count-th lowest, then the first of those equal to it."""
+def _remove_lowest(score_RC: Tensor, count: int) -> Tensor:
+    """A mask that is False at `count` entries of each row; of equal scores, at the first."""
     if count == 0:
         return torch.ones_like(score_RC, dtype=torch.bool)
     threshold_R1 = score_RC.kthvalue(count, dim=1, keepdim=True).values
-    below, level = score_RC < threshold_R1, score_RC == threshold_R1
+    below, equal = score_RC < threshold_R1, score_RC == threshold_R1
     missing_R1 = count - below.sum(1, keepdim=True)
-    return ~(below | (level & (level.cumsum(1, dtype=torch.int32) <= missing_R1)))
+    return ~(below | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing_R1)))

@@ -1,54 +1,92 @@
-"""A student as it was built -> the form that compression gave it, for its weights to fit."""
+"""Restore the structure of a compressed student for a checkpoint, or remove its quantization."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill.compress import fake_quant, structure
-from distill.remote_code import modeling
+from distill.compress import fake_quant
+from distill.compress.structure import heads, keep_blocks, neurons, resize_groups
+from distill.models.architectures import architecture, blocks, ffn_width
+from distill.remote_code.modeling import CompressionConfig, build_compressed_layers
+
+__all__ = ["restore_structure", "strip_quantization"]
 
 log = logging.getLogger("distill")
 
 
-def strip_quantization(model: PreTrainedModel, what: str) -> None:
-    """Make a model from a folder ready to train: what its record says of stored weights and inputs would not hold for long.
+def restore_structure(student: PreTrainedModel, config: dict[str, Any]) -> None:
+    """Restore the structure that a compressed student had when a checkpoint was saved.
 
-    Widths and factors stay. Its weights begin where they were stored, on a grid or at zero, and leave it.
+    This restores its blocks, widths, low-rank factors and quantizers. Load the weights afterwards:
+    the current ones are lost.
+
+    Args:
+        student: the student as built before training; changed in place.
+        config: the student's config at the time of the checkpoint, as a dictionary.
     """
-    described = modeling.compression_of(model.config)
-    passing = [part for part in ("weights", "activations", "sparse") if described.get(part)]
-    for name in described.get("activations", {}):
+    _restore_blocks(student, config)
+    _restore_widths(student, config)
+    compression = CompressionConfig.from_json(config.get("compression"))
+    if compression in (CompressionConfig(), CompressionConfig.from_config(student.config)):
+        return
+    build_compressed_layers(student, replace(compression, activations={}))
+    fake_quant.attach_fake_quant(student, compression.weights, compression.activations)
+    compression.write_to(student.config)
+
+
+def _restore_blocks(student: PreTrainedModel, saved: dict[str, Any]) -> None:
+    config, target = student.config, type(student.config).from_dict(saved)
+    if target.num_hidden_layers >= config.num_hidden_layers:
+        return
+    types = config.to_dict().get("layer_types")
+    target_types = target.to_dict().get("layer_types")
+    remaining = list(range(target.num_hidden_layers))
+    if types is not None and target_types is not None:
+        positions = iter(range(len(types)))
+        remaining = [
+            next(i for i in positions if types[i] == layer_type) for layer_type in target_types
+        ]
+    keep_blocks(student, remaining)
+
+
+def _restore_widths(student: PreTrainedModel, saved: dict[str, Any]) -> None:
+    config, target = student.config, type(student.config).from_dict(saved)
+    layout = architecture(config.model_type)
+    if ffn_width(target) != ffn_width(config):
+        for block in blocks(student):
+            resize_groups(neurons(student, block), ffn_width(target))
+        setattr(config, layout.ffn_width, ffn_width(target))
+    if any(saved[key] != getattr(config, key) for key in layout.heads):
+        for block in blocks(student):
+            resize_groups(heads(student, block), target.num_key_value_heads)
+        for key in ("head_dim", *layout.heads):
+            setattr(config, key, saved[key])
+
+
+def strip_quantization(model: PreTrainedModel, role: str) -> None:
+    """Prepare a model with pruned or quantized weights for further training.
+
+    Its layers no longer quantize their inputs, and its config no longer describes weights as sparse
+    or quantized, since training changes them. Widths and low-rank factors stay.
+
+    Args:
+        model: changed in place.
+        role: ``teacher`` or ``student``, for the log message.
+    """
+    compression = CompressionConfig.from_config(model.config)
+    removed = [part for part in ("weights", "activations", "sparse") if getattr(compression, part)]
+    for name in compression.activations:
         layer = model.get_submodule(name)
         layer.__class__ = Conv1D if isinstance(layer, Conv1D) else nn.Linear
         del layer.input_range
-    if passing:
-        model.config.compression = {
-            part: said for part, said in described.items() if part not in passing
-        }
+    if removed:
+        replace(compression, weights={}, activations={}, sparse=[]).write_to(model.config)
         log.info(
-            "%s: it was compressed (%s) and trains on without: name callbacks to compress it again",
-            what,
-            ", ".join(passing),
+            "%s: was compressed (%s) and trains without: add callbacks to compress it again",
+            role,
+            ", ".join(removed),
         )
-
-
-def restore_structure(student: PreTrainedModel, described: dict[str, Any]) -> None:
-    """Fewer blocks, other widths, factors and quantizers: as the config of a checkpoint, a dictionary, describes them.
-
-    The weights that the student has are no longer of use: those of the checkpoint are to be loaded.
-    """
-    structure.reshape(student, described)
-    compression = described.get("compression") or {}
-    if compression and compression != modeling.compression_of(student.config):
-        trained = {"weights", "activations"}  # quantized at every forward, as they were
-        modeling.apply(
-            student, {key: value for key, value in compression.items() if key not in trained}
-        )
-        if trained & compression.keys():
-            fake_quant.attach_fake_quant(
-                student, compression.get("weights", {}), compression.get("activations")
-            )
-        student.config.compression = compression

@@ -1,7 +1,8 @@
-"""A tokenizer and the ids to keep -> a tokenizer of fewer tokens, and a model with the rows of these alone.
+"""A tokenizer and the ids to keep -> a tokenizer with fewer tokens, and a model with their rows.
 
-Ids keep their order. The law: a text that the whole tokenizer writes in kept tokens only is written in the same tokens by the
-trimmed one. What else occurs falls back on smaller pieces, down to single characters or bytes, which all stay.
+The order of ids is preserved. A text that the original tokenizer splits into kept tokens only is
+split into the same tokens by the trimmed one. Other texts fall back to smaller pieces, down to
+single characters or bytes, which are never removed.
 """
 
 import json
@@ -17,124 +18,157 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.errors import UserError
 
-FILE = "tokenizer.json"
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # of tokenizers that write unknown characters as bytes
+__all__ = [
+    "check_supported",
+    "ids_to_keep",
+    "is_trimmed_vocabulary",
+    "trim_embeddings",
+    "trim_tokenizer",
+]
 
-Model = dict[str, Any]  # the part "model" of tokenizer.json
+FILE = "tokenizer.json"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # byte tokens of tokenizers with byte fallback
+
+_Model = dict[str, Any]  # the section "model" of tokenizer.json
 
 
 def ids_to_keep(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[int]:
-    """The ids that stay where these are to stay, in order: with them special and added tokens, and what the law needs."""
+    """The ids that a trimmed tokenizer needs.
+
+    Args:
+        tokenizer: the tokenizer to trim.
+        ids: ids of the tokens to keep.
+
+    Returns:
+        These ids, those of special and added tokens, and those of all tokens that these are built
+        from, in ascending order.
+    """
     state = _state(tokenizer)
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
-    wanted = {tokens[i] for i in ids if i in tokens}
-    wanted |= {added["content"] for added in state["added_tokens"]} | set(
-        tokenizer.all_special_tokens
-    )
-    wanted |= NEEDED[state["model"]["type"]](state["model"], wanted)
-    return sorted(i for i, token in tokens.items() if token in wanted)
+    kept_tokens = {tokens[i] for i in ids if i in tokens}
+    kept_tokens |= {added["content"] for added in state["added_tokens"]}
+    kept_tokens |= set(tokenizer.all_special_tokens)
+    kept_tokens |= _REQUIRED[state["model"]["type"]](state["model"], kept_tokens)
+    return sorted(i for i, token in tokens.items() if token in kept_tokens)
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> PreTrainedTokenizerBase:
-    """The tokenizer with these ids of :func:`kept` alone, counted from 0; all else of it is as it was."""
-    places = {old: new for new, old in enumerate(ids)}
+    """Build a tokenizer with these tokens only, renumbered from 0.
+
+    Args:
+        tokenizer: the original tokenizer; not modified.
+        ids: from :func:`ids_to_keep`.
+    """
+    new_ids = {old: new for new, old in enumerate(ids)}
     state = _state(tokenizer)
-    state["model"] = WITHOUT[state["model"]["type"]](state["model"], places)
-    state["added_tokens"] = [added | {"id": places[added["id"]]} for added in state["added_tokens"]]
-    state["post_processor"] = _renumbered(state["post_processor"], places)
-    state |= {"padding": None, "truncation": None}  # how it was last used
+    state["model"] = _TRIMMED_MODEL[state["model"]["type"]](state["model"], new_ids)
+    state["added_tokens"] = [
+        added | {"id": new_ids[added["id"]]} for added in state["added_tokens"]
+    ]
+    state["post_processor"] = _renumber(state["post_processor"], new_ids)
+    state |= {"padding": None, "truncation": None}  # left from the last call
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         (Path(folder) / FILE).write_text(json.dumps(state, ensure_ascii=False))
-        made: PreTrainedTokenizerBase = type(tokenizer).from_pretrained(folder)
-    assert made.get_vocab() == {
-        token: places[i] for token, i in tokenizer.get_vocab().items() if i in places
-    }
-    return made
+        trimmed: PreTrainedTokenizerBase = type(tokenizer).from_pretrained(folder)
+    expected = {token: new_ids[i] for token, i in tokenizer.get_vocab().items() if i in new_ids}
+    assert trimmed.get_vocab() == expected
+    return trimmed
 
 
 def trim_embeddings(model: PreTrainedModel, ids: list[int]) -> None:
-    """Keep these rows of the embeddings, in this order: the model answers the new ids as it answered the old ones."""
-    config, places = model.config, {old: new for new, old in enumerate(ids)}
+    """Keep these rows of the input embeddings, in this order, and renumber the ids in the config.
+
+    Args:
+        model: changed in place.
+        ids: from :func:`ids_to_keep`.
+    """
+    config, new_ids = model.config, {old: new for new, old in enumerate(ids)}
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     weight_VD = embedding.weight.detach()
-    embedding.weight = nn.Parameter(
-        weight_VD[torch.tensor(ids, device=weight_VD.device)], embedding.weight.requires_grad
-    )
+    rows = torch.tensor(ids, device=weight_VD.device)
+    embedding.weight = nn.Parameter(weight_VD[rows], embedding.weight.requires_grad)
     embedding.num_embeddings = config.vocab_size = len(ids)
     if embedding.padding_idx is not None:
-        embedding.padding_idx = places.get(embedding.padding_idx)
+        embedding.padding_idx = new_ids.get(embedding.padding_idx)
     for key, value in config.to_dict().items():
-        if key.endswith("_token_id") and value is not None:
-            setattr(
-                config,
-                key,
-                [places[i] for i in value if i in places]
-                if isinstance(value, list)
-                else places.get(value),
-            )
+        if not key.endswith("_token_id") or value is None:
+            continue
+        if isinstance(value, list):
+            setattr(config, key, [new_ids[i] for i in value if i in new_ids])
+        else:
+            setattr(config, key, new_ids.get(value))
 
 
-def is_trimmed_vocabulary(ours: Mapping[str, int], whole: Mapping[str, int]) -> bool:
-    """Whether a vocabulary is another one trimmed: some of its tokens, in the order of their ids."""
-    if not ours.keys() <= whole.keys():
+def is_trimmed_vocabulary(vocabulary: Mapping[str, int], original: Mapping[str, int]) -> bool:
+    """Whether a vocabulary is a subset of another one, with ids in the same order."""
+    if not vocabulary.keys() <= original.keys():
         return False
-    old = [whole[token] for token in sorted(ours, key=ours.__getitem__)]
-    return old == sorted(old)
+    old_ids = [original[token] for token in sorted(vocabulary, key=vocabulary.__getitem__)]
+    return old_ids == sorted(old_ids)
 
 
 def check_supported(tokenizer: PreTrainedTokenizerBase) -> None:
-    """UserError where the tokenizer is of a kind that cannot be trimmed."""
+    """Check that a tokenizer can be trimmed.
+
+    Raises:
+        UserError: if it is slow, or its model is not WordPiece, BPE or Unigram.
+    """
     _state(tokenizer)
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The contents of tokenizer.json."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"the tokenizer is a {type(tokenizer).__name__}, but only fast ones can be trimmed: leave TrimVocabulary out"
+            f"the tokenizer is a {type(tokenizer).__name__}, but only fast ones can be trimmed: "
+            "leave TrimVocabulary out"
         )
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = state["model"]["type"]
-    if kind not in NEEDED:
+    if kind not in _REQUIRED:
+        choices = ", ".join(_REQUIRED)
         raise UserError(
-            f"the tokenizer is a {kind}, but only {', '.join(NEEDED)} can be trimmed: leave TrimVocabulary out"
+            f"the tokenizer is a {kind}, but only {choices} can be trimmed: "
+            "leave TrimVocabulary out"
         )
     return state
 
 
-def _needed_by_word_pieces(model: Model, wanted: set[str]) -> set[str]:
+def _required_by_wordpiece(model: _Model, kept_tokens: set[str]) -> set[str]:
     """Single characters, and the unknown token.
 
-    The longest piece that fits somewhere is kept, so it is still the longest. A word is unknown for a character that no piece has.
+    WordPiece takes the longest piece that fits: if it is kept, it is still the longest. A word is
+    unknown if one of its characters is in no piece.
     """
     prefix = model["continuing_subword_prefix"]
-    return {token for token in model["vocab"] if len(token.removeprefix(prefix)) == 1} | {
-        model["unk_token"]
-    }
+    characters = {token for token in model["vocab"] if len(token.removeprefix(prefix)) == 1}
+    return characters | {model["unk_token"]}
 
 
-def _needed_by_merges(model: Model, wanted: set[str]) -> set[str]:
-    """Single characters and bytes, and whatever a wanted token can be merged from.
+def _required_by_bpe(model: _Model, kept_tokens: set[str]) -> set[str]:
+    """Single characters and bytes, and all tokens from which a kept token can be merged.
 
-    All merges on the way to a kept token are kept, in their order, so the first that applies in the whole one is the first here.
+    The order of merges is preserved, so that the same merge applies first.
     """
-    parts: dict[str, list[tuple[str, str]]] = {}
+    merges: dict[str, list[tuple[str, str]]] = {}
     for left, right in model["merges"]:
-        parts.setdefault(_merged(model, left, right), []).append((left, right))
-    needed, todo = set(), list(wanted)
-    while todo:
-        for part in (part for pair in parts.get(todo.pop(), ()) for part in pair):
-            if part not in needed:
-                needed.add(part)
-                todo.append(part)
-    return needed | _single(model, model["vocab"]) | ({model["unk_token"]} - {None})
+        merges.setdefault(_merge(model, left, right), []).append((left, right))
+    required, pending = set(), list(kept_tokens)
+    while pending:
+        for part in (part for pair in merges.get(pending.pop(), ()) for part in pair):
+            if part not in required:
+                required.add(part)
+                pending.append(part)
+    return required | _single(model, model["vocab"]) | ({model["unk_token"]} - {None})
 
 
-def _needed_by_unigrams(model: Model, wanted: set[str]) -> set[str]:
-    """Single characters and bytes, the unknown piece, and the least likely one, which what is unknown is scored by.
+def _required_by_unigram(model: _Model, kept_tokens: set[str]) -> set[str]:
+    """Single characters and bytes, the unknown piece, and the least likely piece.
 
-    The likeliest path is still there, and no path is new, so it is still the likeliest.
+    Unknown characters are scored by the least likely piece. The most likely path through kept
+    pieces stays the most likely, since no path is added.
     """
     pieces = [piece for piece, _ in model["vocab"]]
     least = min(model["vocab"], key=lambda entry: entry[1])[0]
@@ -142,65 +176,59 @@ def _needed_by_unigrams(model: Model, wanted: set[str]) -> set[str]:
     return _single(model, pieces) | unknown | {least}
 
 
-def _single(model: Model, tokens: Iterable[str]) -> set[str]:
-    """Tokens of one character beside the marks for inside and end of a word, and of one byte."""
-    prefix, suffix = (
-        model.get("continuing_subword_prefix") or "",
-        model.get("end_of_word_suffix") or "",
-    )
+def _single(model: _Model, tokens: Iterable[str]) -> set[str]:
+    """Tokens of one byte, or of one character apart from the marks of parts of words."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    suffix = model.get("end_of_word_suffix") or ""
     bare = {token: token.removeprefix(prefix).removesuffix(suffix) for token in tokens}
-    return {token for token, inner in bare.items() if len(inner) == 1 or BYTE.fullmatch(token)}
+    return {token for token, text in bare.items() if len(text) == 1 or _BYTE_TOKEN.fullmatch(token)}
 
 
-def _merged(model: Model, left: str, right: str) -> str:
+def _merge(model: _Model, left: str, right: str) -> str:
     return left + right.removeprefix(model["continuing_subword_prefix"] or "")
 
 
-def _pieces_without(model: Model, places: Mapping[int, int]) -> Model:
-    return model | {
-        "vocab": {token: places[i] for token, i in model["vocab"].items() if i in places}
-    }
+def _trim_wordpiece(model: _Model, new_ids: Mapping[int, int]) -> _Model:
+    vocab = {token: new_ids[i] for token, i in model["vocab"].items() if i in new_ids}
+    return model | {"vocab": vocab}
 
 
-def _merges_without(model: Model, places: Mapping[int, int]) -> Model:
-    fewer = _pieces_without(model, places)
-    known = fewer["vocab"].keys()
-    return fewer | {
-        "merges": [pair for pair in model["merges"] if {*pair, _merged(model, *pair)} <= known]
-    }
+def _trim_bpe(model: _Model, new_ids: Mapping[int, int]) -> _Model:
+    trimmed = _trim_wordpiece(model, new_ids)
+    tokens = trimmed["vocab"].keys()
+    merges = [pair for pair in model["merges"] if {*pair, _merge(model, *pair)} <= tokens]
+    return trimmed | {"merges": merges}
 
 
-def _unigrams_without(model: Model, places: Mapping[int, int]) -> Model:
-    unknown = places[model["unk_id"]] if model["unk_id"] is not None else None
-    return model | {
-        "vocab": [entry for i, entry in enumerate(model["vocab"]) if i in places],
-        "unk_id": unknown,
-    }
+def _trim_unigram(model: _Model, new_ids: Mapping[int, int]) -> _Model:
+    vocab = [entry for i, entry in enumerate(model["vocab"]) if i in new_ids]
+    unknown = new_ids[model["unk_id"]] if model["unk_id"] is not None else None
+    return model | {"vocab": vocab, "unk_id": unknown}
 
 
-# kind of tokenizer -> what must stay beside the wanted tokens, and its model with fewer of them
-NEEDED: Mapping[str, Callable[[Model, set[str]], set[str]]] = {
-    "WordPiece": _needed_by_word_pieces,
-    "BPE": _needed_by_merges,
-    "Unigram": _needed_by_unigrams,
+# Type of the tokenizer's model -> the tokens that must not be removed, and the trimmed model.
+_REQUIRED: Mapping[str, Callable[[_Model, set[str]], set[str]]] = {
+    "WordPiece": _required_by_wordpiece,
+    "BPE": _required_by_bpe,
+    "Unigram": _required_by_unigram,
 }
-WITHOUT: Mapping[str, Callable[[Model, Mapping[int, int]], Model]] = {
-    "WordPiece": _pieces_without,
-    "BPE": _merges_without,
-    "Unigram": _unigrams_without,
+_TRIMMED_MODEL: Mapping[str, Callable[[_Model, Mapping[int, int]], _Model]] = {
+    "WordPiece": _trim_wordpiece,
+    "BPE": _trim_bpe,
+    "Unigram": _trim_unigram,
 }
 
 
-def _renumbered(part: Any, places: Mapping[int, int]) -> Any:
-    """A post-processor, which adds special tokens, with their new ids."""
+def _renumber(part: Any, new_ids: Mapping[int, int]) -> Any:
+    """The post-processor (it adds special tokens) with new ids."""
     if isinstance(part, list):
-        return [_renumbered(inner, places) for inner in part]
+        return [_renumber(inner, new_ids) for inner in part]
     if not isinstance(part, dict):
         return part
-    renewed = {key: _renumbered(value, places) for key, value in part.items()}
-    for key in ("sep", "cls"):  # of BERT's and RoBERTa's: [token, id]
+    renumbered = {key: _renumber(value, new_ids) for key, value in part.items()}
+    for key in ("sep", "cls"):  # [token, id], in those of BERT and RoBERTa
         if isinstance(part.get(key), list):
-            renewed[key] = [part[key][0], places[part[key][1]]]
-    if "ids" in part:  # of a template's
-        renewed["ids"] = [places[i] for i in part["ids"]]
-    return renewed
+            renumbered[key] = [part[key][0], new_ids[part[key][1]]]
+    if "ids" in part:  # in a template
+        renumbered["ids"] = [new_ids[i] for i in part["ids"]]
+    return renumbered

@@ -1,4 +1,4 @@
-"""Raw examples -> token ids, once: store entries addressed by their content, that a later run maps into memory."""
+"""Raw examples -> encoded examples, tokenized once and cached by a hash of their content."""
 
 import hashlib
 import json
@@ -17,64 +17,74 @@ from distill.recipe.config import Data
 from distill.tasks.base import Task
 
 log = logging.getLogger(__name__)
-VERSION = 2  # of what `Task.encode` returns: raise it when that changes, and no older file is used
+VERSION = 3  # of the columns of `Task.encode`: increment it to invalidate stored entries
 FILE = "examples.arrow"
-CHUNK = 1000  # rows that are hashed or tokenised at a time
+CHUNK = 1000  # rows that are hashed or tokenized at a time
 COLUMNS = {
     "input_ids": List(Value("int32")),
     "token_type_ids": List(Value("int8")),
     "size": Value("int32"),
     "length": Value("int32"),
     "rows": Value("int32"),
-    "cut": Value("int8"),
-    "begins": Value("int8"),
+    "truncated": Value("int8"),
+    "first_window": Value("int8"),
 }
 
 
 def encode(raw: DatasetDict, task: Task, tokenizer: Any, data: Data) -> DatasetDict:
-    """Every split tokenised, from the store where it has been done before."""
+    """Tokenize every split, or load it from the store if it was tokenized before.
+
+    Args:
+        raw: Splits as :func:`distill.data.load` returns them.
+        task: Bound to the labels of the data.
+        tokenizer: Encodes the texts.
+        data: Names the columns.
+
+    Returns:
+        The same splits with the columns of :meth:`distill.tasks.Task.encode`, memory-mapped.
+    """
     return DatasetDict(
         {name: _encode(split, name, task, tokenizer, data) for name, split in raw.items()}
     )
 
 
 def _encode(split: Dataset, name: str, task: Task, tokenizer: Any, data: Data) -> Dataset:
-    entry = store.entry_path("examples", _ingredients(split, task, tokenizer, data))
+    entry = store.entry_path("examples", _key(split, task, tokenizer, data))
     if not store.is_intact(entry):
-        with store.write_entry(entry) as inside:
-            _write(split, task, tokenizer, data, inside / FILE)
+        with store.write_entry(entry) as folder:
+            _write(split, task, tokenizer, data, folder / FILE)
     encoded = Dataset.from_file(str(entry / FILE))
     if len(encoded) == 0:
         raise UserError(
-            f"the {name} split has {len(split)} texts, but none of them holds a token to predict: name longer texts"
+            f"the {name} split has {len(split)} texts, but none of them has a token to predict: "
+            "name longer texts"
         )
-    cut = int(np.sum(encoded.with_format("numpy")["cut"][:]))
-    if cut:
-        fate = "shortened to it" if task.uses_labels else "cut into windows of it"
+    truncated = int(np.sum(encoded.with_format("numpy")["truncated"][:]))
+    if truncated:
         log.info(
             "%d of %d texts of the %s split are longer than task.max_length, %d tokens: %s",
-            cut,
+            truncated,
             len(split),
             name,
             task.max_length,
-            fate,
+            "truncated" if task.uses_labels else "split into windows",
         )
     return encoded
 
 
-def _ingredients(split: Dataset, task: Task, tokenizer: Any, data: Data) -> dict[str, Any]:
+def _key(split: Dataset, task: Task, tokenizer: Any, data: Data) -> dict[str, Any]:
     """Everything that the encoded examples depend on."""
     return {
         "version": VERSION,
         "split": fingerprint(split),
-        "tokenizer": _tokenizer(tokenizer),
+        "tokenizer": _tokenizer_key(tokenizer),
         "task": task.identity(),
         "columns": [list(data.text), data.label],
     }
 
 
-def _tokenizer(tokenizer: Any) -> list[Any]:
-    """What decides the tokenizer's answers. How it last cut and padded is part of its state, but not of that."""
+def _tokenizer_key(tokenizer: Any) -> list[Any]:
+    """The state that a tokenizer's outputs depend on, without settings left from its last call."""
     state: Any = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {
@@ -92,7 +102,7 @@ def _tokenizer(tokenizer: Any) -> list[Any]:
 
 
 def fingerprint(split: Dataset) -> str:
-    """SHA-256 of the columns' names, types and values, wherever and however they are stored."""
+    """SHA-256 of the columns' names, types and values, independent of how they are stored."""
     digest = hashlib.sha256(
         repr(sorted((name, str(feature)) for name, feature in split.features.items())).encode()
     )
@@ -104,7 +114,6 @@ def fingerprint(split: Dataset) -> str:
 
 
 def _write(split: Dataset, task: Task, tokenizer: Any, data: Data, path: Path) -> None:
-    """Tokenise into a file, from which it is then mapped into memory."""
     function = partial(task.encode, tokenizer=tokenizer, data=data)
     split.with_format(None).map(
         function,
@@ -115,7 +124,7 @@ def _write(split: Dataset, task: Task, tokenizer: Any, data: Data, path: Path) -
         cache_file_name=str(path),
         load_from_cache_file=False,
         new_fingerprint=path.parent.name,
-        desc="tokenising",
+        desc="tokenizing",
     )
 
 
@@ -126,14 +135,14 @@ def _features(columns: Iterable[str], task: Task) -> Features:
 
 
 def only_labelled(split: Dataset, task: Task) -> Dataset:
-    """The encoded examples that have a label: what a teacher is fine-tuned on."""
+    """The encoded examples that have a label; UserError if there are none."""
     if not task.uses_labels:
         return split
     labels = np.asarray(split["labels"][:])
-    hidden = np.isnan(labels).any(-1) if labels.dtype.kind == "f" else labels < 0
-    if hidden.all():
+    missing = np.isnan(labels).any(-1) if labels.dtype.kind == "f" else labels < 0
+    if missing.all():
         raise UserError(
-            f"0 of {len(split)} training examples have a label, but labels are what is learned from here: "
+            f"0 of {len(split)} training examples have a label, but this training needs labels: "
             "name their column in data.label, or a source that has them"
         )
-    return split if not hidden.any() else split.select(np.flatnonzero(~hidden))
+    return split if not missing.any() else split.select(np.flatnonzero(~missing))

@@ -1,11 +1,14 @@
-"""Columns of cached teacher outputs -> what a batch carries; `distill/answers.py` writes them.
+"""Columns of cached teacher outputs, see :mod:`distill.teacher_outputs` -> tensors of a batch.
 
 | `teacher.outputs` | columns, for each example |
 |---|---|
 | cached | `teacher_logits`: rows of C float32 |
-| hidden | `teacher_states`: rows of D numbers, bfloat16 as the integers of the same bits |
-| sampled | `teacher_codes`: bytes of :func:`distill.losses.sparse.packed`; `teacher_entropy`: a float32 a row |
-| top_k | `teacher_ids`: rows of K tokens; `teacher_shares`: rows of K float32 |
+| hidden | `teacher_states`: rows of D floats, bfloat16 as int16 of the same bits |
+| sampled | `teacher_counts`: bytes of :func:`distill.losses.sparse.pack_counts`; |
+| | `teacher_entropy`: a float32 per row |
+| top_k | `teacher_ids`: rows of K tokens; `teacher_probs`: rows of K float32 |
+
+N = rows, C = classes or vocabulary, D = width, K = stored tokens of a row.
 """
 
 import numpy as np
@@ -14,16 +17,16 @@ import torch
 from torch import Tensor
 
 from distill.losses import sparse
-from distill.tasks.base import CachedHidden, SparseTargets
+from distill.tasks.batch import CachedHidden, SparseTargets
 
-LOGITS, STATES, CODES, ENTROPY, IDS, SHARES = (
-    f"teacher_{name}" for name in ("logits", "states", "codes", "entropy", "ids", "shares")
+LOGITS, STATES, COUNTS, ENTROPY, IDS, PROBS = (
+    f"teacher_{name}" for name in ("logits", "states", "counts", "entropy", "ids", "probs")
 )
-COLUMNS = frozenset((LOGITS, STATES, CODES, ENTROPY, IDS, SHARES))
+COLUMNS = frozenset((LOGITS, STATES, COUNTS, ENTROPY, IDS, PROBS))
 
 
 def read_outputs(table: pa.Table) -> Tensor | CachedHidden | SparseTargets:
-    """The rows of some examples, example by example, straight from the file's buffers, for they may be many."""
+    """The teacher's outputs for the examples of a table, without a copy where possible."""
     columns = dict(zip(table.column_names, table.columns, strict=True))
     if LOGITS in columns:
         return _matrix(columns[LOGITS])
@@ -32,28 +35,29 @@ def read_outputs(table: pa.Table) -> Tensor | CachedHidden | SparseTargets:
         return CachedHidden(
             states_ND.view(torch.bfloat16) if states_ND.dtype == torch.int16 else states_ND
         )
-    if CODES in columns:
-        entropy_N = _flat(_rows(columns[ENTROPY]))
-        return SparseTargets(
-            *sparse.unpack_counts(_flat(_rows(columns[CODES])), len(entropy_N)),
-            torch.from_numpy(entropy_N),
+    if COUNTS in columns:
+        entropy_N = _concatenate(_rows(columns[ENTROPY]))
+        ids_NK, probs_NK = sparse.unpack_counts(
+            _concatenate(_rows(columns[COUNTS])), len(entropy_N)
         )
-    shares_NK = _matrix(columns[SHARES])
+        return SparseTargets(ids_NK, probs_NK, torch.from_numpy(entropy_N))
+    probs_NK = _matrix(columns[PROBS])
     return SparseTargets(
-        _matrix(columns[IDS]).long(), shares_NK, torch.special.entr(shares_NK).sum(-1)
+        _matrix(columns[IDS]).long(), probs_NK, torch.special.entr(probs_NK).sum(-1)
     )
 
 
 def _rows(column: pa.ChunkedArray) -> list[pa.Array]:
+    """The concatenated lists of all examples, by chunk."""
     return [chunk.flatten() for chunk in column.chunks]
 
 
-def _flat(chunks: list[pa.Array]) -> np.ndarray:
+def _concatenate(chunks: list[pa.Array]) -> np.ndarray:
     return np.concatenate([chunk.to_numpy() for chunk in chunks])
 
 
 def _matrix(column: pa.ChunkedArray) -> Tensor:
+    """Rows of equal length, (N, length)."""
     rows = _rows(column)
-    return torch.from_numpy(
-        _flat([chunk.flatten() for chunk in rows]).reshape(sum(map(len, rows)), -1)
-    )
+    values = _concatenate([chunk.flatten() for chunk in rows])
+    return torch.from_numpy(values.reshape(sum(map(len, rows)), -1))

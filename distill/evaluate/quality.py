@@ -1,7 +1,7 @@
-"""outcomes -> metrics with 95 % intervals, and a paired comparison of two models on the same examples.
+"""Metrics with 95 % bootstrap intervals, and a paired comparison of two models.
 
-Examples are what is resampled. The same seed draws the same examples for every model, so that the draws of two models are
-paired: their difference is free of what makes some test sets easier than others.
+The same seed draws the same examples for every model, so that the draws of two models are paired:
+their difference does not vary with how hard the drawn examples are.
 """
 
 import math
@@ -14,26 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.evaluate.records import Interval
 from distill.tasks.base import Task
 
 LEVEL = 0.95
 NORMAL = NormalDist()
-ROUNDING = 1e-9  # relative difference below which two test statistics are the same one
+ROUNDING = 1e-9  # test statistics with a smaller relative difference count as equal
 
-
-class Interval(NamedTuple):
-    """A metric and the ends of its 95 % interval; NaN where it cannot be known."""
-
-    value: float
-    low: float
-    high: float
+Columns = dict[str, Tensor]  # outcomes of all examples by name, see `Task.outcomes`
 
 
 class Bootstrap(NamedTuple):
-    """The metrics of a set of examples, and of `resamples` sets drawn from it with replacement."""
+    """The metrics of a set of examples, and of sets drawn from it with replacement."""
 
     values: dict[str, float]
-    draws: dict[str, np.ndarray]  # metric -> (resamples,)
+    draws: dict[str, np.ndarray]  # by metric, (resamples,)
 
     def intervals(self) -> dict[str, Interval]:
         """Each metric with its interval."""
@@ -42,33 +37,36 @@ class Bootstrap(NamedTuple):
         }
 
 
-def bootstrap(task: Task, columns: dict[str, Tensor], resamples: int, seed: int) -> Bootstrap:
-    """Measure the examples and `resamples` sets of as many, drawn with replacement."""
-    values = task.quality(columns)
+def bootstrap(task: Task, columns: Columns, resamples: int, seed: int) -> Bootstrap:
+    """Compute the metrics of the examples and of `resamples` sets of the same size."""
+    values = task.compute_metrics(columns)
     size = len(next(iter(columns.values())))
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a resample may lack a class, or all variance: its metric is then NaN and left out
-        drawn = [
-            task.quality({name: column[pick] for name, column in columns.items()})
-            for pick in _picks(size, resamples, seed)
+        # A resample may lack a class or have no variance: its metric is then NaN and left out.
+        warnings.simplefilter("ignore")
+        resampled = [
+            task.compute_metrics({name: column[index] for name, column in columns.items()})
+            for index in _draw(size, resamples, seed)
         ]
     return Bootstrap(
         values,
-        {metric: np.array([draw.get(metric, math.nan) for draw in drawn]) for metric in values},
+        {
+            metric: np.array([metrics.get(metric, math.nan) for metrics in resampled])
+            for metric in values
+        },
     )
 
 
-def _picks(size: int, resamples: int, seed: int) -> Iterator[Tensor]:
+def _draw(size: int, resamples: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(size, (size,), generator=generator) for _ in range(resamples))
 
 
 def interval(value: float, draws: np.ndarray) -> Interval:
-    """The bias-corrected percentile interval (Efron 1981), widened where needed to hold the value itself.
+    """The bias-corrected percentile interval (Efron 1981), widened to hold the value itself.
 
-    The correction matters for metrics that resampling inflates, such as the calibration error: a resample holds duplicates.
+    The correction matters for metrics that resampling inflates, such as the calibration error,
+    because a resample holds duplicates.
     """
     draws = draws[np.isfinite(draws)]
     if not math.isfinite(value) or len(draws) == 0:
@@ -81,7 +79,10 @@ def interval(value: float, draws: np.ndarray) -> Interval:
 
 
 def share_interval(share: float, count: int) -> list[float]:
-    """The 95 % interval of a share (Wilson 1927): unlike resampling, it does not take 1.0 of a few texts for certain."""
+    """The 95 % interval of a share of `count` texts (Wilson 1927): [low, high].
+
+    Unlike resampling, its width is not 0 if all of a few texts agree.
+    """
     reach = NORMAL.inv_cdf((1 + LEVEL) / 2) ** 2 / count
     middle = (share + reach / 2) / (1 + reach)
     half = math.sqrt(reach * (share * (1 - share) + reach / 4)) / (1 + reach)
@@ -89,46 +90,49 @@ def share_interval(share: float, count: int) -> list[float]:
 
 
 def difference(student: Bootstrap, teacher: Bootstrap, metric: str) -> Interval:
-    """Student minus teacher, from paired draws: both must come from the same examples, resamples and seed."""
+    """Student minus teacher, from draws of the same examples, resamples and seed."""
     return interval(
         student.values[metric] - teacher.values[metric],
         student.draws[metric] - teacher.draws[metric],
     )
 
 
-def randomisation(
-    task: Task, student: dict[str, Tensor], teacher: dict[str, Tensor], rounds: int, seed: int
+def randomization_test(
+    task: Task, student: Columns, teacher: Columns, rounds: int, seed: int
 ) -> float:
-    """Two-sided p-value of the difference in the primary metric, by swapping the models' outcomes example by example.
+    """Two-sided p-value of the difference in the primary metric (Noreen 1989).
 
-    Were the models equally good, a swap would change nothing but chance: p is the share of swapped rounds whose difference
-    is at least the one seen, which counts as one of them (approximate randomisation, Noreen 1989).
+    Each round swaps the outcomes of the two models for a random half of the examples. p is the
+    share of rounds, the original included, whose difference is at least the original one.
     """
     size = len(next(iter(student.values())))
     generator = torch.Generator().manual_seed(seed)
-    seen = _gap(task, student, teacher)
-    if not math.isfinite(seen):
+    observed = _difference(task, student, teacher)
+    if not math.isfinite(observed):
         return math.nan
     swaps = (torch.rand(size, generator=generator) < 0.5 for _ in range(rounds))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         extreme = sum(
-            _gap(task, *_swapped(student, teacher, swap)) >= seen * (1 - ROUNDING) for swap in swaps
+            _difference(task, *_swap(student, teacher, swap)) >= observed * (1 - ROUNDING)
+            for swap in swaps
         )
     return (1 + extreme) / (1 + rounds)
 
 
-def _gap(task: Task, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> float:
-    return abs(task.quality(student)[task.primary] - task.quality(teacher)[task.primary])
+def _difference(task: Task, student: Columns, teacher: Columns) -> float:
+    """The absolute difference in the primary metric."""
+    values = (task.compute_metrics(columns)[task.primary_metric] for columns in (student, teacher))
+    return abs(next(values) - next(values))
 
 
-def _swapped(
-    student: dict[str, Tensor], teacher: dict[str, Tensor], swap: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    def chosen(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+def _swap(student: Columns, teacher: Columns, swap: Tensor) -> tuple[Columns, Columns]:
+    """Exchange the examples for which `swap` is true."""
+
+    def pick(first: Columns, second: Columns) -> Columns:
         return {
             name: torch.where(swap.view(-1, *[1] * (column.dim() - 1)), second[name], column)
             for name, column in first.items()
         }
 
-    return chosen(student, teacher), chosen(teacher, student)
+    return pick(student, teacher), pick(teacher, student)

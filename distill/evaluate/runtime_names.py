@@ -1,17 +1,13 @@
-"""What `runtimes=` may name, and how the student is written for each: known before torch is imported."""
+"""Names that `runtimes=` accepts, checked before torch is imported."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from distill.errors import UserError
 from distill.recipe import capabilities, config
 
-TORCH = (
-    "torch",
-    "torch_bf16",
-    "torch_compile",
-    "torch_compile_bf16",
-    "torch_compile_int8",
-)  # compiled: with frozen weights
+TORCH = ("torch", "torch_bf16", "torch_compile", "torch_compile_bf16", "torch_compile_int8")
 AUTO = (
     "torch",
     "torch_bf16",
@@ -23,54 +19,66 @@ AUTO = (
     "openvino_int8",
     "executorch_int8",
 )
-HOW: dict[str, dict[str, str]] = {
+# suffix of the other runtimes -> settings of the export
+SUFFIXES: dict[str, dict[str, str]] = {
     "": {},
     "bf16": {"dtype": "bfloat16"},
-    **{how: {"quantize": how} for how in config.QUANTIZE},
+    **{quantize: {"quantize": quantize} for quantize in config.QUANTIZE},
 }
 
+Callbacks = Mapping[str, dict[str, Any]]  # the recipe's section `callbacks`
 
-def check_runtimes(run: config.Run, names: list[str]) -> None:
-    """UserError where a runtime is unknown or not installed, or cannot hold the student's techniques."""
+
+def check_runtimes(names: Sequence[str], callbacks: Callbacks) -> None:
+    """Check that runtimes exist, are installed, and support the student's techniques.
+
+    Raises:
+        UserError: if one does not.
+    """
     if not names or len(set(names)) < len(names):
         raise UserError(
-            f"runtimes is [{', '.join(names)}], but it must name each once: give runtimes=torch,onnx"
+            f"runtimes is [{', '.join(names)}], but it must name each once: "
+            "give runtimes=torch,onnx"
         )
     for name in names:
-        check_runtime(run, name)
+        _check_runtime(name, callbacks)
 
 
-def check_runtime(run: config.Run, name: str) -> None:
+def available_runtimes(callbacks: Callbacks) -> list[str]:
+    """The runtimes of AUTO that are installed and support the student's techniques."""
+    available = []
+    for name in AUTO:
+        with suppress(UserError):
+            _check_runtime(name, callbacks)
+            available.append(name)
+    return available
+
+
+def _check_runtime(name: str, callbacks: Callbacks) -> None:
+    techniques = capabilities.techniques_of(dict(callbacks))
     if name == "torch_compile_int8":
         if capabilities.installed_version("torchao") is None:
             raise UserError(
                 f"runtimes has {name}, but torchao is not installed: pip install 'distill[torchao]'"
             )
-        if any(spec.get("activations") for spec in run.callbacks.values()):
+        if any(technique.activations for technique in techniques):
             raise UserError(
-                f"runtimes has {name}, but the student's inputs are rounded as it was trained already: leave it out"
+                f"runtimes has {name}, but the student's activations were quantized in training: "
+                "leave it out"
             )
     if name not in TORCH:
-        wanted = export_of(name)
-        capabilities.check(run.callbacks, wanted.format, wanted.dtype, wanted.quantize, wanted.bits)
+        export = export_settings(name)
+        capabilities.check_export(export.format, export.dtype, export.quantize, export.bits)
+        capabilities.check_techniques(export.format, export.quantize, techniques)
 
 
-def available_runtimes(run: config.Run) -> list[str]:
-    """What is worth trying here: of AUTO all that is installed and can hold the student's techniques."""
-    found = []
-    for name in AUTO:
-        with suppress(UserError):
-            check_runtime(run, name)
-            found.append(name)
-    return found
-
-
-def export_of(name: str) -> config.Export:
-    """How the student is written for a runtime: `onnx_int8` is format=onnx quantize=int8."""
-    format, _, how = name.partition("_")
-    if format not in capabilities.RUNTIMES or how not in HOW:
+def export_settings(name: str) -> config.Export:
+    """The export that a runtime loads: `onnx_int8` is format=onnx quantize=int8."""
+    format, _, suffix = name.partition("_")
+    if format not in capabilities.RUNTIMES or suffix not in SUFFIXES:
         known = ", ".join((*TORCH, *capabilities.RUNTIMES))
         raise UserError(
-            f"runtimes has {name}, but there is none of that name: choose from {known}, and add how, as in onnx_int8"
+            f"runtimes has {name}, but there is no such runtime: choose from {known}, "
+            "the last with a suffix, as in onnx_int8"
         )
-    return config.Export(format=format, **HOW[how])  # type: ignore[arg-type]
+    return config.Export(format=format, **SUFFIXES[suffix])  # type: ignore[arg-type]

@@ -1,233 +1,202 @@
-"""A student in the runtimes that could serve it, beside its teacher: bytes, agreement, quality, latency, throughput, memory.
+"""A student in several runtimes, beside its teacher: bytes, agreement, quality, latency, memory.
 
-A runtime gets the student through its own export, written for the measurement, and answers raw texts by the program that travels with
-it; PyTorch is given the same tokens. Each says, alone in a process, what it answers and needs; then one process times all, in turns.
+Each runtime predicts all texts in a separate process; then one process times all, in turns.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from datasets import Dataset
+from torch import Tensor
 
-from distill import data, isolated, models, packing
+from distill import data, isolated
 from distill.errors import RunFailed, UserError
-from distill.evaluate import cost, quality, serve, status
-from distill.evaluate.measure import evenly_spaced, finite, request_texts, trimmed_tokenizer
-from distill.evaluate.runtime_names import TORCH, export_of
-from distill.models.loading import has_own_code
-from distill.packing import runtime_folder
-from distill.recipe import capabilities, config
+from distill.evaluate import quality
+from distill.evaluate.console import status
+from distill.evaluate.cost import DTYPE
+from distill.evaluate.inputs import evenly_spaced, trimmed_tokenizer
+from distill.evaluate.records import Cost, Interval, Machine, RuntimeMetrics, RuntimesReport
+from distill.evaluate.runtime_names import TORCH
+from distill.evaluate.runtime_setup import RuntimeModel, export_model, torch_model, torch_variant
+from distill.evaluate.settings import MeasureSettings
+from distill.packing.export_spec import ExportSpec
+from distill.prepare import Prepared
+from distill.recipe import config
 from distill.tasks.base import Task
+from distill.tasks.batch import Batch
 
 log = logging.getLogger("distill")
 
-CORRECT = (
-    0.97  # share of the trained student's predictions that a way must keep to be named the fastest
-)
-Texts = list[list[str]]  # of each text one cell, or two for pairs
+MIN_AGREEMENT = 0.97  # share of the trained student's predictions that the fastest must keep
+
+Texts = list[list[str]]  # one cell of each text, or two for pairs
 
 
-def measure(
-    run: config.Run,
-    task: Task,
-    raw: Dataset,
-    tokenizer: Any,
-    names: dict[str, str],
-    runtimes: list[str],
-    tried: bool = False,
-) -> dict[str, Any]:
-    """What each runtime is worth and costs on a raw split; `names` are folders of the teacher, where there is one, and of the student.
+def measure_runtimes(
+    settings: MeasureSettings,
+    prepared: Prepared,
+    paths: Mapping[str, str],
+    split: str,
+    runtimes: Sequence[str],
+    skip_failing: bool = False,
+) -> RuntimesReport:
+    """Measure a student in runtimes.
 
-    `baseline` is what ratios are against: the teacher, or else the student, by PyTorch in float32. `tried`: a runtime that fails is left
-    out, and said so; an error otherwise.
+    Args:
+        settings: How it is measured.
+        prepared: The data.
+        paths: Folder or name of `teacher`, which may be left out, and of `student`.
+        split: Split of the data.
+        runtimes: Names of the runtimes.
+        skip_failing: Leave out a runtime that fails, with a warning, rather than raise.
+
+    Returns:
+        Ratios refer to the teacher, or without one to the student, in PyTorch in float32.
+
+    Raises:
+        UserError, RunFailed: if a runtime does not support the student or fails.
     """
-    own = trimmed_tokenizer(names["student"], tokenizer) or tokenizer
-    baseline = "teacher" if "teacher" in names else "student"
+    task, raw = prepared.task, prepared.raw[split]
+    tokenizer = trimmed_tokenizer(paths["student"], prepared.tokenizer) or prepared.tokenizer
+    spec = ExportSpec(config.Export(), settings.data, task, tokenizer, prepared.raw["train"])
+    texts = task.requests(raw, settings.data)
     with TemporaryDirectory() as temporary:
-        reads = {"student": own, "teacher": tokenizer}
-        forms = {
-            who: _torch(task, reads[who], names[who], Path(temporary, f"{who}.json"))
-            for who in reads
-            if who in names
+        folder = Path(temporary)
+        models = {
+            name: torch_model(task, model_tokenizer, paths[name], folder / f"{name}.json")
+            for name, model_tokenizer in (
+                ("student", tokenizer),
+                ("teacher", prepared.tokenizer),
+            )
+            if name in paths
         }
-        texts = request_texts(run, task, raw)
-        answers = {who: _alone(run, task, texts, form) for who, form in forms.items()}
+        responses = {
+            name: _predict(model, texts, settings.evaluate) for name, model in models.items()
+        }
         log.info("measuring %s", ", ".join(runtimes))
         for name in runtimes:
-            with left_out(name) if tried else nullcontext():
-                form = (
-                    _as(name, forms["student"])
-                    if name in TORCH
-                    else _export(run, task, own, names, name, Path(temporary))
-                )
-                answers[name] = (
-                    answers["student"]
-                    if form == forms["student"]
-                    else _alone(run, task, texts, form)
-                )
-                forms[name] = form
-        runtimes = [name for name in runtimes if name in forms]
-        clocked = {name: form for name, form in forms.items() if name in (baseline, *runtimes)}
-        timed = _timed(run, [_read(task, own, cells) for cells in texts], clocked)
-    found = {
-        name: {
-            "bytes": forms[name]["bytes"],
-            **_worth(run, task, raw, own, answers[name]["said"], answers["student"]["said"]),
-        }
-        | {"cost": costs | answers[name]["costs"]}
-        for name, costs in timed["costs"].items()
-    }
-    said = {
-        "examples": len(raw),
-        "baseline": baseline,
-        "metric": task.primary,
-        "runtimes": found,
-        "fastest": fastest(found, runtimes),
-    }
-    return finite(said | {"machine": timed["machine"]})
+            with _skipping(name, skip_failing):
+                if name in TORCH:
+                    model = torch_variant(models["student"], name)
+                else:
+                    with status(f"writing the student for {name}", settings.trainer.progress):
+                        model = export_model(spec, Path(paths["student"]), name, folder / name)
+                if model == models["student"]:
+                    responses[name] = responses["student"]
+                else:
+                    responses[name] = _predict(model, texts, settings.evaluate)
+                models[name] = model
+        measured = [name for name in runtimes if name in models]
+        baseline = "teacher" if "teacher" in paths else "student"
+        truncated = [task.truncate_request(cells, tokenizer) for cells in texts]
+        with status("timing the runtimes", settings.trainer.progress):
+            timed = {name: models[name] for name in (baseline, *measured)}
+            costs, machine = _time(timed, truncated, settings.evaluate)
+    batches = _encode(spec, raw, settings.evaluate.batch_size)
+    results = {}
+    for name, cost in costs.items():
+        predictions, reference = (responses[model]["predictions"] for model in (name, "student"))
+        agreed_N, outcomes = task.compare_answers(predictions, reference, batches)
+        results[name] = RuntimeMetrics(
+            weight_bytes=models[name].weight_bytes,
+            agreement=_share(agreed_N),
+            quality=_intervals(task, outcomes, settings.evaluate.bootstrap, settings.seed),
+            cost=Cost(**cost, **responses[name]["cost"]),
+        )
+    fastest = find_fastest({name: results[name] for name in measured})
+    return RuntimesReport(len(raw), baseline, task.primary_metric, results, fastest, machine)
 
 
 @contextmanager
-def left_out(name: str) -> Iterator[None]:
-    """A runtime that cannot hold or run the student is one less, with a word about it."""
+def _skipping(name: str, skip: bool) -> Iterator[None]:
+    """Log the failure of a runtime as a warning if it may be left out."""
     try:
         yield
     except (UserError, RunFailed) as error:
+        if not skip:
+            raise
         log.warning("%s is left out: %s", name, error)
 
 
-def fastest(found: dict[str, Any], runtimes: list[str]) -> dict[str, str]:
-    """Of those that are correct, the one with the lowest latency and the one with the highest throughput."""
+def find_fastest(results: Mapping[str, RuntimeMetrics]) -> dict[str, str]:
+    """The fastest runtimes by latency and throughput, among those with enough agreement."""
     costs = {
-        name: found[name]["cost"]
-        for name in runtimes
-        if found[name]["agreement"]["value"] >= CORRECT
+        name: metrics.cost
+        for name, metrics in results.items()
+        if metrics.agreement.value >= MIN_AGREEMENT
     }
     if not costs:
         return {}
-    soonest = min(costs, key=lambda name: costs[name]["latency_p50_ms"])
-    return {
-        "latency": soonest,
-        "throughput": max(costs, key=lambda name: costs[name]["examples_per_s"]),
+    latency = min(costs, key=lambda name: costs[name].latency_p50_ms or math.inf)
+    throughput = max(costs, key=lambda name: costs[name].examples_per_s or 0)
+    return {"latency": latency, "throughput": throughput}
+
+
+def _predict(model: RuntimeModel, texts: Texts, settings: config.Evaluate) -> dict[str, Any]:
+    """Predictions for all texts, in the same batches for every model, and peak memory."""
+    request = {"batches": _split(texts, settings.batch_size), "answer": model.answer}
+    return _run("runtime_predictions", {model.form: model}, settings.threads, request)
+
+
+def _time(
+    models: Mapping[str, RuntimeModel], texts: Texts, settings: config.Evaluate
+) -> tuple[dict[str, dict[str, Any]], Machine]:
+    """Time single texts, evenly spaced, and full batches of texts of similar length."""
+    size = min(settings.batch_size, len(texts))
+    spread = [texts[index] for index in evenly_spaced(len(texts), size * settings.batches)]
+    spread.sort(key=lambda cells: sum(map(len, cells)))
+    request = {
+        "requests": [[texts[index]] for index in evenly_spaced(len(texts), settings.requests)],
+        "batches": [batch for batch in _split(spread, size) if len(batch) == size],
+        "dtype": DTYPE,
+        "attention": "eager",
+        "device": "cpu",
     }
+    response = _run("time_runtimes", models, settings.threads, request)
+    return response["costs"], Machine.from_json(response["machine"])
 
 
-def _torch(task: Task, tokenizer: Any, name: str, file: Path) -> dict[str, Any]:
-    """A model as transformers loads it, and the tokenizer that a runtime's program would have."""
-    folder = models.local_files(name, "model")
-    runtime_folder.check_fast(tokenizer, "runtimes is given")
-    runtime_folder.runtime_tokenizer(task, tokenizer).save(str(file))
-    options = {"auto_class": task.auto_class, "coded": has_own_code(folder), "tokenizer": str(file)}
-    return {
-        "form": "torch",
-        "folder": str(folder.resolve()),
-        "program": None,
-        "bytes": cost.weight_bytes(folder),
-    } | options
+def _split(texts: Texts, size: int) -> list[Texts]:
+    return [texts[first : first + size] for first in range(0, len(texts), size)]
 
 
-def _as(form: str, student: dict[str, Any]) -> dict[str, Any]:
-    """The same folder in another form; bfloat16 has half the bytes of float32. Where int8 is made of it, it is not stored so."""
-    return student | {
-        "form": form,
-        "bytes": student["bytes"] // (2 if form.endswith("bf16") else 1),
-    }
-
-
-def _export(
-    run: config.Run, task: Task, tokenizer: Any, names: dict[str, str], name: str, temporary: Path
+def _run(
+    script: str, models: Mapping[str, RuntimeModel], threads: int, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """The folder that ships, without its proof: what it answers is measured here."""
-    wanted, folder = export_of(name), temporary / name
-    folder.mkdir()
-    log.info("writing the student for %s", name)
-    with status(run, f"writing the student for {name}"):
-        packing.write_artefact(
-            replace(run, export=wanted), task, tokenizer, Path(names["student"]), folder
-        )
-    size = cost.disk_bytes(folder, capabilities.RUNTIMES[str(wanted.format)].files)
-    return {
-        "form": name,
-        "folder": str(folder),
-        "program": runtime_folder.runtime_program(str(wanted.format), task.pipeline),
-        "bytes": size,
-    }
-
-
-def _read(task: Task, tokenizer: Any, cells: list[str]) -> list[str]:
-    """What the model reads of a text: what is cut off would be a cost of tokenising alone."""
-    if task.pipeline != "text-classification":
-        return cells
-    tokens = tokenizer(
-        *cells, truncation=True, max_length=task.max_length, return_offsets_mapping=True
-    )
-    places = list(zip(tokens["offset_mapping"], tokens.sequence_ids(), strict=True))
-    ends = [
-        max((end for (_, end), owner in places if owner == cell), default=0)
-        for cell in range(len(cells))
-    ]
-    return [text[:end] for text, end in zip(cells, ends, strict=True)]
-
-
-def _alone(run: config.Run, task: Task, texts: Texts, form: dict[str, Any]) -> dict[str, Any]:
-    """What one of them says to all texts, always in the same batches, and the memory of its process."""
-    size, every = run.evaluate.batch_size, task.pipeline == "text-classification"
-    batches = [texts[first : first + size] for first in range(0, len(texts), size)]
-    return _asked(
-        run, {form["form"]: form}, {"measure": "alone", "batches": batches, "every": every}
-    )
-
-
-def _timed(run: config.Run, texts: Texts, forms: dict[str, Any]) -> dict[str, Any]:
-    """Single requests spread over the texts, and full batches of texts that are about as long."""
-    size, settings = min(run.evaluate.batch_size, len(texts)), run.evaluate
-    requests = [[texts[place]] for place in evenly_spaced(len(texts), settings.requests)]
-    chosen = sorted(
-        (texts[place] for place in evenly_spaced(len(texts), size * settings.batches)),
-        key=lambda cells: sum(map(len, cells)),
-    )
-    batches = [chosen[first : first + size] for first in range(0, len(chosen) - size + 1, size)]
-    machine = {"dtype": cost.DTYPE, "attention": "eager", "device": "cpu"}
-    with status(run, "timing the runtimes"):
-        return _asked(
-            run, forms, {"measure": "speed", "requests": requests, "batches": batches} | machine
-        )
-
-
-def _asked(run: config.Run, forms: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
+    described = {name: asdict(model) for name, model in models.items()}
     try:
-        return isolated.run_isolated(
-            Path(serve.__file__), {"served": forms, "threads": run.evaluate.threads} | question
-        )
+        return isolated.run_isolated(script, {"models": described, "threads": threads} | request)
     except isolated.ProcessError as error:
-        measured = ", ".join(forms)
         raise RunFailed(
-            f"the measurement of {measured} ended early ({error}), but each must answer: leave it out of runtimes="
+            f"the measurement of {', '.join(models)} failed ({error}), but each runtime must run: "
+            "leave it out of runtimes="
         ) from error
 
 
-def _worth(
-    run: config.Run, task: Task, raw: Dataset, tokenizer: Any, said: list[Any], student: list[Any]
-) -> dict[str, Any]:
-    """The share of predictions that are the trained student's, and the task's metrics; of a language model's next tokens the first."""
-    rows, reference = torch.tensor(said), torch.tensor(student)
-    if task.pipeline == "text-generation":
-        return _agreed(rows == reference) | {"quality": {}}
-    batch = task.collate(
-        data.columns_to_examples(task.encode(raw[:], tokenizer, run.data)), tokenizer.pad_token_id
-    )
-    drawn = quality.bootstrap(task, task.outcomes(rows, batch), run.evaluate.bootstrap, run.seed)
-    measured = {metric: each._asdict() for metric, each in drawn.intervals().items()}
-    return _agreed(task.agreement(rows, reference)) | {"quality": measured}
+def _encode(spec: ExportSpec, raw: Dataset, size: int) -> list[Batch]:
+    """The encoded texts in the batches in which runtimes predict them."""
+    columns = spec.task.encode_requests(raw[:], spec.tokenizer, spec.data, keep_end=True)
+    examples, pad_id = data.columns_to_examples(columns), spec.tokenizer.pad_token_id
+    return [
+        spec.task.collate(examples[first : first + size], pad_id)
+        for first in range(0, len(examples), size)
+    ]
 
 
-def _agreed(agreed_B: torch.Tensor) -> dict[str, Any]:
-    share = float(agreed_B.double().mean())
-    low, high = quality.share_interval(share, len(agreed_B))
-    return {"agreement": {"value": share, "low": low, "high": high}}
+def _share(agreed_N: Tensor) -> Interval:
+    share = float(agreed_N.double().mean())
+    return Interval(share, *quality.share_interval(share, len(agreed_N)))
+
+
+def _intervals(
+    task: Task, outcomes: quality.Columns | None, resamples: int, seed: int
+) -> dict[str, Interval]:
+    if outcomes is None:  # metrics need all logits
+        return {}
+    return quality.bootstrap(task, outcomes, resamples, seed).intervals()

@@ -1,4 +1,14 @@
-"""TODO"""
+"""Losses as pure functions of tensors.
+
+| file | contents |
+|---|---|
+| `divergences.py` | losses of logits, hidden states and attention; all are exported here |
+| `chunked.py` | the loss of a language model, computed without storing all logits |
+| `sparse.py` | a teacher's distribution as a few of its tokens |
+
+`loss.divergence` in a recipe is the name of a function of this package, or the dotted path of
+another function with the arguments `(student_NC, teacher_NC, temperature)`.
+"""
 
 from distill.losses.divergences import (
     ANY_OF_C,

@@ -1,13 +1,16 @@
-"""Names and configs -> teacher and student.
+"""Loading teacher and student models and tokenizers, from names and configs.
 
-| file | what it owns |
+| file | contents |
 |---|---|
-| `architectures.py` | what differs between model families, as plain data |
-| `loading.py` | a name or a config -> a model, or one sentence that says why not |
-| `tokenizers.py` | the same for tokenizers, training one on texts, and which one a recipe uses |
-| `student.py` | a teacher's layers -> a student, every tensor accounted for |
-| `preflight.py` | do teacher, student and data agree: labels, token ids, lengths; fingerprints |
-| `forward.py` | inputs -> logits, or the factors of them; on which device |
+| `hub.py` | names -> folders; errors of transformers as one sentence |
+| `loading.py` | a name or a config -> a model |
+| `stored_tensors.py` | the tensors in a model's file compared with those of its architecture |
+| `saving.py` | a model -> a folder that transformers loads |
+| `tokenizers.py` | a name or training texts -> a tokenizer |
+| `architectures.py` | tables of the differences between model families |
+| `layer_selection.py` | layers of a teacher -> a student |
+| `preflight.py` | checks that teacher, student and data agree; fingerprints |
+| `forward.py` | a batch -> logits, or hidden states and head; devices |
 """
 
 from distill.models.architectures import attention_projections, blocks, embedding_module
@@ -23,13 +26,14 @@ from distill.models.forward import (
     resolve_teacher_dtype,
     supports_bf16,
 )
+from distill.models.hub import local_files, resolve_path, silence_transformers, translate_errors
 from distill.models.layer_selection import TensorReport, group_names, select_layers
-from distill.models.loading import load, load_trained, local_files, save
+from distill.models.loading import best_attention, load, load_trained
 from distill.models.preflight import (
-    check_floats,
     check_labels,
     check_length,
-    check_tokens,
+    check_not_quantized,
+    check_vocabulary,
     fingerprint,
     max_positions,
     num_logits,
@@ -37,40 +41,47 @@ from distill.models.preflight import (
     shared_logits,
     vocabulary_size,
 )
+from distill.models.saving import has_own_code, save, write_auto_map
 from distill.models.tokenizers import build_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "TensorReport",
-    "forward_arguments",
-    "set_labels",
     "attention_projections",
+    "best_attention",
     "blocks",
-    "check_floats",
+    "build_tokenizer",
     "check_labels",
     "check_length",
-    "check_tokens",
-    "load_trained",
-    "select_layers",
-    "resolve_device",
-    "resolve_teacher_dtype",
+    "check_not_quantized",
+    "check_vocabulary",
     "embedding_module",
-    "has_linear_head",
-    "supports_bf16",
-    "local_files",
+    "factored_logits",
     "fingerprint",
+    "forward_arguments",
     "group_names",
+    "has_linear_head",
+    "has_own_code",
+    "head_inputs",
     "load",
     "load_tokenizer",
-    "logits",
-    "on_device",
-    "max_positions",
-    "factored_logits",
+    "load_trained",
+    "local_files",
     "logit_rows",
-    "save",
-    "shared_logits",
-    "head_inputs",
-    "build_tokenizer",
-    "vocabulary_size",
-    "train_tokenizer",
+    "logits",
+    "max_positions",
     "num_logits",
+    "on_device",
+    "resolve_device",
+    "resolve_path",
+    "resolve_teacher_dtype",
+    "save",
+    "select_layers",
+    "set_labels",
+    "shared_logits",
+    "silence_transformers",
+    "supports_bf16",
+    "train_tokenizer",
+    "translate_errors",
+    "vocabulary_size",
+    "write_auto_map",
 ]

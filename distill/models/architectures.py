@@ -1,7 +1,7 @@
-"""What differs between model families, as plain data: where the blocks are, and which family's tensors are a subset of another's.
+"""Tables of the differences between model families: paths of blocks, and names of tensors.
 
-Paths are relative to the model without its head (`model.base_model`). A new family is one row of ARCHITECTURES; a student
-architecture other than its teacher's is one row of TRANSLATIONS.
+Paths are relative to the model without its head (`model.base_model`). A new family is one entry of
+ARCHITECTURES; a student family other than its teacher's is one entry of TRANSLATIONS.
 """
 
 from collections.abc import Mapping
@@ -16,37 +16,30 @@ from distill.errors import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """The layout of one family, by `model_type` of its config."""
+    """The layout of a model family, which is the `model_type` of its config."""
 
     blocks: str  # the list of transformer blocks
-    embeddings: str  # the module whose output enters the first block
-    attention: tuple[
-        str, ...
-    ]  # query, key and value projections in a block; empty where they are fused
-    attention_out: str  # the projection that mixes the heads' outputs
-    ffn: tuple[str, ...]  # what fills the neurons of a block's feed-forward network, and reads them
-    ffn_out: str
-    ffn_width: str  # the config's key of the number of neurons
-    heads: tuple[
-        str, ...
-    ] = ()  # its keys of the numbers of heads, where a head's width need not be hidden size / heads
-    positions_after_pad: bool = False  # position ids start behind the padding id, not at 0
-    requires: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # config values without which a block depends on its place
+    embeddings: str  # the module whose output is the input of the first block
+    attention: tuple[str, ...]  # query, key, value projections in a block; () where fused
+    attention_out: str  # output projection of the attention
+    ffn: tuple[str, ...]  # projections into the feed-forward network's hidden layer
+    ffn_out: str  # projection out of it
+    ffn_width: str  # config key of the width of the hidden layer
+    heads: tuple[str, ...] = ()  # config keys of the numbers of heads, where head_dim is free
+    positions_after_pad: bool = False  # position ids start at the padding id + 1, not at 0
+    # Config values that blocks need to be independent of their position in the stack.
+    requires: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Translation:
-    """How a teacher of one family becomes a student of another: names of tensors by prefix, and keys of the config."""
+    """How tensors and config of a teacher of one family become those of a student of another."""
 
-    config: Mapping[str, str]  # student's key -> teacher's key, beside those of SHARED_KEYS
-    outer: Mapping[str, str]  # teacher's prefix -> student's, outside the blocks
-    block: Mapping[str, str]  # teacher's prefix -> student's, inside a block
-    folded: Mapping[str, str]  # teacher's table -> teacher's table to whose rows its row 0 is added
-    requires: Mapping[
-        str, Any
-    ]  # config values of the teacher that the student's family cannot vary
+    config: Mapping[str, str]  # student's key -> teacher's key, besides SHARED_KEYS
+    outer: Mapping[str, str]  # teacher's prefix -> student's prefix, outside the blocks
+    block: Mapping[str, str]  # teacher's prefix -> student's prefix, inside a block
+    folded: Mapping[str, str]  # embedding -> the embedding to whose rows its row 0 is added
+    requires: Mapping[str, Any]  # config values that the student's family fixes
 
 
 _BERT = Architecture(
@@ -99,8 +92,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": _LLAMA,
 }
 
-# (teacher's model_type, student's model_type); a family is always a subset of itself.
-# RoBERTa is no row here: DistilBERT counts positions from 0, RoBERTa from behind its padding id.
+_TABLES = "bert.embeddings"
+# (teacher's model_type, student's model_type); a family needs no translation into itself.
+# RoBERTa has no entry: its positions start after the padding id, those of DistilBERT at 0.
 TRANSLATIONS: Mapping[tuple[str, str], Translation] = {
     ("bert", "distilbert"): Translation(
         config={
@@ -114,7 +108,7 @@ TRANSLATIONS: Mapping[tuple[str, str], Translation] = {
         },
         outer={
             "bert.embeddings.": "distilbert.embeddings.",
-            "bert.pooler.dense.": "pre_classifier.",  # tanh there, relu here: a start, not a copy
+            "bert.pooler.dense.": "pre_classifier.",  # tanh in BERT, relu here: initialization only
             "classifier.": "classifier.",
         },
         block={
@@ -127,9 +121,7 @@ TRANSLATIONS: Mapping[tuple[str, str], Translation] = {
             "output.dense.": "ffn.lin2.",
             "output.LayerNorm.": "output_layer_norm.",
         },
-        folded={
-            "bert.embeddings.token_type_embeddings.weight": "bert.embeddings.position_embeddings.weight"
-        },
+        folded={f"{_TABLES}.token_type_embeddings.weight": f"{_TABLES}.position_embeddings.weight"},
         requires={"layer_norm_eps": 1e-12, "is_decoder": False},
     )
 }
@@ -144,46 +136,50 @@ SHARED_KEYS = (
 
 
 def architecture(model_type: str) -> Architecture:
-    """The layout of a family; UserError where it is not known."""
+    """The layout of a family; UserError if it is unknown."""
     if model_type not in ARCHITECTURES:
         raise UserError(
-            f"the architecture is {model_type}, but layers can be found only in {', '.join(ARCHITECTURES)}: "
-            "take a model of one of these, or do without student.layers and loss.terms"
+            f"the architecture is {model_type}, but the layout is known only of "
+            f"{', '.join(ARCHITECTURES)}: "
+            "take a model of one of these, or leave out student.layers and loss.terms"
         )
     return ARCHITECTURES[model_type]
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks, first to last; block i's output is its layer i."""
-    found = model.base_model.get_submodule(architecture(model.config.model_type).blocks)
-    assert isinstance(found, nn.ModuleList)
-    return found
+    """The transformer blocks of a model, first to last."""
+    modules = model.base_model.get_submodule(architecture(model.config.model_type).blocks)
+    assert isinstance(modules, nn.ModuleList)
+    return modules
 
 
 def embedding_module(model: PreTrainedModel) -> nn.Module:
-    """The module whose output enters the first block."""
+    """The module whose output is the input of the first block."""
     return model.base_model.get_submodule(architecture(model.config.model_type).embeddings)
 
 
 def ffn_width(config: PreTrainedConfig) -> int:
-    """Neurons of a block's feed-forward network, as the config says."""
-    return (
-        getattr(config, architecture(config.model_type).ffn_width) or 4 * config.hidden_size
-    )  # null is GPT-2's way to say 4
+    """The width of the hidden layer of a block's feed-forward network."""
+    width = getattr(config, architecture(config.model_type).ffn_width)
+    return width or 4 * config.hidden_size  # GPT-2 has None for 4 * hidden_size
 
 
 def head_width(config: PreTrainedConfig) -> int:
-    """Features of one attention head, as the config says."""
+    """The width of one attention head."""
     return config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
 
 
 def attention_projections(block: nn.Module) -> tuple[nn.Module, ...]:
-    """Query, key and value projections of one of :func:`blocks`; UserError where they are fused into one (GPT-2)."""
+    """The query, key and value projections of one of :func:`blocks`.
+
+    Raises:
+        UserError: They are fused into one layer (GPT-2).
+    """
     modules = dict(block.named_modules())
-    for names in {known.attention for known in ARCHITECTURES.values() if known.attention}:
+    for names in {family.attention for family in ARCHITECTURES.values() if family.attention}:
         if all(name in modules for name in names):
             return tuple(modules[name] for name in names)
     raise UserError(
-        f"the block is a {type(block).__name__}, but attention relations need separate query, key and value layers: "
-        "leave this term out, or use hidden states in its place"
+        f"the block is a {type(block).__name__}, but attention relations need separate query, key "
+        "and value layers: leave this term out, or use hidden states in its place"
     )

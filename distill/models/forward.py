@@ -1,4 +1,8 @@
-"""Inputs -> logits, or what a language model's head makes them of, whatever the model takes, on the device that the recipe allows."""
+"""A batch -> logits, or the hidden states that a language model's head turns into logits.
+
+B = examples, L = tokens of the longest, C = classes or vocabulary, V = vocabulary, D = width,
+N = selected rows.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -11,34 +15,35 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from distill import internals
 from distill.losses.chunked import FactoredLogits
-from distill.recipe.config import Run, Trainer
+from distill.recipe.config import Teacher, Trainer
 
 
-def resolve_device(run: Run) -> str:
-    """Where models answer outside of the Trainer."""
-    return "cuda" if run.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+def resolve_device(trainer: Trainer) -> str:
+    """The device for models outside of Lightning's Trainer, `cuda` or `cpu`."""
+    return "cuda" if trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def supports_bf16(trainer: Trainer) -> bool:
-    """Whether the device that the recipe allows has units for bfloat16."""
-    if trainer.accelerator != "cpu" and torch.cuda.is_available():
+    """Whether the device of the recipe has instructions for bfloat16."""
+    if resolve_device(trainer) == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    return internals.cpu_supports_bf16()
 
 
-def resolve_teacher_dtype(run: Run) -> str:
-    """What the teacher answers in: `auto` -> bfloat16 where the device has units for it, else float32."""
-    if run.teacher is None or run.teacher.dtype == "auto":
-        return "bfloat16" if supports_bf16(run.trainer) else "float32"
-    return run.teacher.dtype
+def resolve_teacher_dtype(teacher: Teacher | None, trainer: Trainer) -> str:
+    """The dtype of the teacher's forward; `auto` is bfloat16 if the device supports it."""
+    if teacher is None or teacher.dtype == "auto":
+        return "bfloat16" if supports_bf16(trainer) else "float32"
+    return teacher.dtype
 
 
 @contextmanager
 def on_device(device: str, *models: Any) -> Iterator[None]:
-    """The models are on that device inside, and on the CPU afterwards; the device's memory is then given back.
+    """Move models to a device inside the context, and back to the CPU afterwards.
 
-    Never under `torch.inference_mode`, which would make their moved parameters unfit for training.
+    Not for use under `torch.inference_mode`, whose tensors cannot be trained.
     """
     try:
         for model in models:
@@ -52,7 +57,7 @@ def on_device(device: str, *models: Any) -> Iterator[None]:
 
 
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's logits, (B, C) or (B, L, C). Inputs that it does not know (token types, for DistilBERT) are left out."""
+    """The model's logits, (B, C) or (B, L, C); inputs unknown to its forward are dropped."""
     known = forward_arguments(model)
     options = {"use_cache": False} if "use_cache" in known else {}
     return model(
@@ -63,32 +68,39 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 def logit_rows(
     model: PreTrainedModel,
     inputs: dict[str, Tensor],
-    pick: Callable[[Tensor], Tensor],
+    select: Callable[[Tensor], Tensor],
     classes: int | None,
     factors: bool,
 ) -> FactoredLogits | Tensor:
-    """The rows that `pick` takes of a model's places: the first `classes` logits of each, (N, C).
+    """Rows of a model's logits.
 
-    `factors`: as hidden states and head, of which they are the product, where the head is an ordinary linear layer at this moment.
+    Args:
+        model: The model.
+        inputs: Arguments of its forward.
+        select: Selects rows of logits, or of hidden states, from those of all positions.
+        classes: Number of leading columns to return; None returns all.
+        factors: Whether to return hidden states and the head's weight, whose product are the
+            logits. Ignored if the head is not a plain nn.Linear, or is sharded.
+
+    Returns:
+        Logits, (N, classes), or their factors.
     """
     head: Any = model.get_output_embeddings() if factors else None
-    if type(head) is not nn.Linear or isinstance(
-        head.weight, DTensor
-    ):  # it quantizes its weight, or is split over the ranks
-        return pick(logits(model, inputs))[:, :classes]
-    return factored_logits(head_inputs(model, inputs, pick), head, classes)
+    if type(head) is not nn.Linear or isinstance(head.weight, DTensor):
+        return select(logits(model, inputs))[:, :classes]
+    return factored_logits(head_inputs(model, inputs, select), head, classes)
 
 
 def head_inputs(
-    model: PreTrainedModel, inputs: dict[str, Tensor], pick: Callable[[Tensor], Tensor]
+    model: PreTrainedModel, inputs: dict[str, Tensor], select: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The rows that `pick` takes of what a language model's head reads, (N, D)."""
-    with _answering(model.get_output_embeddings(), lambda head_inputs: head_inputs):
-        return pick(logits(model, inputs))
+    """Rows of the input of a language model's head, (N, D)."""
+    with _replace_forward(model.get_output_embeddings(), lambda states: states):
+        return select(logits(model, inputs))
 
 
 def factored_logits(states_ND: Tensor, head: nn.Linear, classes: int | None) -> FactoredLogits:
-    """Hidden states with the part of a head that makes the first `classes` logits."""
+    """Hidden states, with the rows of the head that compute the first `classes` logits."""
     if classes is None or classes == head.out_features:
         return FactoredLogits(states_ND, head.weight, head.bias)
     return FactoredLogits(
@@ -98,22 +110,23 @@ def factored_logits(states_ND: Tensor, head: nn.Linear, classes: int | None) -> 
 
 @torch.no_grad()
 def has_linear_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are what the linear head answers: no cap, no scale, nothing comes after it. In evaluation mode."""
+    """Whether the logits are the output of a linear head, not soft-capped or scaled afterwards.
+
+    The model must be in eval mode.
+    """
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return False
-    spread_V = torch.linspace(
-        -1e3, 1e3, head.out_features, device=model.device
-    )  # what a head might say
+    probe_V = torch.linspace(-1e3, 1e3, head.out_features, device=model.device)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    with _answering(head, lambda head_inputs: spread_V.repeat(*head_inputs.shape[:-1], 1)):
-        answered = logits(model, {"input_ids": token, "attention_mask": token})
-    return torch.equal(answered.flatten(), spread_V)
+    with _replace_forward(head, lambda states: probe_V.repeat(*states.shape[:-1], 1)):
+        result = logits(model, {"input_ids": token, "attention_mask": token})
+    return torch.equal(result.flatten(), probe_V)
 
 
 @contextmanager
-def _answering(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the module answers with this function; its hooks see that."""
+def _replace_forward(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace a module's forward inside the context; its hooks still run."""
     module.forward = function
     try:
         yield
@@ -122,7 +135,7 @@ def _answering(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Itera
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
-    """The names of what its forward takes."""
+    """The names of the arguments of a model's forward."""
     return _parameters(type(model).forward)
 
 

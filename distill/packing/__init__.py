@@ -1,21 +1,27 @@
-"""A trained student -> the folder that ships, in the format that the recipe asks for.
+"""A trained student -> the exported folder, in the format that the recipe names.
 
-| file | what it owns |
+| module | contents |
 |---|---|
-| `after.py` | quantization after training, where the recipe wants it |
-| `packed.py` | 2 to 8 bits a weight: weights -> the container of `runtime/container.py`, and back to dense |
-| `torchao.py` | int8 weights as tensors of torchao |
-| `served.py` | what lies beside a runtime's model: tokenizer, labels, the program in `programs/` |
-| `coded.py` | layers that compute with int8 codes, as operators of ONNX |
-| `norms.py` | layers that normalise, in the operators that ONNX Runtime is fast at |
-| `cached.py` | a language model's keys and values as inputs and outputs |
-| `onnx.py` | a graph of ONNX |
-| `openvino.py` | the same graph as OpenVINO's own |
-| `executorch.py` | a program of ExecuTorch |
+| `export_spec.py` | what an export needs besides the student's folder |
+| `post_training.py` | quantization after training |
+| `packed.py` | `format=packed`: 2 to 8 bits per weight, and back to ordinary weights |
+| `torchao.py` | `format=torchao`: int8 weights as tensors of torchao |
+| `runtime_folder.py` | the files beside a runtime's model: tokenizer, config, program |
+| `programs/` | the programs that run texts in a runtime |
+| `graph.py` | code shared by the modules that write a runtime's model file |
+| `onnx.py` | an ONNX graph |
+| `openvino.py` | the same graph in OpenVINO's format |
+| `executorch.py` | an ExecuTorch program |
+| `quant_layers.py` | layers with int8 weights, as operators of ONNX |
+| `layer_norm.py` | layer normalization in operators that ONNX Runtime vectorizes |
+| `kv_cache.py` | a language model's keys and values as inputs and outputs |
 """
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,107 +31,158 @@ from transformers import PreTrainedModel
 
 from distill import models
 from distill.compress.fake_quant import modules_sharing
+from distill.compress.quantizable import default_layers
 from distill.compress.quantizer import QuantSpec
-from distill.errors import UserError
-from distill.packing import executorch, packed, quant_layers, runtime_folder, torchao
-from distill.packing.post_training import calibration_inputs, default_layers, quantize_model
+from distill.errors import RunFailed, UserError
+from distill.packing import packed, runtime_folder, torchao
+from distill.packing.export_spec import ExportSpec
+from distill.packing.graph import check_quantized
+from distill.packing.post_training import quantize_model
 from distill.recipe import capabilities, config
-from distill.remote_code.modeling import LINEAR, compression_of
-from distill.tasks.base import Task
+from distill.remote_code.modeling import CompressionConfig
+
+__all__ = [
+    "ExportSpec",
+    "check_format",
+    "final_student",
+    "is_measured",
+    "temporary_artefact",
+    "write_artefact",
+    "write_format",
+]
+
+log = logging.getLogger("distill")
 
 
 def check_format(
-    run: config.Run,
+    settings: config.Export,
     student: PreTrainedModel,
     tokenizer: Any,
     tensors: Mapping[str, QuantSpec],
-    rounded: Collection[str] = (),
+    dynamic: Collection[str] = (),
 ) -> None:
-    """UserError, before training, where the recipe's format cannot hold this student with these tensors quantized.
+    """Check, before training, that a format can store the student with these tensors quantized.
 
-    `rounded`: those of them whose layers round their inputs to each token's own range.
+    Args:
+        settings: the recipe's section `export`.
+        student: the student before training.
+        tokenizer: the student's tokenizer.
+        tensors: names of the quantized weights, and how each is quantized.
+        dynamic: names of those whose layers quantize their inputs dynamically, for each token.
+
+    Raises:
+        UserError: if the format does not support it.
     """
-    format, quantize = str(run.export.format), run.export.quantize
-    later = _later(student, quantize) if quantize is not None else ()
+    format, quantize = str(settings.format), settings.quantize
+    later = _default_layers(student, quantize) if quantize is not None else ()
     if format == "torchao":
         torchao.check_layers(student, [*tensors, *(f"{name}.weight" for name in later)])
     if format not in capabilities.RUNTIMES:
-        return  # dense and packed hold everything
+        return  # dense and packed store everything
     runtime_folder.check(format, student, tokenizer)
     for name, spec in tensors.items():
         layers = modules_sharing(student, name)
-        if format != "executorch":
-            quant_layers.check(name, layers, spec, format)
-        elif (quantize is not None or name in rounded) and isinstance(layers[0], LINEAR):
-            executorch.check(name, spec)  # any other layer stays in floats
+        activations = "dynamic" if name in dynamic else None
+        check_quantized(format, name, layers, spec, quantize, activations)
 
 
-def _later(student: PreTrainedModel, quantize: str) -> Iterable[str]:
+def _default_layers(student: PreTrainedModel, quantize: str) -> Iterable[str]:
     try:
         return default_layers(student)
     except UserError as error:
+        reason = str(error).rpartition(": ")[0]
         raise UserError(
-            f"export.quantize is {quantize}, but {str(error).rpartition(': ')[0]}: leave export.quantize out"
+            f"export.quantize is {quantize}, but {reason}: leave export.quantize out"
         ) from error
 
 
-def write_artefact(
-    run: config.Run, task: Task, tokenizer: Any, student: Path, target: Path
-) -> None:
-    """Write the student of that folder into an empty one, as the recipe's `export` section says, without a proof."""
+def write_artefact(spec: ExportSpec, student: Path, target: Path) -> None:
+    """Export the student of a folder into an empty one, in the format of `spec`, without proof."""
     with TemporaryDirectory() as temporary:
-        write_format(
-            run,
-            task,
-            tokenizer,
-            final_student(run, task, tokenizer, student, Path(temporary)),
-            target,
-        )
+        write_format(spec, final_student(spec, student, Path(temporary)), target)
 
 
-def final_student(
-    run: config.Run, task: Task, tokenizer: Any, student: Path, temporary: Path
-) -> Path:
-    """The folder of the student as it will answer: quantized now, into the other folder, where the recipe wants that after training.
+def is_measured(settings: config.Export) -> bool:
+    """Whether an evaluation measures the export instead of the trained student.
 
-    A runtime's format quantizes as it is written, to what the runtime computes.
+    It does not if the export stores the student unchanged (dense, float32). Exports for a runtime
+    are measured by `evaluate runtimes=`.
     """
-    if run.export.quantize is None or run.export.format in capabilities.RUNTIMES:
+    if settings.format is None or settings.format in capabilities.RUNTIMES:
+        return False
+    plain = settings.format == "dense" and settings.dtype == "float32"
+    return not plain or settings.quantize is not None
+
+
+@contextmanager
+def temporary_artefact(spec: ExportSpec, student: Path) -> Iterator[Path | None]:
+    """Export the student of a folder to a temporary one, in which it is measured.
+
+    Yields:
+        The temporary folder; None if the trained student is measured instead, because
+        :func:`is_measured` is false or the export cannot be written.
+    """
+    if not is_measured(spec.settings):
+        yield None
+        return
+    with TemporaryDirectory() as temporary:
+        target: Path | None = Path(temporary)
+        try:
+            write_artefact(spec, student, Path(temporary))
+        except (UserError, RunFailed) as error:
+            target = None
+            warn_unwritten(error)
+        yield target
+
+
+def warn_unwritten(error: Exception) -> None:
+    """Log that the trained student is measured, because it cannot be exported."""
+    log.warning("the trained student is measured, because it cannot be exported: %s", error)
+
+
+def final_student(spec: ExportSpec, student: Path, temporary: Path) -> Path:
+    """The folder of the student that the export must agree with.
+
+    That is `student`, or `temporary` with the student quantized after training. For a runtime, the
+    export is quantized when it is written, as the runtime computes.
+    """
+    settings = spec.settings
+    if settings.quantize is None or settings.format in capabilities.RUNTIMES:
         return student
-    model = models.load_trained(str(student), task, "student", tokenizer)
-    if compression_of(model.config).get("weights"):
+    model = models.load_trained(str(student), spec.task, "student", spec.tokenizer)
+    if CompressionConfig.from_config(model.config).weights:
         raise UserError(
-            f"export.quantize is {run.export.quantize}, but the student's weights are quantized already: leave export.quantize out"
+            f"export.quantize is {settings.quantize}, but the student's weights are quantized "
+            "already: leave export.quantize out"
         )
-    examples = calibration_inputs(run, task, tokenizer) if run.export.quantize == "static" else ()
-    quantize_model(model, run.export.quantize, run.export.bits, examples)
-    models.save(model, tokenizer, temporary)
+    examples = spec.calibration_inputs() if settings.quantize == "static" else ()
+    quantize_model(model, settings.quantize, settings.bits, examples)
+    models.save(model, spec.tokenizer, temporary)
     return temporary
 
 
-def write_format(run: config.Run, task: Task, tokenizer: Any, student: Path, target: Path) -> None:
-    """Weights, config and tokenizer. The tokenizer cuts texts where training did."""
-    model, tokenizer = (
-        models.load_trained(str(student), task, "student", tokenizer),
-        copy.deepcopy(tokenizer),
-    )
-    tokenizer.model_max_length = task.max_length
-    dtype = getattr(torch, run.export.dtype)
-    if run.export.format in capabilities.RUNTIMES:
-        runtime_folder.save(run, task, tokenizer, model, target)
-    elif run.export.format == "packed":
+def write_format(spec: ExportSpec, student: Path, target: Path) -> None:
+    """Write weights, config and tokenizer, which truncates texts to the length of training."""
+    settings, tokenizer = spec.settings, copy.deepcopy(spec.tokenizer)
+    model = models.load_trained(str(student), spec.task, "student", spec.tokenizer)
+    tokenizer.model_max_length = spec.task.max_length
+    dtype = getattr(torch, settings.dtype)
+    if settings.format in capabilities.RUNTIMES:
+        runtime_folder.save(replace(spec, tokenizer=tokenizer), model, target)
+    elif settings.format == "packed":
         packed.save(model, tokenizer, target, dtype)
-    elif run.export.format == "torchao":
+    elif settings.format == "torchao":
         torchao.save(model, tokenizer, target, dtype)
     else:
-        _dense(model, tokenizer, target, dtype)
+        _save_dense(model, tokenizer, target, dtype)
 
 
-def _dense(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtype) -> None:
-    """Every weight in one type of float. In half of it weights leave the grid of their codes, which the record then no longer names."""
-    compression = compression_of(model.config)
-    if compression and dtype != torch.float32:
-        model.config.compression = {
-            part: said for part, said in compression.items() if part != "weights"
-        }
+def _save_dense(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtype) -> None:
+    """Write all weights in one floating-point type.
+
+    In half precision the weights are no longer exactly quantized, so the config omits that.
+    """
+    compression = CompressionConfig.from_config(model.config)
+    if compression.weights and dtype != torch.float32:
+        replace(compression, weights={}).write_to(model.config)
     models.save(model.to(dtype), tokenizer, target)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""A student -> `model.onnx`: any batch, any length, the student's weights or its int8 codes."""
+"""A student -> `model.onnx`, for any batch size and length, with float or int8 weights."""
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,146 +13,139 @@ from transformers import PreTrainedModel
 
 from distill.errors import UserError
 from distill.packing import kv_cache, layer_norm, post_training, quant_layers
-from distill.packing.runtime_folder import LogitsModule, input_names
-from distill.remote_code.modeling import compression_of
-from distill.tasks.base import Task
+from distill.packing.graph import GraphOptions, LogitsModule
+from distill.remote_code.modeling import CompressionConfig
 
 FILE = "model.onnx"
 OPSET = 20
-FREE = torch.export.Dim.DYNAMIC
-LENGTH, BEFORE = 7, 3  # of the examples: their new tokens, and those before them
-CHATTY = ("torch.onnx", "onnxscript", "onnx_ir")  # loggers of the exporter
+DYNAMIC = torch.export.Dim.DYNAMIC
+LENGTH, PAST_LENGTH = 7, 3  # tokens of the example inputs: new and cached
+EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
 
 log = logging.getLogger("distill")
 
 
-def save(
-    model: PreTrainedModel,
-    task: Task,
-    tokenizer: Any,
-    target: Path,
-    quantize: str | None,
-    calibration: list[dict[str, Tensor]],
-    format: str = "onnx",
-) -> bool:
-    """Write the graph, and say whether it takes keys and values of what was read before, as a language model's does where it can.
+def save(model: PreTrainedModel, options: GraphOptions, target: Path, format: str = "onnx") -> bool:
+    """Write the graph.
 
-    What was quantized in training, or is now, computes with its codes: see :func:`integers`.
+    Args:
+        model: changed in place.
+        options: quantized weights become int8 layers; see :func:`quantize_layers`.
+        target: the folder of the file.
+        format: format that the graph is for: ``onnx`` or ``openvino``.
+
+    Returns:
+        Whether keys and values of earlier tokens are inputs and outputs of the graph.
     """
     model.eval()
     model.set_attn_implementation("eager")
-    kept = kv_cache.cache_entries(model) if task.pipeline == "text-generation" else []
-    integers(model, quantize, calibration, format)
+    entries = kv_cache.cache_entries(model) if options.cache else []
+    quantize_layers(model, options, format)
     if format == "onnx":
         layer_norm.decompose_layer_norms(model)
-    program, by_steps = written(model, input_names(model, tokenizer), kept, format)
-    _forget(program.model)
+    program, cached = export_graph(model, options.inputs, entries, format)
+    _strip_metadata(program.model)
     program.save(str(target / FILE))
-    return by_steps
+    return cached
 
 
-def integers(
-    model: PreTrainedModel, quantize: str | None, calibration: list[dict[str, Tensor]], format: str
-) -> None:
-    """Layers of codes for the weights that lie on a grid: their trained one, or else 8 bits for each row, which `quantize` asks for.
+def quantize_layers(model: PreTrainedModel, options: GraphOptions, format: str) -> None:
+    """Replace layers with quantized weights by layers that compute with int8 weights.
 
-    Inputs of linear layers are rounded as they were in training, or as `quantize` says: `dynamic`, `static`, `weights` (not at all).
-    A trained range is kept, others come from the calibration.
+    Weights keep the quantization of training; without one, `options.quantize` gives them 8 bits
+    with a scale per row. Inputs of linear layers are quantized as in training or by
+    `options.quantize`; ranges of training are kept, others are calibrated.
     """
-    if quantize is not None and not compression_of(model.config).get("weights"):
+    if options.quantize is not None and not CompressionConfig.from_config(model.config).weights:
         post_training.quantize_model(model, "weights", 8, ())
-    compression = compression_of(model.config)
-    weights, trained = compression.get("weights", {}), compression.get("activations", {})
-    layers = quant_layers.linear_layers(model, weights)
-    ranges = {name: said["range"] for name, said in trained.items() if said["range"] is not None}
-    inputs: dict[str, Any] = {}
-    if quantize == "static":
-        found = post_training.observe_ranges(
-            model,
-            {name: layer for name, layer in layers.items() if name not in ranges},
-            calibration,
-        )
-        inputs = {
-            name: quant_layers.input_quantization(None, span, trained=False)
-            for name, span in found.items()
-        }
-    if quantize == "dynamic":
-        inputs = {
-            name: quant_layers.input_quantization("dynamic", None, trained=False) for name in layers
-        }
-    if quantize is None:
-        inputs = {
-            name: quant_layers.input_quantization("token", None, trained=True) for name in trained
-        }
-    if quantize in (None, "static"):
-        inputs |= {
-            name: quant_layers.input_quantization(None, span, trained=True)
-            for name, span in ranges.items()
-        }
-    quant_layers.replace_layers(model, weights, inputs, format)
+    compression = CompressionConfig.from_config(model.config)
+    layers = quant_layers.linear_layers(model, compression.weights)
+    inputs = _input_quantization(model, layers, compression.activations, options)
+    quant_layers.replace_layers(model, compression.weights, inputs, format)
 
 
-class Sketch(NamedTuple):
-    """What a graph is traced from: a module, and for each of its inputs an example with its free dimensions."""
+def _input_quantization(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Module],
+    trained: dict[str, list[float] | None],
+    options: GraphOptions,
+) -> dict[str, quant_layers.InputQuantization]:
+    """How the inputs of each linear layer are quantized, by the layer's name."""
+    ranges = {name: ends for name, ends in trained.items() if ends is not None}
+    fixed = {name: quant_layers.trained_range(*ends) for name, ends in ranges.items()}
+    if options.quantize == "weights":
+        return {}
+    if options.quantize == "dynamic":
+        return dict.fromkeys(layers, quant_layers.InputQuantization("dynamic"))
+    if options.quantize == "static":
+        others = {name: layer for name, layer in layers.items() if name not in ranges}
+        observed = post_training.observe_ranges(model, others, options.calibration)
+        calibrated = {name: quant_layers.symmetric_range(*ends) for name, ends in observed.items()}
+        return calibrated | fixed
+    return dict.fromkeys(trained, quant_layers.InputQuantization("token")) | fixed
+
+
+class GraphInputs(NamedTuple):
+    """A module to trace; for each of its inputs, an example and the dynamic dimensions."""
 
     module: nn.Module
     inputs: dict[str, tuple[Tensor, dict[int, Any]]]
     outputs: list[str]
 
 
-def at_once(model: PreTrainedModel, names: list[str]) -> Sketch:
-    """Whole texts: two of which one is padded, so that nothing of them is taken for fixed."""
+def text_inputs(model: PreTrainedModel, names: list[str]) -> GraphInputs:
+    """Two complete texts, one padded, so that no dimension is traced as a constant."""
     example = {name: torch.ones(2, LENGTH, dtype=torch.long) for name in names}
     example["attention_mask"][1, LENGTH - 2 :] = 0
     if "token_type_ids" in example:
         example["token_type_ids"] *= 0
-    return Sketch(
+    return GraphInputs(
         LogitsModule(model, names),
-        {name: (tensor, {0: FREE, 1: FREE}) for name, tensor in example.items()},
+        {name: (tensor, {0: DYNAMIC, 1: DYNAMIC}) for name, tensor in example.items()},
         ["logits"],
     )
 
 
-def by_steps(model: PreTrainedModel, states: list[kv_cache.CacheEntry]) -> Sketch:
-    """New tokens after some that were read before, or none."""
-    mask = torch.ones(2, BEFORE + LENGTH, dtype=torch.long)
+def cached_inputs(model: PreTrainedModel, entries: Sequence[kv_cache.CacheEntry]) -> GraphInputs:
+    """New tokens after cached ones, of which there may be none."""
+    mask = torch.ones(2, PAST_LENGTH + LENGTH, dtype=torch.long)
     mask[1, :2] = 0
-    inputs = {"input_ids": torch.ones(2, LENGTH, dtype=torch.long), "attention_mask": mask}
-    given = {name: (tensor, {0: FREE, 1: FREE}) for name, tensor in inputs.items()}
-    kept = {
-        f"{kv_cache.PAST}.{state.name}": (state.of(2, BEFORE), {0: FREE, 2: FREE})
-        for state in states
+    tokens = {"input_ids": torch.ones(2, LENGTH, dtype=torch.long), "attention_mask": mask}
+    inputs = {name: (tensor, {0: DYNAMIC, 1: DYNAMIC}) for name, tensor in tokens.items()}
+    past = {
+        f"{kv_cache.PAST}.{entry.name}": (entry.zeros(2, PAST_LENGTH), {0: DYNAMIC, 2: DYNAMIC})
+        for entry in entries
     }
-    return Sketch(
-        kv_cache.CachedForward(model),
-        given | kept,
-        ["logits", *(f"{kv_cache.PRESENT}.{state.name}" for state in states)],
-    )
+    outputs = ["logits", *(f"{kv_cache.PRESENT}.{entry.name}" for entry in entries)]
+    return GraphInputs(kv_cache.CachedForward(model), inputs | past, outputs)
 
 
-def written(
-    model: PreTrainedModel, names: list[str], kept: list[kv_cache.CacheEntry], format: str
+def export_graph(
+    model: PreTrainedModel, names: list[str], entries: list[kv_cache.CacheEntry], format: str
 ) -> tuple[Any, bool]:
-    """The graph by steps, which holds the weights once for texts and for each token that follows; else that of whole texts."""
-    if kept:
+    """The graph with cached keys and values if it can be traced, else the one without.
+
+    With a cache, it serves complete texts and single new tokens alike.
+    """
+    if entries:
         try:
-            return traced(by_steps(model, kept), model, format), True
+            return trace(cached_inputs(model, entries), model, format), True
         except UserError as error:
-            log.info("its keys and values are not cached: %s", error)
-    return traced(at_once(model, names), model, format), False
+            log.info("keys and values are not cached: %s", error)
+    return trace(text_inputs(model, names), model, format), False
 
 
-def traced(sketch: Sketch, model: PreTrainedModel, format: str) -> Any:
-    """The graph."""
-    examples, free = zip(*sketch.inputs.values(), strict=True)
-    with quiet(), torch.no_grad():
+def trace(graph: GraphInputs, model: PreTrainedModel, format: str) -> Any:
+    """The program of torch.onnx; UserError if torch cannot export the model."""
+    examples, dynamic_shapes = zip(*graph.inputs.values(), strict=True)
+    with _silence_exporter(), torch.no_grad():
         try:
             return torch.onnx.export(
-                sketch.module,
+                graph.module,
                 examples,
-                input_names=list(sketch.inputs),
-                output_names=sketch.outputs,
-                dynamic_shapes=(free,),
+                input_names=list(graph.inputs),
+                output_names=graph.outputs,
+                dynamic_shapes=(dynamic_shapes,),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -160,23 +153,24 @@ def traced(sketch: Sketch, model: PreTrainedModel, format: str) -> Any:
         except torch.onnx.OnnxExporterError as error:
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise UserError(
-                f"export.format is {format}, but the student is a {type(model).__name__}, which torch cannot write as a graph ({reason}): "
+                f"export.format is {format}, but the student is a {type(model).__name__}, "
+                f"which torch cannot write as a graph ({reason}): "
                 "set export.format=dense or packed"
             ) from error
 
 
-def _forget(graph: Any) -> None:
-    """Drop where each node comes from: lines of code on this machine, which would be a third of a small file."""
+def _strip_metadata(graph: Any) -> None:
+    """Drop source locations of nodes: a third of a small file, with paths of this machine."""
     for node in graph.graph.all_nodes():
-        for noted in (node, *node.outputs):
-            noted.metadata_props.clear()
+        for part in (node, *node.outputs):
+            part.metadata_props.clear()
     graph.metadata_props.clear()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter's notes on its own code are for its authors."""
-    loggers = [logging.getLogger(name) for name in CHATTY]
+def _silence_exporter() -> Iterator[None]:
+    """Hide the exporter's warnings about its implementation."""
+    loggers = [logging.getLogger(name) for name in EXPORTER_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

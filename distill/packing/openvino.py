@@ -1,44 +1,33 @@
-"""A student -> `openvino_model.xml` and `.bin`: the graph of `onnx.py` in OpenVINO's own form, which needs no conversion to load."""
+"""A student -> `openvino_model.xml` and `.bin`: the graph of `onnx.py` in OpenVINO's format."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
 from distill.packing import onnx
-from distill.tasks.base import Task
+from distill.packing.graph import GraphOptions
 
 FILE = "openvino_model.xml"
 
 
-def save(
-    model: PreTrainedModel,
-    task: Task,
-    tokenizer: Any,
-    target: Path,
-    quantize: str | None,
-    calibration: list[dict[str, Tensor]],
-    dtype: str = "float32",
-) -> bool:
-    """Write the graph, and say what :func:`onnx.save` says.
+def save(model: PreTrainedModel, options: GraphOptions, target: Path) -> bool:
+    """Write the graph; see :func:`distill.packing.onnx.save`.
 
-    With `bfloat16`, in which the program then computes, weights are stored in half the bits: as float16.
+    With ``bfloat16``, the program computes in bfloat16 and weights are stored as float16.
     """
     import openvino
 
     with TemporaryDirectory() as temporary:
-        by_steps = onnx.save(
-            model, task, tokenizer, Path(temporary), quantize, calibration, format="openvino"
-        )
+        cached = onnx.save(model, options, Path(temporary), format="openvino")
         try:
             graph = openvino.convert_model(Path(temporary, onnx.FILE))
-        except Exception as error:  # it has a class for each reason
+        except Exception as error:  # OpenVINO raises various classes
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"export.format is openvino, but it cannot read the graph of a {type(model).__name__} ({reason}): set export.format=onnx"
+                "export.format is openvino, but it cannot read the graph of a "
+                f"{type(model).__name__} ({reason}): set export.format=onnx"
             ) from error
-        openvino.save_model(graph, target / FILE, compress_to_fp16=dtype != "float32")
-    return by_steps
+        openvino.save_model(graph, target / FILE, compress_to_fp16=options.dtype != "float32")
+    return cached

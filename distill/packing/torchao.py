@@ -1,7 +1,9 @@
-"""Weights -> int8 tensors of torchao inside an ordinary folder: plain transformers loads it where torchao is installed.
+"""Weights -> int8 tensors of torchao, which transformers loads where torchao is installed.
 
-The tensors are made of our own codes and scales, so that what they stand for is bit for bit what was trained. An embedding is one
-of them too: it is half of a small model.
+The tensors store the integers and scales of training, so that they equal the trained values bit for
+bit. Embeddings are quantized too: they are half of a small model.
+
+O = output features, or rows of an embedding; I = input features.
 """
 
 from collections.abc import Iterable
@@ -17,117 +19,124 @@ from distill import models
 from distill.compress.quantizer import QuantSpec, quantize_weight
 from distill.errors import UserError
 from distill.packing.packed import unique_tensors
-from distill.remote_code.modeling import compression_of
+from distill.recipe import capabilities
+from distill.remote_code.modeling import CompressionConfig
 
-SYMMETRIC, AFFINE = 127, 128  # our codes begin at 0, torchao's at -127 and -128
-PER_TOKEN = (
-    "int8_asym_per_token"  # the value of torchao's enumeration, in the form that it can store
-)
-OTHERS = "choose export.format=packed or dense"
+FORMAT = "torchao"
+# The quantizer's integers begin at 0, torchao's at -127 (symmetric) and -128 (affine).
+SYMMETRIC, AFFINE = 127, 128
+PER_TOKEN = "int8_asym_per_token"  # the value of torchao's enum, as a string, which can be saved
+OTHER_FORMATS = "choose export.format=packed or dense"
 
 
 def save(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtype) -> None:
-    """Quantized weights as int8 tensors, the others as `dtype`; whether inputs are rounded is said by the tensors themselves."""
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerAxis
+    """Write the folder; each tensor records whether the inputs of its layer are quantized.
+
+    Args:
+        model: changed in place.
+        tokenizer: saved with it.
+        target: an empty folder.
+        dtype: float type of weights that are not quantized, and of computation.
+
+    Raises:
+        UserError: if torchao cannot store a weight.
+    """
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    compression = compression_of(model.config)
-    activations = compression.get("activations", {})
+    compression = CompressionConfig.from_config(model.config)
     check(model, compression)
-    made = {
-        name: int8(
+    tensors = {
+        name: int8_tensor(
             model.get_parameter(name).detach(),
-            spec,
-            name.removesuffix(".weight") in activations,
+            QuantSpec(**fields),
+            name.removesuffix(".weight") in compression.activations,
             dtype,
         )
-        for name, spec in compression["weights"].items()
+        for name, fields in compression.weights.items()
     }
     model.to(dtype)  # type: ignore[arg-type]
-    for name, tensor in made.items():
-        model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(
-            tensor, requires_grad=False
-        )
-    model.config.compression = {
-        part: compression[part] for part in ("shapes", "low_rank") if compression.get(part)
-    }
-    kind = (
-        Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
-        if activations
-        else IntxWeightOnlyConfig(torch.int8, PerAxis(0))
-    )
-    model.config.quantization_config = TorchAoConfig(
-        kind
-    )  # read only to know that this is torchao's
-    model.hf_quantizer = AutoHfQuantizer.from_config(
-        model.config.quantization_config, pre_quantized=True
-    )
+    for name, tensor in tensors.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer.weight = nn.Parameter(tensor, requires_grad=False)
+    structure = CompressionConfig(shapes=compression.shapes, low_rank=compression.low_rank)
+    structure.write_to(model.config)
+    # transformers reads it only to detect tensors of torchao.
+    config = TorchAoConfig(_torchao_config(bool(compression.activations)))
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     models.save(model, tokenizer, target)
 
 
-def int8(weight_OI: Tensor, spec: dict[str, Any], rounds_input: bool, dtype: torch.dtype) -> Tensor:
-    """(code - zero) * scale, as torchao computes it."""
+def _torchao_config(quantized_inputs: bool) -> Any:
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis
+
+    if quantized_inputs:
+        return Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
+    return IntxWeightOnlyConfig(torch.int8, PerAxis(0))
+
+
+def int8_tensor(
+    weight_OI: Tensor, spec: QuantSpec, quantized_inputs: bool, dtype: torch.dtype
+) -> Tensor:
+    """(qweight - zero point) * scale, as torchao computes it."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    codes_OI, parts = quantize_weight(weight_OI, QuantSpec(**spec))
+    qweight_OI, parts = quantize_weight(weight_OI, spec)
     (rows, columns), groups = weight_OI.shape, len(parts["scale"])
     blocks = (1, 1) if groups == 1 else (rows, groups // rows)
     zero = parts["zero"].short() - AFFINE if "zero" in parts else torch.zeros(groups)
     return IntxUnpackedToInt8Tensor(
-        (codes_OI.short() - (SYMMETRIC if spec["symmetric"] else AFFINE)).to(torch.int8),
+        (qweight_OI.short() - (SYMMETRIC if spec.symmetric else AFFINE)).to(torch.int8),
         parts["scale"].to(dtype).view(blocks),
         zero.to(torch.int8).view(blocks),
         torch.int8,
         (rows // blocks[0], columns // blocks[1]),
         dtype,
-        PER_TOKEN if rounds_input else None,
+        PER_TOKEN if quantized_inputs else None,
     )
 
 
-def check(model: PreTrainedModel, compression: dict[str, Any]) -> None:
-    """UserError where torchao has no tensor for what the student is."""
-    weights = compression.get("weights", {})
-    check_layers(model, weights)
-    if not weights:
-        raise _refused(
+def check(model: PreTrainedModel, compression: CompressionConfig) -> None:
+    """Raise UserError if torchao cannot store the compressed student."""
+    check_layers(model, compression.weights)
+    if not compression.weights:
+        raise _unsupported(
             "no weight of the student is quantized",
             "train with a quantizer, or set export.quantize=weights",
         )
-    for name, spec in weights.items():
-        if spec["method"] != "linear":
-            raise _refused(
-                f"{name} is quantized with {spec['method']}, and torchao knows linear codes only",
-                OTHERS,
+    for name, fields in compression.weights.items():
+        capabilities.check_tensor(FORMAT, None, name, QuantSpec(**fields))
+    for name, ends in compression.activations.items():
+        if ends is not None:
+            raise _unsupported(
+                f"the inputs of {name} are quantized to a fixed range, and torchao supports the "
+                "range of each token only",
+                OTHER_FORMATS,
             )
-        if spec["bits"] < 8:
-            raise _refused(
-                f"torchao stores a {spec['bits']}-bit value in a whole byte ({name})", OTHERS
+        if f"{name}.weight" not in compression.weights:
+            raise _unsupported(
+                f"the inputs of {name} are quantized, but its weights are not", OTHER_FORMATS
             )
-    for module, rounding in compression.get("activations", {}).items():
-        if rounding["range"] is not None or rounding["bits"] != 8:
-            raise _refused(
-                f"the inputs of {module} are rounded to a fixed range, and torchao has only that of each token",
-                OTHERS,
-            )
-        if f"{module}.weight" not in weights:
-            raise _refused(f"the inputs of {module} are rounded, but its weights are not", OTHERS)
 
 
-def check_layers(model: PreTrainedModel, tensors: Iterable[str]) -> None:
-    """UserError where torchao has no tensor for the layers that these belong to, whatever their codes."""
-    tied = [names for names, _ in unique_tensors(model.state_dict()) if len(names) > 1]
-    for name in tensors:
-        if any(name in names for names in tied):
-            raise _refused(
-                f"{name} is a tied tensor, which transformers cannot load in torchao's form", OTHERS
+def check_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raise UserError if torchao cannot store these weights, however they are quantized."""
+    tied = [aliases for aliases, _ in unique_tensors(model.state_dict()) if len(aliases) > 1]
+    for name in names:
+        if any(name in aliases for aliases in tied):
+            raise _unsupported(
+                f"{name} is a tied tensor, which transformers cannot load from torchao's tensors",
+                OTHER_FORMATS,
             )
         if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D):
-            raise _refused(
-                f"{name} belongs to a layer of GPT-2's, which torchao cannot compute with", OTHERS
+            raise _unsupported(
+                f"{name} belongs to a transposed linear layer of GPT-2, which torchao does not "
+                "support",
+                OTHER_FORMATS,
             )
 
 
-def _refused(reason: str, way_out: str) -> UserError:
-    return UserError(f"export.format is torchao, but {reason}: {way_out}")
+def _unsupported(reason: str, way_out: str) -> UserError:
+    return UserError(f"export.format is {FORMAT}, but {reason}: {way_out}")

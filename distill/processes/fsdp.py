@@ -1,10 +1,11 @@
-"""`trainer.strategy=fsdp`: models that no device can hold, their parameters split over the processes and gathered block by block (FSDP2).
+"""`trainer.strategy=fsdp`: models sharded over the ranks and gathered block by block (FSDP2).
 
-Checkpoints hold whole tensors under the names and numbers that they have without splitting: a run may go on with another strategy.
+Checkpoints hold full tensors under the names and indices of an unsharded model, so that a run can
+continue with another strategy.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,47 +18,54 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from distill.models import blocks
 from distill.processes import ranks
 from distill.recipe.config import Trainer
 
-
-def uses_fsdp(settings: Trainer) -> bool:
-    """Whether models are to be split: a single process has nobody to share with."""
-    return settings.strategy == "fsdp" and ranks.world_size() > 1
+__all__ = ["ShardedStrategy", "device_mesh", "full_tensors", "fully_shard", "shard", "uses_fsdp"]
 
 
-def lightning_strategy(settings: Trainer) -> dict[str, Any]:
-    """What :func:`distill.processes.ranks.strategy` tells a Lightning Trainer, with models split where the recipe says so."""
-    told = ranks.lightning_strategy(settings)
-    return told | {"strategy": ShardedStrategy()} if uses_fsdp(settings) else told
+def uses_fsdp(trainer: Trainer) -> bool:
+    """Whether models are sharded; in a single process they are not."""
+    return trainer.strategy == "fsdp" and ranks.world_size() > 1
 
 
 def device_mesh(device: str) -> DeviceMesh:
-    """All processes in a row, on devices of this type."""
+    """A one-dimensional mesh of all ranks, on devices of this type."""
     return init_device_mesh(device, (ranks.world_size(),))
 
 
-def shard(model: PreTrainedModel, device_mesh: DeviceMesh) -> PreTrainedModel:
-    """A copy of which each process holds its share, on the mesh's device; all of them must call it, and the copy, equally often."""
-    copied = copy.deepcopy(model)
-    for block in blocks(copied):
-        fully_shard(block, mesh=device_mesh)
-    fully_shard(copied, mesh=device_mesh)
-    return copied
+def shard(
+    model: PreTrainedModel,
+    blocks: Callable[[PreTrainedModel], Iterable[nn.Module]],
+    mesh: DeviceMesh,
+) -> PreTrainedModel:
+    """Make a sharded copy of a model.
+
+    All ranks must call this, and then the copy's forward, the same number of times.
+
+    Args:
+        model: Not changed.
+        blocks: Returns the modules of a model that are gathered one at a time.
+        mesh: The ranks, and the device that holds the shards.
+    """
+    sharded = copy.deepcopy(model)
+    for block in blocks(sharded):
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    return sharded
 
 
 def full_tensors(value: Any) -> Any:
-    """A nest of values with every split tensor gathered; all processes must call it."""
+    """Gather every sharded tensor in nested dictionaries and lists; all ranks must call it."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, Mapping):
-        return {key: full_tensors(inner) for key, inner in value.items()}
-    return [full_tensors(inner) for inner in value] if isinstance(value, list) else value
+        return {key: full_tensors(item) for key, item in value.items()}
+    return [full_tensors(item) for item in value] if isinstance(value, list) else value
 
 
-def _share(value: Any, like: Any) -> Any:
-    """A whole tensor split as another one of its shape is; anything else as it is."""
+def _shard_like(value: Any, like: Any) -> Any:
+    """Shard a full tensor like a DTensor of the same shape; return anything else unchanged."""
     if (
         not isinstance(like, DTensor)
         or not isinstance(value, torch.Tensor)
@@ -70,7 +78,7 @@ def _share(value: Any, like: Any) -> Any:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for models that are split in `configure_model`, with checkpoints as any other strategy writes them."""
+    """Lightning's strategy for models that `configure_model` shards, with full checkpoints."""
 
     lightning_restore_optimizer = True
 
@@ -80,22 +88,19 @@ class ShardedStrategy(ModelParallelStrategy):
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
         )
-        self.cluster_environment = (
-            TorchElasticEnvironment()
-        )  # reads RANK and its like, and starts nothing
+        # reads RANK and WORLD_SIZE, starts nothing
+        self.cluster_environment = TorchElasticEnvironment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return full_tensors(self._module.state_dict())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        own = self._module.state_dict()
-        self._module.load_state_dict(
-            {
-                name: _share(value, own.get(name))
-                for name, value in checkpoint["state_dict"].items()
-            },
-            strict,
-        )
+        current = self._module.state_dict()
+        loaded = {
+            name: _shard_like(value, current.get(name))
+            for name, value in checkpoint["state_dict"].items()
+        }
+        self._module.load_state_dict(loaded, strict)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return full_tensors(optimizer.state_dict())
@@ -106,8 +111,8 @@ class ShardedStrategy(ModelParallelStrategy):
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
         moments = {
-            number: {name: _share(value, parameters[number]) for name, value in kept.items()}
-            for number, kept in state["state"].items()
+            index: {name: _shard_like(value, parameters[index]) for name, value in entry.items()}
+            for index, entry in state["state"].items()
         }
         optimizer.load_state_dict({**state, "state": moments})
 

@@ -1,298 +1,208 @@
-"""`trainer.devices=2` on the command line of one machine: a process per device, started together and ended together.
+"""`trainer.devices=2` on one machine: one process per device, by `torch.distributed.elastic`.
 
-torchrun and srun start processes themselves; then there is nothing to do here. The process that the user started computes
-nothing. It passes signals on, shows what the first rank prints, and ends with the exit code and the sentence of the rank that
-failed first. Ranks notice its death by their stdin, which closes.
+The launcher computes nothing. It forwards signals, shows the output of rank zero, and ends with the
+exit code and the message of the rank that failed first. torchrun and srun start processes
+themselves and need none of this.
 """
 
-import atexit
+import logging
 import os
-import re
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from subprocess import Popen
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from distill import cli
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    ProcessFailure,
+    SignalException,
+    Std,
+    SubprocessContext,
+)
+from torch.distributed.elastic.utils.distributed import get_free_port
+
 from distill.errors import UserError
 from distill.processes import signals
-from distill.recipe import compose
-from distill.recipe.config import Trainer
+from distill.processes.exits import LAUNCHER_PID, SHOW_TRACEBACK
 
-ARGUMENTS = list(sys.argv[1:])  # as the user gave them
-FOLLOWS = "DISTILL_FOLLOWS"  # in the environment of a rank whose stdin is held open from here
-QUIET = {
-    "TORCH_CPP_LOG_LEVEL": "ERROR"
-}  # warnings of DDP, which is told to expect parts of a model that go unused
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ORDERLY = (75, 130)  # exit codes of runs that were asked to stop and saved what they had
-GRACE, ORDERLY_GRACE = 3.0, 120.0  # seconds that the others have to end by themselves
-FAILURE = re.compile(
-    r"(\[rank\d+\]: ?)?(Traceback \(most|Error executing job|distill: )"
-)  # begins what a process says of its end
-ERROR = re.compile(
-    r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception)\b.*)"
-)  # the line of a traceback that says what went wrong
-KEPT = 200  # lines of a rank's stderr
+__all__ = ["launch"]
+
+_FORWARDED = (signal.SIGINT, *signals.STOP_SIGNALS)
+_SAVED = (75, 130)  # exit codes of ranks that saved their state after a signal
+_GRACE, _SAVE_GRACE = 3.0, 120.0  # seconds within which the other ranks end by themselves
+_POLL_SECONDS = 0.05
+_STDERR_LINES = 200  # of a failed rank, for the log
+_REPORTED = f"{UserError.__name__}: "  # prefix of messages of `report_failure` in error files
 
 
-def processes_to_start(settings: Trainer) -> int:
-    """How many processes are to be started here: none where torchrun or srun has done so, or where one process is all."""
-    started = "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-    if started or settings.devices * settings.nodes == 1:
-        return 0
-    if settings.nodes > 1:
-        raise UserError(
-            f"trainer.nodes is {settings.nodes}, but nobody can start processes on other machines from here: use torchrun or srun"
+def launch(module: str, arguments: list[str], count: int, log_file: Path) -> int:
+    """Run ``python -m module arguments`` as `count` ranks on this machine and wait for their end.
+
+    Args:
+        module: Dotted name. It must call :func:`~distill.processes.exits.exit_with_launcher` and
+            run its main by :func:`~distill.processes.exits.run_and_exit`.
+        arguments: Command line of every rank.
+        count: Number of ranks.
+        log_file: Gets the traceback of a rank that failed without a message for the user.
+
+    Returns:
+        The exit code: that of the rank that failed first, whose message has been printed, or
+        128 + N if signal N ended it. 0 if none failed.
+    """
+    # elastic would log the failure, which is printed here
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with TemporaryDirectory(prefix="distill-") as folder:
+        ranks = _Ranks(
+            name="distill",
+            entrypoint=sys.executable,
+            args=dict.fromkeys(range(count), ("-m", module, *arguments)),
+            envs=_environments(count),
+            logs_specs=DefaultLogsSpecs(
+                folder,
+                redirects=dict.fromkeys(range(1, count), Std.ERR),
+                local_ranks_filter={0},
+            ),
         )
-    return settings.devices
+        try:
+            ranks.start()  # until the next line a signal raises SignalException
+            with signals.handle_signals(_FORWARDED, ranks.forward):
+                result = ranks.wait(period=_POLL_SECONDS)
+        except SignalException as request:
+            signals.raise_stop(request.sigval)
+        finally:
+            ranks.close()
+        assert result is not None
+        failure = _first_failure([*result.failures.values()], ranks.killed)
+        return 0 if failure is None else _report(failure, result.stderrs, ranks.requests, log_file)
 
 
-def launch(module: str, folder: Path, count: int) -> int:
-    """Run this command as `count` ranks that share a run folder. Returns the exit code, and has said what went wrong."""
-    port = str(_free_port())
+class _Ranks(SubprocessContext):
+    """Elastic's processes, with forwarded signals and time to end by themselves after a failure.
+
+    Elastic sends SIGTERM to all ranks once one has failed. That would interrupt a rank that is
+    saving, and stop the rank with the cause of the failure before it reports it.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.requests: list[int] = []  # signals that were forwarded
+        self.killed: set[int] = set()  # ranks that did not end by themselves
+
+    def forward(self, number: int) -> None:
+        """Send a signal to all ranks; the third one kills them."""
+        self.requests.append(number)
+        for process in self._running().values():
+            process.send_signal(signal.SIGKILL if len(self.requests) > 2 else number)
+
+    def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        """Wait for ranks that are ending, then kill all and the processes that they started."""
+        start = time.monotonic()
+        while self._running() and time.monotonic() - start < self._grace():
+            time.sleep(_POLL_SECONDS)
+        self.killed |= self._running().keys()
+        super().close(signal.SIGKILL, timeout)
+        for pid in self.pids().values():  # each rank leads a process group
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def _grace(self) -> float:
+        codes = [handler.proc.returncode for handler in self.subprocess_handlers.values()]
+        failed = [code for code in codes if code]
+        if not failed:
+            return 0.0
+        return _SAVE_GRACE if all(code in _SAVED for code in failed) else _GRACE
+
+    def _running(self) -> dict[int, Popen[bytes]]:
+        processes = {rank: handler.proc for rank, handler in self.subprocess_handlers.items()}
+        return {rank: process for rank, process in processes.items() if process.poll() is None}
+
+
+def _first_failure(failures: list[ProcessFailure], killed: set[int]) -> ProcessFailure | None:
+    """A rank with a message, else one that a signal ended, else the earliest traceback.
+
+    Tracebacks come last because a broken connection raises one in the other ranks too.
+    """
+    return min(
+        (failure for failure in failures if failure.local_rank not in killed),
+        key=lambda failure: (_message(failure) is None, failure.exitcode > 0, _time(failure)),
+        default=None,
+    )
+
+
+def _environments(count: int) -> dict[int, dict[str, str]]:
     shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        FOLLOWS: "1",
+        "MASTER_PORT": str(get_free_port()),
+        LAUNCHER_PID: str(os.getpid()),
+        "HYDRA_FULL_ERROR": str(int(SHOW_TRACEBACK)),  # `distill.cli` has overwritten the variable
+        # DDP warns about unused parameters, which are allowed here
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
-    environment = (
-        QUIET | os.environ | shared | {"HYDRA_FULL_ERROR": "1" if cli.SHOW_TRACEBACK else "0"}
-    )
-    command = [
-        sys.executable,
-        "-m",
-        module,
-        *ARGUMENTS,
-        f"hydra.run.dir={compose.quote_override(str(folder))}",
-    ]
-    ranks: list[Rank] = []
-    with _passing_on(ranks) as asked:
-        try:
-            for number in range(count):
-                if asked:  # before all were there, and none has done anything
-                    return _as_asked(asked[0])
-                ranks.append(Rank(number, command, environment))
-            _wait(ranks)
-        finally:
-            for rank in ranks:
-                rank.end()
-    return _verdict(ranks, folder, asked)
+    return {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
 
 
-def exit_with_parent() -> None:
-    """In a rank: end with the process that started it, however that ended."""
-    if os.environ.pop(FOLLOWS, None) is None:
-        return
-
-    def wait() -> None:
-        os.read(0, 1)  # nothing is ever written: it returns when the other end is gone
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True, name="follow").start()
-
-
-def run_and_exit(main: Callable[[], None]) -> None:
-    """Do it; one of several processes then ends without taking Python down around the threads that served its connections.
-
-    A thread of gloo that lets go of its last tensor meanwhile would end the process by SIGABRT, with everything done.
-    """
-    error: BaseException | None = None
-    try:
-        main()
-    except BaseException as raised:  # noqa: BLE001  # whatever it is, the end is the same
-        error = raised
-    if "RANK" in os.environ:
-        _leave(error)
-    if error is not None:
-        raise error
+def _report(
+    failure: ProcessFailure, stderrs: dict[int, str], requests: list[int], log_file: Path
+) -> int:
+    """Print the message of the first failure and return the exit code."""
+    message = _message(failure)
+    if message is None and requests:  # the signal came before the rank could handle it
+        outcome, code = signals.exit_status(requests[0])
+        message = f"{outcome}: the same command starts the run or continues it"
+        print(f"distill: {message}", file=sys.stderr)
+        return code
+    if SHOW_TRACEBACK:
+        print(_error(failure)[1], file=sys.stderr)
+    if message is None and log_file.parent.is_dir():
+        with log_file.open("a") as stream:
+            stream.write(_details(failure, stderrs[failure.local_rank]))
+    print(f"distill: {message or _describe(failure)}", file=sys.stderr)
+    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
-def _leave(error: BaseException | None) -> None:
-    """End as Python does after this error, but at once."""
-    code: Any = error.code if isinstance(error, SystemExit) else int(error is not None)
-    if error is not None and not isinstance(error, SystemExit):
-        sys.excepthook(type(error), error, error.__traceback__)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+def _message(failure: ProcessFailure) -> str | None:
+    """The rank's message for the user, None if it had none."""
+    text = _error(failure)[0]
+    return text.removeprefix(_REPORTED) if text.startswith(_REPORTED) else None
 
 
-class Rank:
-    """One process, in a process group of its own: Ctrl-C reaches it from here alone, and what it started can be ended with it."""
+def _error(failure: ProcessFailure) -> tuple[str, str]:
+    """The error that a rank recorded and its traceback, empty if it recorded none."""
+    message = failure.error_file_data["message"]
+    if not isinstance(message, dict):  # elastic's placeholder
+        return "", ""
+    return message["message"], message["extraInfo"]["py_callstack"]
 
-    def __init__(self, number: int, command: list[str], environment: dict[str, str]) -> None:
-        own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
-        self.number, self.ended, self.stopped_here = number, 0.0, False
-        self.said: deque[str] = deque(maxlen=KEPT)
-        self.logged_rows: list[
-            str
-        ] = []  # of what should be shown, what may turn out to be another rank's fault
-        self.since = 0.0  # when the last of it came
-        self.process: subprocess.Popen[str] = subprocess.Popen(
-            command,
-            env=own,
-            stdin=subprocess.PIPE,
-            stdout=None if number == 0 else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
+
+def _describe(failure: ProcessFailure) -> str:
+    """One sentence about a rank without a message for the user."""
+    rank = failure.local_rank
+    if failure.exitcode < 0:
+        return (
+            f"rank {rank} was ended by {failure.signal_name()}, but a run needs all of its "
+            "processes: check whether the memory was sufficient"
         )
-        self.threads = [
-            threading.Thread(target=target, daemon=True)
-            for target in (self._listen, self._note_the_end)
-        ]
-        for thread in self.threads:
-            thread.start()
-
-    def _listen(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line)
-            if self.number > 0:
-                continue
-            if self.logged_rows or FAILURE.match(line):
-                self.logged_rows.append(line)
-                self.since = time.monotonic()
-            else:
-                show(line)
-
-    def _note_the_end(self) -> None:
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # its group is still its own
-        self.ended = time.monotonic()
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # what it left behind
-        self.process.wait()
-
-    @property
-    def code(self) -> int | None:
-        return self.process.returncode if self.ended else None
-
-    def send(self, number: int) -> None:
-        if self.code is None:
-            with suppress(ProcessLookupError):
-                os.kill(self.process.pid, number)
-
-    def release(self) -> None:
-        """Show what was held: who goes on has not failed."""
-        if self.logged_rows and self.code is None and time.monotonic() - self.since > GRACE:
-            show("".join(self.logged_rows))
-            self.logged_rows.clear()
-
-    def end(self) -> None:
-        """At once, with all that it started."""
-        if not self.ended:
-            self.stopped_here = True
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        for thread in self.threads:
-            thread.join(timeout=GRACE)
-
-    @property
-    def answer(self) -> str | None:
-        """The sentence that it ended with."""
-        lines = [line for line in self.said if line.startswith("distill: ")]
-        return lines[-1].strip() if lines else None
+    error = _error(failure)[0].partition("\n")[0] or f"exit code {failure.exitcode}"
+    return (
+        f"rank {rank} failed with {error}: "
+        "this is a defect, and train.log or HYDRA_FULL_ERROR=1 shows the traceback"
+    )
 
 
-def show(text: str) -> None:
-    """On stderr, as long as somebody reads it."""
-    with suppress(BrokenPipeError):
-        print(text, end="", file=sys.stderr, flush=True)
+def _details(failure: ProcessFailure, stderr: str) -> str:
+    """The traceback of a rank and the end of its stderr, where that was redirected to a file."""
+    lines = Path(stderr).read_text(errors="replace").splitlines() if stderr else []
+    title = f"rank {failure.local_rank} ended with exit code {failure.exitcode}:"
+    return "\n".join([title, *lines[-_STDERR_LINES:], _error(failure)[1]]) + "\n"
 
 
-def _wait(ranks: list[Rank]) -> None:
-    """Until all have ended, or until those that were to end after a failure had their time."""
-    while any(rank.code is None for rank in ranks):
-        time.sleep(0.05)
-        ranks[0].release()
-        failed = [rank for rank in ranks if rank.code]
-        if failed:
-            orderly = all(rank.code in ORDERLY for rank in failed)
-            if time.monotonic() - min(rank.ended for rank in failed) > (
-                ORDERLY_GRACE if orderly else GRACE
-            ):
-                return
-
-
-def _verdict(ranks: list[Rank], folder: Path, asked: list[int]) -> int:
-    """Show the sentence of the rank that failed first: one that has a sentence, before one that was killed, before a traceback.
-
-    The others' ends are its consequence: their connection broke, or they were stopped here.
-    """
-    failed = [rank for rank in ranks if rank.code and not rank.stopped_here]
-    if not failed:
-        show("".join(ranks[0].logged_rows))
-        return 0
-    first = min(failed, key=lambda rank: (rank.answer is None, (rank.code or 0) > 0, rank.ended))
-    assert first.code is not None
-    if asked and first.answer is None:
-        return _as_asked(asked[0])
-    if cli.SHOW_TRACEBACK:
-        show("".join(first.said if first.number else first.logged_rows))
-    _note(first, folder)
-    show(f"{first.answer or _account(first)}\n")
-    return first.code if first.code > 0 else 128 - first.code
-
-
-def _as_asked(number: int) -> int:
-    """The end of ranks that a signal met before they could answer it."""
-    said, code = signals.exit_status(number)
-    show(f"distill: {said}: the same command begins the run, or goes on with it\n")
-    return code
-
-
-def _account(rank: Rank) -> str:
-    """One sentence about a rank that ended without its own."""
-    assert rank.code is not None
-    if rank.code < 0:
-        name = signal.Signals(-rank.code).name
-        return f"distill: rank {rank.number} was ended by {name}, but a run needs all of its processes: see whether its memory ran out"
-    errors = [found[1] for line in rank.said if (found := ERROR.match(line))]
-    last = errors[-1] if errors else f"exit code {rank.code}"
-    return f"distill: rank {rank.number} failed with {last}: this is a defect, and train.log or HYDRA_FULL_ERROR=1 shows where"
-
-
-def _note(rank: Rank, folder: Path) -> None:
-    """What a rank that failed without a sentence said last, for train.log."""
-    if rank.answer is None and folder.is_dir():
-        with (folder / "train.log").open("a") as stream:
-            stream.write(
-                f"rank {rank.number} ended with exit code {rank.code}:\n{''.join(rank.said)}"
-            )
-
-
-@contextmanager
-def _passing_on(ranks: list[Rank]) -> Iterator[list[int]]:
-    """Signals to this process, which it gives, are for the ranks; a third one ends them at once, should they hang."""
-    asked: list[int] = []
-
-    def handler(number: int, _: Any) -> None:
-        asked.append(number)
-        for rank in ranks:
-            rank.send(signal.SIGKILL if len(asked) > 2 else number)
-
-    before = {number: signal.signal(number, handler) for number in PASSED_ON}
-    try:
-        yield asked
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def _time(failure: ProcessFailure) -> float:
+    """When the error was recorded; elastic's time stamp has no fraction of a second."""
+    file = Path(failure.error_file)
+    return file.stat().st_mtime if file.is_file() else float("inf")

@@ -1,16 +1,27 @@
-"""Requests to end: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, and Ctrl-C.
+"""Signals that ask a run to stop: Ctrl-C, and SIGTERM and SIGUSR1, which schedulers send.
 
-Most of a run ends at once. Training notes the request, and ends between two steps, when its state is saved.
+Most of a run stops at once. Training stops between two steps, after its state is saved.
 """
 
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+__all__ = [
+    "STOP_SIGNALS",
+    "StopRequested",
+    "StopRequests",
+    "defer_stop_signals",
+    "exit_status",
+    "handle_signals",
+    "raise_on_stop_signals",
+    "raise_stop",
+]
 
 log = logging.getLogger(__name__)
 
@@ -18,71 +29,92 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequested(BaseException):
-    """The run was asked to end."""
+    """A signal that stops the run has arrived.
+
+    Args:
+        number: The signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
-def exit_status(number: int) -> tuple[str, int]:
-    """What is said of a run that ended as it was asked to, and its exit code."""
-    return (
-        ("interrupted", 130)
-        if number == signal.SIGINT
-        else (f"ended by {signal.Signals(number).name}", 75)
-    )
-
-
 class StopRequests:
-    """What was asked for while requests are only noted; 0 is nothing."""
+    """The latest signal that arrived inside :func:`defer_stop_signals`.
+
+    Attributes:
+        number: The signal, 0 if none has arrived.
+    """
 
     def __init__(self) -> None:
         self.number = 0
 
     def note(self, number: int) -> None:
+        """Store a signal; a second Ctrl-C raises KeyboardInterrupt at once."""
         if number == signal.SIGINT and self.number == signal.SIGINT:
-            raise KeyboardInterrupt  # who asks twice does not want to wait
-        self.number = number  # before anything that may go wrong in the middle of another line
+            raise KeyboardInterrupt
+        self.number = number  # first, because logging may fail inside a signal handler
         log.warning(
-            "%s: the step under way is finished and saved first", signal.Signals(number).name
+            "%s: finishing the current step and saving before stopping",
+            signal.Signals(number).name,
         )
 
 
-@contextmanager
-def raise_on_stop_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 raise Asked where the run is; Ctrl-C is Python's own."""
-    with _handled(STOP_SIGNALS, _raise):
-        yield
+def exit_status(number: int) -> tuple[str, int]:
+    """How a signal ended the run, for a message, and the exit code: 130 after Ctrl-C, else 75."""
+    if number == signal.SIGINT:
+        return "interrupted", 130
+    return f"ended by {signal.Signals(number).name}", 75
 
 
-@contextmanager
-def defer_stop_signals() -> Iterator[StopRequests]:
-    """Inside, requests are noted for somebody to look at; one that is still open at the end is raised then."""
-    requests = StopRequests()
-    with _handled((*STOP_SIGNALS, signal.SIGINT), requests.note):
-        yield requests
-    if requests.number:
-        _raise(requests.number)
-
-
-def _raise(number: int) -> None:
+def raise_stop(number: int) -> None:
+    """Raise the exception of a signal: KeyboardInterrupt for Ctrl-C, StopRequested otherwise."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise StopRequested(number)
 
 
 @contextmanager
-def _handled(numbers: tuple[signal.Signals, ...], answer: Callable[[int], None]) -> Iterator[None]:
+def raise_on_stop_signals() -> Iterator[None]:
+    """Raise StopRequested inside the block on SIGTERM or SIGUSR1; Ctrl-C is not affected."""
+    with handle_signals(STOP_SIGNALS, raise_stop):
+        yield
+
+
+@contextmanager
+def defer_stop_signals() -> Iterator[StopRequests]:
+    """Store SIGTERM, SIGUSR1 and Ctrl-C; the end of the block raises the latest one.
+
+    Example::
+
+        with defer_stop_signals() as requests:
+            while not requests.number:
+                step()
+    """
+    requests = StopRequests()
+    with handle_signals((*STOP_SIGNALS, signal.SIGINT), requests.note):
+        yield requests
+    if requests.number:
+        raise_stop(requests.number)
+
+
+@contextmanager
+def handle_signals(numbers: Sequence[int], handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of each of these signals that arrives inside the block.
+
+    Does nothing outside the main thread, because only that can handle signals. In forked processes,
+    such as those of a DataLoader, SIGTERM and SIGUSR1 have their default effect.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what signals do
+        yield
         return
     process = os.getpid()
 
     def handler(number: int, _: FrameType | None) -> None:
         if os.getpid() == process:
-            answer(number)
-        elif number != signal.SIGINT:  # a process that loads data ends as any process does
+            handle(number)
+        elif number != signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -90,5 +122,5 @@ def _handled(numbers: tuple[signal.Signals, ...], answer: Callable[[int], None])
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous in before.items():
+            signal.signal(number, previous)

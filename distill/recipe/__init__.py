@@ -1,1 +1,20 @@
-"""TODO"""
+"""Recipes: YAML files and command lines -> a validated :class:`Run`, without importing torch.
+
+| file | contents |
+|---|---|
+| `config.py` | the schema: :class:`Run` and its sections, every key documented below its field |
+| `config_models.py` | the sections about data and models |
+| `config_training.py` | the sections about the loss and the training |
+| `validation.py` | checks of single values |
+| `compose.py` | reads, validates and saves recipes |
+| `targets.py` | `_target_`: a dotted path -> the class it names |
+| `formats.py` | what each export format supports, as a table |
+| `capabilities.py` | checks of recipes, techniques and tensors against that table |
+| `hydra_config.py` | the command line of `distill.train` |
+| `help.py` | the text of its `--help` |
+"""
+
+from distill.recipe.compose import load_recipe
+from distill.recipe.config import Run
+
+__all__ = ["Run", "load_recipe"]

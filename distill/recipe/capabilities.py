@@ -1,232 +1,277 @@
-"""What an export's format can hold, as far as the recipe alone tells: refused before training, and before torch is imported."""
+"""Checks that an export format supports a recipe, its techniques and its tensors.
 
-from dataclasses import dataclass
+All of them read the table in :mod:`distill.recipe.formats`. Only
+:func:`techniques_of`, which builds callbacks, imports torch.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from packaging.version import Version
 
 from distill.errors import UserError
+from distill.recipe import targets
+from distill.recipe.formats import DTYPES, FORMATS, RUNTIMES, Format, WeightSupport
 
-QUANTIZER = "Quantize"
-OTHERS = "set export.format=packed or dense"
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "RUNTIMES",
+    "Format",
+    "QuantizedLayers",
+    "check_embedding",
+    "check_export",
+    "check_techniques",
+    "check_tensor",
+    "installed_version",
+    "resolve_quantize",
+    "techniques_of",
+]
+
+_OTHER_FORMATS = "set export.format=packed or dense"
+_SUPPORTED = {"method": "linear", "bits": "8", "symmetric": "true", "group": "row"}
+
+
+class _Grid(Protocol):
+    """The fields that `QuantSpec` and :class:`QuantizedLayers` share."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def group(self) -> int | None: ...
+
+
+@runtime_checkable
+class _Technique(Protocol):
+    """A callback that declares what it quantizes, as `distill.callbacks.Compression` does."""
+
+    def quantization(self) -> "QuantizedLayers | None": ...
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """A format that is answered without torch and transformers by a runtime of its own; our extra has the format's name."""
+class QuantizedLayers:
+    """What a technique quantizes, as declared before the student is built.
 
-    name: str  # the runtime's package
-    needs: dict[str, str]  # packages that write and run it -> the oldest version that can
-    files: str  # what holds the weights, as a pattern
-    quantize: tuple[str, ...]  # values of export.quantize; the first of them is what int8 means
-    dtypes: tuple[str, ...] = ("float32",)
-    blocked: tuple[str, ...] = (
-        "distill",
-        "torch",
-        "transformers",
-    )  # what its program must do without
-
-    @property
-    def libraries(self) -> list[str]:
-        """What its program needs: the runtime of ExecuTorch imports torch, but does not ask for it when it is installed."""
-        return [
-            self.name,
-            *(["torch"] if "torch" not in self.blocked else []),
-            "numpy",
-            "tokenizers",
-        ]
-
-
-EXPORTER = {"onnx": "1.18", "onnxscript": "0.5"}
-RUNTIMES = {
-    "onnx": Runtime(
-        "onnxruntime",
-        {**EXPORTER, "onnxruntime": "1.20"},
-        "model.onnx*",
-        ("dynamic", "static", "weights"),
-    ),
-    "openvino": Runtime(
-        "openvino",
-        {**EXPORTER, "openvino": "2025.0"},
-        "openvino_model.*",
-        ("static", "weights"),
-        ("float32", "bfloat16"),
-    ),
-    "executorch": Runtime(
-        "executorch",
-        {"executorch": "1.5", "torchao": "0.18"},
-        "model.pte",
-        ("dynamic",),
-        blocked=("distill", "transformers"),
-    ),
-}
-
-
-def check(
-    callbacks: dict[str, Any], format: str | None, dtype: str, quantize: str | None, bits: int
-) -> None:
-    """UserError where the techniques of a recipe leave something that its export cannot store.
-
-    `dtype`, `quantize` and `bits` are those of the recipe's `export` section: what is quantized only after training.
+    Args:
+        key: the technique's key in the recipe, ``callbacks.<name>``.
+        method: ``linear``, ``codebook`` or ``nf4``.
+        bits: bits per weight, 2 to 8.
+        symmetric: whether linear quantization is symmetric around 0.
+        group: number of inputs that share a scale; 0: a row, -1: the tensor, None: the default.
+        activations: quantization of the inputs of linear layers: None, ``dynamic`` or ``static``.
+        restricted: whether the user named the layers, which may then all be embeddings.
     """
-    trained = {
-        name: spec
-        for name, spec in callbacks.items()
-        if str(spec.get("_target_")).rpartition(".")[2] == QUANTIZER
-    }
-    if quantize is None and bits != 8:
-        raise UserError(
-            f"export.bits is {bits}, but nothing is quantized after training: set export.quantize too, or leave bits out"
-        )
-    if format in RUNTIMES:
-        _check_runtime(str(format), trained, dtype, quantize, bits)
-        return
-    if quantize is not None and trained:
-        raise UserError(
-            f"export.quantize is {quantize}, but callbacks.{next(iter(trained))} quantizes in training: leave one of them out"
-        )
-    if quantize == "int8":
-        raise UserError(
-            f"export.quantize is int8, but that is for {', '.join(RUNTIMES)}: choose weights, dynamic or static"
-        )
-    if format == "torchao":
-        _check_torchao(trained, dtype, quantize, bits)
+
+    key: str
+    method: str = "linear"
+    bits: int = 8
+    symmetric: bool = True
+    group: int | None = None
+    activations: str | None = None
+    restricted: bool = False
 
 
 def resolve_quantize(format: str, quantize: str | None) -> str | None:
-    """`export.quantize` for a runtime, with what int8 means for it."""
-    return RUNTIMES[format].quantize[0] if quantize == "int8" else quantize
-
-
-def _check_runtime(
-    format: str, trained: dict[str, Any], dtype: str, quantize: str | None, bits: int
-) -> None:
-    """Layers that a pattern names are known only later, and embeddings may have fewer bits: the rest is checked as they are written."""
-    runtime = RUNTIMES[format]
-    _check_installed(format, runtime)
-    if dtype not in runtime.dtypes:
-        raise _refused(
-            f"export.dtype is {dtype}, and {runtime.name} is given {' or '.join(runtime.dtypes)} only",
-            "choose that",
-            format,
-        )
-    if quantize not in (None, "int8", *runtime.quantize):
-        choices = ", ".join(("int8", *runtime.quantize))
-        raise _refused(
-            f"export.quantize is {quantize}, which {runtime.name} runs no faster",
-            f"choose one of {choices}",
-            format,
-        )
-    if bits != 8:
-        raise _refused(
-            f"export.bits is {bits}, and {runtime.name} computes with 8",
-            "set export.format=packed, or export.bits=8",
-            format,
-        )
-    for name, spec in trained.items():
-        if spec.get("method", "linear") != "linear":
-            raise _refused(
-                f"callbacks.{name} quantizes with {spec['method']}, which {runtime.name} cannot compute with",
-                OTHERS,
-                format,
-            )
-        if spec.get("bits", 8) != 8 and spec.get("layers") is None:
-            way_out = f"{OTHERS}, or callbacks.{name}.bits=8; embeddings alone may have fewer"
-            raise _refused(
-                f"callbacks.{name}.bits is {spec['bits']}, and {runtime.name} multiplies by 8",
-                way_out,
-                format,
-            )
-        _check_grid(format, runtime, name, spec, quantize)
-
-
-def _check_grid(
-    format: str, runtime: Runtime, name: str, spec: dict[str, Any], quantize: str | None
-) -> None:
-    """XNNPACK multiplies floats where a layer's inputs are not rounded, and rounds them to each token's range or not at all."""
-    where, inputs, floats = f"callbacks.{name}", spec.get("activations"), format == "executorch"
-    if floats and quantize is not None and inputs == "static":
-        reason = f"{where}.activations is static and export.quantize is {quantize}, and {runtime.name} rounds to each token's own range"
-        raise _refused(
-            reason, f"leave export.quantize out, or choose {where}.activations=dynamic", format
-        )
-    if spec.get("layers") is not None or (floats and quantize is None and inputs != "dynamic"):
-        return
-    if spec.get("symmetric") is False:
-        reason = f"{where}.symmetric is False, and {runtime.name} multiplies by codes that are centred on 0"
-        raise _refused(reason, f"{OTHERS}, or leave it out", format)
-    if (spec.get("group") or 0) > 0:
-        reason = f"{where}.group is {spec['group']}, and {runtime.name} multiplies by rows that have one grid each"
-        raise _refused(reason, f"{OTHERS}, or {where}.group=0", format)
-
-
-def _check_installed(format: str, runtime: Runtime) -> None:
-    for package, least in runtime.needs.items():
-        found = installed_version(package)
-        if found is None:
-            raise UserError(
-                f"export.format is {format}, but {package} is not installed: pip install 'distill[{format}]'"
-            )
-        if Version(found) < Version(least):
-            way_out = f"pip install --upgrade 'distill[{format}]'"
-            raise UserError(
-                f"export.format is {format}, but {package} is {found}, and {least} is the oldest that can be used: {way_out}"
-            )
+    """`export.quantize` for a runtime, with ``int8`` replaced by the runtime's default mode."""
+    return FORMATS[format].quantize[0] if quantize == "int8" else quantize
 
 
 def installed_version(package: str) -> str | None:
-    """Its version; null where it is not there."""
+    """The version of a package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _check_torchao(trained: dict[str, Any], dtype: str, quantize: str | None, bits: int) -> None:
-    if installed_version("torchao") is None:
-        raise _refused(
-            "the package torchao is not installed",
-            "pip install 'distill[torchao]', or choose export.format=packed",
+def check_export(format: str | None, dtype: str, quantize: str | None, bits: int) -> None:
+    """Check the keys of the recipe's section `export` together, and the installed packages.
+
+    Raises:
+        UserError: if the format does not support the other values, or a package is missing.
+    """
+    if quantize is None and bits != 8:
+        raise UserError(
+            f"export.bits is {bits}, but nothing is quantized after training: "
+            "set export.quantize too, or leave export.bits out"
         )
-    if dtype != "float32":
-        raise _refused(
-            f"export.dtype is {dtype}, in which its tensors do not compute",
-            "leave export.dtype at float32",
-        )
-    if not trained and quantize is None:
-        raise _refused(
-            "nothing is quantized",
-            "add a callback distill.callbacks.Quantize, or set export.quantize=weights",
-        )
-    if quantize is not None:
-        _check_int8("export.quantize", "export.bits", bits, "linear", quantize)
-    for name, spec in trained.items():
-        where = f"callbacks.{name}"
-        _check_int8(
-            f"{where}.activations",
-            f"{where}.bits",
-            spec.get("bits", 8),
-            spec.get("method", "linear"),
-            spec.get("activations"),
-        )
+    if format is None:
+        return
+    chosen = FORMATS[format]
+    _check_installed(chosen)
+    if dtype not in chosen.dtypes:
+        rule = f"{chosen.label} supports {' and '.join(chosen.dtypes)} only"
+        raise UserError(f"export.dtype is {dtype}, but {rule}: set export.dtype=float32")
+    choices = (*(["int8"] if chosen.runtime else []), *chosen.quantize)
+    if quantize is not None and quantize not in choices:
+        rule = f"{chosen.label} supports {', '.join(choices)} only"
+        raise UserError(f"export.quantize is {quantize}, but {rule}: choose one of them")
+    if bits not in chosen.bits:
+        rule = f"{chosen.label} supports {_bits(chosen.bits)} weights only"
+        way_out = "set export.bits=8, or export.format=packed"
+        raise UserError(f"export.bits is {bits}, but {rule}: {way_out}")
 
 
-def _check_int8(inputs_key: str, bits_key: str, bits: int, method: str, inputs: str | None) -> None:
-    if method != "linear":
-        raise _refused(
-            f"the weights are quantized with {method}, and torchao knows linear codes only", OTHERS
+def check_techniques(
+    format: str | None, quantize: str | None, techniques: Iterable[QuantizedLayers]
+) -> None:
+    """Check what a run quantizes in training against the format of its export.
+
+    Args:
+        format: `export.format`.
+        quantize: `export.quantize`.
+        techniques: what the run's techniques declare.
+
+    Raises:
+        UserError: if the format does not support it.
+    """
+    if format is None:
+        return
+    chosen, techniques = FORMATS[format], list(techniques)
+    if quantize is not None and techniques and not chosen.runtime:
+        raise UserError(
+            f"export.quantize is {quantize}, but {techniques[0].key} quantizes in training: "
+            "leave one of them out"
         )
-    if bits != 8:
-        raise _refused(
-            f"{bits_key} is {bits}, and torchao stores a {bits}-bit value in a whole byte", OTHERS
+    if chosen.needs_quantization and quantize is None and not techniques:
+        raise UserError(
+            f"export.format is {format}, but nothing is quantized: "
+            "add a callback distill.callbacks.Quantize, or set export.quantize=weights"
         )
-    if inputs == "static":
-        raise _refused(
-            f"{inputs_key} is static, and torchao rounds inputs to the range of each token only",
-            f"{OTHERS}, or dynamic",
-        )
+    for technique in techniques:
+        _check_activations(chosen, quantize, technique)
+        _check_weights(chosen, quantize, technique)
 
 
-def _refused(reason: str, way_out: str, format: str = "torchao") -> UserError:
-    return UserError(f"export.format is {format}, but {reason}: {way_out}")
+def check_tensor(
+    format: str, quantize: str | None, name: str, grid: _Grid, activations: str | None = None
+) -> None:
+    """Check the quantized weight of a linear layer against a format.
+
+    Args:
+        format: `export.format`.
+        quantize: `export.quantize`.
+        name: name of the tensor in the state dict.
+        grid: how it is quantized, such as a `QuantSpec`.
+        activations: quantization of the layer's inputs: None, ``dynamic`` or ``static``.
+
+    Raises:
+        UserError: if the format does not support it.
+    """
+    chosen = FORMATS[format]
+    if _computes_in_integers(chosen, quantize, activations):
+        _raise_unsupported_tensor(name, _unsupported(chosen, chosen.linear, grid))
+
+
+def check_embedding(format: str, name: str, grid: _Grid) -> None:
+    """Check the quantized weight of an embedding that no linear layer shares against a format.
+
+    Args:
+        format: `export.format`.
+        name: name of the tensor in the state dict.
+        grid: how it is quantized, such as a `QuantSpec`.
+
+    Raises:
+        UserError: if the format does not support it.
+    """
+    chosen = FORMATS[format]
+    _raise_unsupported_tensor(name, _unsupported(chosen, chosen.embedding, grid))
+
+
+def techniques_of(callbacks: Mapping[str, Any]) -> list[QuantizedLayers]:
+    """What the callbacks of a recipe quantize in training. Imports their classes and torch.
+
+    Args:
+        callbacks: the recipe's section `callbacks`.
+
+    Raises:
+        UserError: if a callback cannot be built.
+    """
+    built = {name: targets.instantiate(spec) for name, spec in callbacks.items()}
+    return [
+        replace(layers, key=f"callbacks.{name}")
+        for name, callback in built.items()
+        if isinstance(callback, _Technique) and (layers := callback.quantization()) is not None
+    ]
+
+
+def _check_installed(format: Format) -> None:
+    for package, oldest in format.packages.items():
+        version, extra = installed_version(package), f"'distill[{format.name}]'"
+        if version is None:
+            raise UserError(
+                f"export.format is {format.name}, but {package} is not installed: "
+                f"pip install {extra}"
+            )
+        if Version(version) < Version(oldest):
+            raise UserError(
+                f"export.format is {format.name}, but {package} is {version}, and {oldest} is the "
+                f"oldest version supported: pip install --upgrade {extra}"
+            )
+
+
+def _check_activations(format: Format, quantize: str | None, technique: QuantizedLayers) -> None:
+    activations = technique.activations
+    if activations is None or activations in format.activations:
+        return
+    if not _computes_in_integers(format, quantize, activations):
+        return
+    modes = " and ".join(format.activations)
+    other = "leave export.quantize out" if format.float_fallback else _OTHER_FORMATS
+    raise UserError(
+        f"{technique.key}.activations is {activations}, but {format.label} supports "
+        f"{modes} activation quantization only: set {technique.key}.activations={modes}, or {other}"
+    )
+
+
+def _check_weights(format: Format, quantize: str | None, technique: QuantizedLayers) -> None:
+    """Check weights; layers that the user named may all be linear, or all embeddings."""
+    integers = _computes_in_integers(format, quantize, technique.activations)
+    linear = _unsupported(format, format.linear, technique) if integers else None
+    embedding = _unsupported(format, format.embedding, technique)
+    if technique.restricted and None in (linear, embedding):
+        return
+    problem = linear or embedding
+    if problem is not None:
+        field, value, rule = problem
+        way_out = f"{_OTHER_FORMATS}, or {technique.key}.{field}={_SUPPORTED[field]}"
+        if embedding is None:
+            way_out += f", or name embeddings only in {technique.key}.layers"
+        raise UserError(f"{technique.key}.{field} is {value}, but {rule}: {way_out}")
+
+
+def _computes_in_integers(format: Format, quantize: str | None, activations: str | None) -> bool:
+    """Whether linear layers with quantized weights are stored as integers."""
+    return not format.float_fallback or quantize is not None or activations in format.activations
+
+
+def _unsupported(
+    format: Format, support: WeightSupport, grid: _Grid
+) -> tuple[str, str, str] | None:
+    """(field, value, rule) of what is not supported; None where everything is."""
+    if grid.method not in support.methods:
+        rule = f"{format.label} supports {' and '.join(support.methods)} quantization only"
+        return "method", grid.method, rule
+    if grid.bits not in support.bits:
+        return "bits", str(grid.bits), f"{format.label} supports {_bits(support.bits)} weights only"
+    if grid.method == "linear" and not grid.symmetric and not support.affine:
+        return "symmetric", "false", f"{format.label} supports symmetric weights only"
+    if (grid.group or 0) > 0 and not support.groups:
+        return "group", str(grid.group), f"{format.label} supports a scale per row or tensor only"
+    return None
+
+
+def _raise_unsupported_tensor(name: str, problem: tuple[str, str, str] | None) -> None:
+    if problem is not None:
+        field, value, rule = problem
+        raise UserError(f"{field} of {name} is {value}, but {rule}: {_OTHER_FORMATS}")
+
+
+def _bits(bits: tuple[int, ...]) -> str:
+    return f"{bits[0]}-bit" if len(bits) == 1 else f"{bits[0]}- to {bits[-1]}-bit"

@@ -1,177 +1,85 @@
-"""recipe -> `Run`: finds recipe files, lays them over the schema, and refuses what does not fit.
+"""Recipe files -> validated :class:`Run` objects, and back.
 
-A recipe is named (`recipe=bert_to_distil`) or given as a file (`recipe=mine.yaml`). Names are those of the shipped
-`recipes/*.yaml` and of a folder `recipes` where the command is run, which wins.
+A recipe is named (`recipe=bert_to_distil`) or given as a file (`recipe=mine.yaml`). Names are those
+of the shipped recipes and of the folder `recipes` in the current directory, which takes precedence.
 """
 
 import copy
 import re
 from pathlib import Path
-from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill import store
 from distill.errors import UserError
 from distill.recipe import capabilities, targets
-from distill.recipe.config import SPARSE, Loss, Run
+from distill.recipe.config import SPARSE, Loss, Run, Student, Teacher, Trainer
+
+__all__ = [
+    "SHIPPED",
+    "available_recipes",
+    "explain_error",
+    "load_recipe",
+    "quote_override",
+    "read_recipe",
+    "save_recipe",
+    "validate",
+    "with_absolute_paths",
+]
 
 PACKAGE = Path(__file__).parents[1]
-SHIPPED = next(
-    folder for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if folder.is_dir()
-)
-
-OPEN = re.compile(
-    r"(task|callbacks|loss\.terms|teacher\.config|student\.config)[.=]"
-)  # their keys are those of the class they name
-ASKS = (
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--version",
-    "--info",
-    "-i",
-    "--cfg",
-    "-c",
-    "--shell-completion",
-    "-sc",
-)
-
-HELP = """Distils a Transformers model into a smaller one, measures both and exports the student.
-
-  python -m distill.train recipe=NAME [key=value ...]     one run; recipe=FILE.yaml works too
-  python -m distill.train -m recipe=A,B key=1,2           every combination
-  python -m distill.train resume=FOLDER [key=value ...]   go on with a run that was cut short; resume=last finds the newest
-
-Recipes: {recipes}
-
-Keys and their defaults; a recipe sets some of them, key=value on the command line wins:
-
-$CONFIG
-"""
+_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "recipes")  # installed, in the repository
+SHIPPED = next(folder for folder in _FOLDERS if folder.is_dir())
 
 
 def available_recipes() -> dict[str, Path]:
-    """The recipes that can be named here."""
-    folders = [SHIPPED, Path.cwd() / "recipes"]
-    return {
-        file.stem: file
-        for folder in folders
-        if folder.is_dir()
-        for file in sorted(folder.glob("*.yaml"))
-    }
+    """The recipes that a name selects: name -> file."""
+    folders = [folder for folder in (SHIPPED, Path.cwd() / "recipes") if folder.is_dir()]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def read_recipe(file: Path) -> DictConfig:
-    """One recipe file, as it stands; its name is its file's unless it gives one."""
+    """Parse a recipe file, without the defaults of the keys that it leaves out.
+
+    Raises:
+        UserError: if it is not a YAML file of keys.
+    """
     try:
         recipe = OmegaConf.load(file)
     except Exception as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"recipe {file} cannot be read ({' '.join(str(error).split())}), but it must be a YAML file of keys: correct it"
+            f"recipe {file} cannot be read ({reason}), but it must be a YAML file of keys: "
+            "correct it"
         ) from error
     if not isinstance(recipe, DictConfig):
         raise UserError(
-            f"recipe {file} holds {type(recipe).__name__}, but it must be a YAML file of keys: see {SHIPPED}"
+            f"recipe {file} holds {type(recipe).__name__}, but it must be a YAML file of keys: "
+            f"see {SHIPPED}"
         )
     return OmegaConf.merge({"name": file.stem}, recipe)  # type: ignore[return-value]
 
 
-def register_recipes(arguments: list[str]) -> list[str]:
-    """Make the named recipes choices of Hydra's, and return the command line with recipe files replaced by names."""
-    named = available_recipes()
-    if not any(argument.startswith("recipe=") or argument in ASKS for argument in arguments):
-        raise UserError(
-            f"recipe is not given, but a run needs one: add recipe= and one of {', '.join(named)}, or a YAML file"
-        )
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Run)
-    store.store(name="run", node=_primary(", ".join(named)))
-    return [_understood(argument, named) for argument in arguments]
-
-
-def _understood(argument: str, named: dict[str, Path]) -> str:
-    """An argument as Hydra wants it: recipe files become names, and open keys may be new ones."""
-    if argument.startswith("="):
-        raise UserError(f"the argument is {argument}, but it must be key=value: say which key")
-    if not argument.startswith("recipe="):
-        return f"++{argument}" if OPEN.match(argument) else argument
-    given = argument.removeprefix("recipe=")
-    values = [given] if Path(given).is_file() else given.split(",")
-    return f"recipe={','.join(_stored(value, named) for value in values)}"
-
-
-def _stored(value: str, named: dict[str, Path]) -> str:
-    """Make one recipe, and those that it builds on, a choice of Hydra's; returns its name there."""
-    name, file = value, named.get(value)
-    if re.search(r"\.ya?ml$", value):
-        file = Path(value)
-        if not file.is_file():
-            raise UserError(
-                f"recipe is {value}, but there is no such file: give the path of a YAML file, or one of {', '.join(named)}"
-            )
-        name = re.sub(r"\W", "_", value)  # two files may have the same stem
-    elif file is None:
-        raise UserError(
-            f"recipe is {value or 'empty'}, but there is no such recipe: {targets.did_you_mean(value, list(named))}"
-        )
-    recipe = read_recipe(file)
-    for base in recipe.get("defaults", []):
-        if base != "_self_":
-            _stored(str(base), named)
-    ConfigStore.instance().store(group="recipe", name=name, node=recipe, package="_global_")
-    return name
-
-
-def _primary(names: str) -> dict[str, Any]:
-    plain = {"format": "%(message)s"}
-    stamped = {"format": "%(asctime)s %(levelname)s %(message)s"}
-    handlers = {
-        "console": {
-            "class": "logging.StreamHandler",
-            "formatter": "plain",
-            "level": "INFO",
-            "stream": "ext://sys.stderr",
-        },
-        "file": {
-            "class": "logging.FileHandler",
-            "formatter": "stamped",
-            "filename": "${hydra.runtime.output_dir}/train.log",
-            "delay": True,
-        },
-    }
-    return {
-        "defaults": ["schema", {"recipe": None}, "_self_"],
-        "hydra": {
-            "output_subdir": None,
-            "run": {"dir": "runs/${name}/${now:%Y-%m-%d_%H-%M-%S}"},
-            "sweep": {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "${hydra.job.num}"},
-            "help": {"template": HELP.format(recipes=names)},
-            "job_logging": {
-                "version": 1,
-                "formatters": {"plain": plain, "stamped": stamped},
-                "handlers": handlers,
-                "loggers": {"distill": {"level": "DEBUG"}},
-                "root": {"level": "WARNING", "handlers": ["console", "file"]},
-                "disable_existing_loggers": False,
-            },
-        },
-    }
-
-
 def load_recipe(name: str) -> Run:
-    """The run that a recipe file, or a recipe of that name, describes, with nothing overridden."""
+    """Load and validate a recipe by its name, or by the path of its file.
+
+    Raises:
+        UserError: if there is no such recipe, or a value in it is refused.
+
+    Example:
+        >>> load_recipe("tiny").loss.alpha
+        0.5
+    """
     file = Path(name) if name.endswith((".yaml", ".yml")) else available_recipes().get(name)
     if file is None or not file.is_file():
-        raise UserError(
-            f"recipe is {name}, but there is no such recipe: {targets.did_you_mean(name, list(available_recipes()))}"
-        )
+        suggestion = targets.did_you_mean(name, list(available_recipes()))
+        raise UserError(f"recipe is {name}, but there is no such recipe: {suggestion}")
     recipe = read_recipe(file)
     if bases := recipe.pop("defaults", None):
         raise UserError(
-            f"recipe {name} builds on {list(bases)}, but only distill.train composes recipes: give the recipe.yaml of its run folder"
+            f"recipe {name} builds on {list(bases)}, but only distill.train composes recipes: "
+            "give the recipe.yaml of its run folder"
         )
     composed = OmegaConf.merge(OmegaConf.structured(Run), recipe)
     assert isinstance(composed, DictConfig)
@@ -179,114 +87,121 @@ def load_recipe(name: str) -> Run:
 
 
 def validate(composed: DictConfig) -> Run:
-    """The composed recipe as plain dataclasses, with every key and `_target_` checked."""
-    missing = OmegaConf.missing_keys(composed)
-    if missing:
+    """Convert a composed recipe to dataclasses and check every key and `_target_` in it.
+
+    Raises:
+        UserError: if a value is refused, alone or together with others.
+        OmegaConfBaseException: if there is no such key, see :func:`explain_error`.
+    """
+    if missing := OmegaConf.missing_keys(composed):
         raise UserError(
-            f"{', '.join(sorted(missing))} is not given, but recipe {composed.name} cannot do without: set it in the recipe"
+            f"{', '.join(sorted(missing))} is not given, but recipe {composed.name} needs it: "
+            "set it in the recipe"
         )
-    run = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.to_container(composed))
-    )  # refuses keys added with +
+    plain = OmegaConf.to_container(composed)  # merging again refuses keys added with +
+    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))
     assert isinstance(run, Run)
-    run.callbacks = {
-        name: spec for name, spec in run.callbacks.items() if spec is not None
-    }  # `callbacks.x=null` drops one of a recipe's
-    named = {"task": run.task} | {f"loss.terms.{key}": spec for key, spec in run.loss.terms.items()}
-    for where, spec in (
-        named | {f"callbacks.{key}": spec for key, spec in run.callbacks.items()}
-    ).items():
-        targets.check_target(where, spec)
-    _check_together(run)
+    # callbacks.x=null on the command line removes a callback of the recipe
+    run.callbacks = {name: spec for name, spec in run.callbacks.items() if spec is not None}
+    targets.check_target("task", run.task)
+    for section, specs in (("loss.terms", run.loss.terms), ("callbacks", run.callbacks)):
+        for name, spec in specs.items():
+            targets.check_target(f"{section}.{name}", spec)
+    _check_loss(run.loss, run.teacher, run.student)
+    _check_trainer(run.trainer, run.data.batch_size)
+    export = run.export
+    capabilities.check_export(export.format, export.dtype, export.quantize, export.bits)
     return run
 
 
 def with_absolute_paths(run: Run) -> Run:
-    """The run with its local paths made absolute."""
+    """A copy of the run in which paths of local files and folders are absolute."""
     saved = copy.deepcopy(run)
-    for section, key in (
-        (saved.data, "source"),
-        (saved.tokenizer, "model"),
-        (saved.teacher, "model"),
-        (saved.student, "model"),
-    ):
-        value = getattr(section, key, None)
+    models = [section for section in (saved.tokenizer, saved.teacher, saved.student) if section]
+    for section, key in ((saved.data, "source"), *((model, "model") for model in models)):
+        value = getattr(section, key)
         if value is not None and Path(value).exists():
             setattr(section, key, str(Path(value).absolute()))
-    if (
-        saved.data.unlabelled is not None and Path(saved.data.unlabelled).is_file()
-    ):  # a bare name may be a split's
-        saved.data.unlabelled = str(Path(saved.data.unlabelled).absolute())
+    unlabelled = saved.data.unlabelled
+    # Not a folder, which may only have the name of a split.
+    if unlabelled is not None and Path(unlabelled).is_file():
+        saved.data.unlabelled = str(Path(unlabelled).absolute())
     return saved
 
 
 def save_recipe(run: Run, file: Path) -> None:
-    """The run as a recipe of its own, which gives the same weights again."""
+    """Write the run as a recipe that reproduces it from any directory."""
     text = OmegaConf.to_yaml(OmegaConf.structured(with_absolute_paths(run)))
     store.write_file(file, f"# python -m distill.train recipe={file.absolute()}\n{text}".encode())
 
 
 def quote_override(text: str) -> str:
-    """A string as Hydra's command line wants it, where a backslash is special before a quote alone."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    """Quote a value for Hydra's command line, where a backslash is special before a quote only."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
 
 
-def _check_together(run: Run) -> None:
-    """Rules between sections."""
-    capabilities.check(
-        run.callbacks, run.export.format, run.export.dtype, run.export.quantize, run.export.bits
-    )
-    if run.loss.divergence is not None:
-        path = run.loss.divergence
+def explain_error(error: OmegaConfBaseException) -> str:
+    """An error of OmegaConf in one line: the key and, if it does not exist, the nearest one."""
+    key, section = str(error.full_key or error.key), error.object_type
+    if section is not None and "not in" in str(error):
+        known = list(getattr(section, "__dataclass_fields__", {}))
+        suggestion = targets.did_you_mean(key.rpartition(".")[2], known)
+        return f"{key} is given, but there is no such key: {suggestion}"
+    return f"{key}: {str(error).splitlines()[0]}: correct it in the recipe or on the command line"
+
+
+def _check_loss(loss: Loss, teacher: Teacher | None, student: Student) -> None:
+    """Check the keys that need a teacher."""
+    if loss.divergence is not None:
+        path = loss.divergence
         targets.read_signature(path if "." in path else f"distill.losses.{path}")
-    if run.teacher is None and run.student.layers is not None:
+    if teacher is not None:
+        _check_outputs(teacher.outputs, loss)
+        return
+    if student.layers is not None:
         raise UserError(
-            f"student.layers is {run.student.layers}, but there is no teacher to cut them from: set teacher.model"
+            f"student.layers is {student.layers}, but there is no teacher: set teacher.model"
         )
-    if run.teacher is None and run.loss.alpha < 1:
+    if loss.alpha < 1:
         raise UserError(
-            f"loss.alpha is {run.loss.alpha:g}, but there is no teacher to learn from: set teacher.model, or loss.alpha=1"
+            f"loss.alpha is {loss.alpha:g}, but there is no teacher: "
+            "set teacher.model, or loss.alpha=1"
         )
-    if run.teacher is not None:
-        _check_outputs(run.teacher.outputs, run.loss)
-    if run.teacher is None and run.loss.terms:
+    if loss.terms:
         raise UserError(
-            f"loss.terms is {', '.join(run.loss.terms)}, but there is no teacher to compare with: set teacher.model"
-        )
-    if run.trainer.strategy == "fsdp" and run.trainer.compile:
-        raise UserError(
-            "trainer.compile is true, but trainer.strategy=fsdp gathers each block as it is needed: leave trainer.compile out"
-        )
-    if run.trainer.accumulate > run.data.batch_size:
-        raise UserError(
-            f"trainer.accumulate is {run.trainer.accumulate}, but data.batch_size is {run.data.batch_size}: "
-            "a micro-batch needs an example, so lower it"
-        )
-    if run.trainer.strategy == "fsdp" and run.trainer.precision == "16-mixed":
-        raise UserError(
-            "trainer.precision is 16-mixed, but trainer.strategy=fsdp scales no losses: set trainer.precision=bf16-mixed"
+            f"loss.terms is {', '.join(loss.terms)}, but there is no teacher: set teacher.model"
         )
 
 
 def _check_outputs(outputs: str, loss: Loss) -> None:
-    """What is kept of the teacher must do for the loss."""
+    """Check that the cached teacher outputs suffice for the loss."""
     if loss.terms and outputs != "online":
-        names = ", ".join(loss.terms)
         raise UserError(
-            f"teacher.outputs is {outputs}, but loss.terms ({names}) needs the insides of the teacher: set teacher.outputs=online"
+            f"teacher.outputs is {outputs}, but loss.terms ({', '.join(loss.terms)}) needs hidden "
+            "states or attention of the teacher: set teacher.outputs=online"
         )
     if outputs in SPARSE and loss.divergence not in (None, "forward_kl"):
         raise UserError(
-            f"loss.divergence is {loss.divergence}, but teacher.outputs={outputs} keeps what forward_kl needs and no more: "
-            "set teacher.outputs=hidden"
+            f"loss.divergence is {loss.divergence}, but teacher.outputs={outputs} supports "
+            "forward_kl only: set teacher.outputs=hidden"
         )
 
 
-def explain_error(error: OmegaConfBaseException) -> str:
-    """What OmegaConf found wrong, in one line: the key, and the names that it could have been."""
-    key, kind = str(error.full_key or error.key), error.object_type
-    if kind is not None and "not in" in str(error):
-        known = list(getattr(kind, "__dataclass_fields__", {}))
-        return f"{key} is given, but there is no such key: {targets.did_you_mean(key.rpartition('.')[2], known)}"
-    return f"{key}: {str(error).splitlines()[0]}: correct it in the recipe or on the command line"
+def _check_trainer(trainer: Trainer, batch_size: int) -> None:
+    """Check the keys of the trainer against each other."""
+    if trainer.accumulate > batch_size:
+        raise UserError(
+            f"trainer.accumulate is {trainer.accumulate}, but data.batch_size is {batch_size}, and "
+            "every micro-batch needs an example: lower trainer.accumulate"
+        )
+    if trainer.strategy == "fsdp" and trainer.compile:
+        raise UserError(
+            "trainer.compile is true, but trainer.strategy=fsdp gathers the weights of each block "
+            "when it is used: leave trainer.compile out"
+        )
+    if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
+        raise UserError(
+            "trainer.precision is 16-mixed, but trainer.strategy=fsdp has no fp16 gradient scaler: "
+            "set trainer.precision=bf16-mixed"
+        )

@@ -1,7 +1,14 @@
-"""All that a compressed model needs to load, beside torch, safetensors and transformers: the two files that travel with an export.
+"""The code of compressed models: two files that are copied into the exports that need them.
 
-| file | what it owns |
+They need torch, safetensors and transformers only, and nothing else of this library.
+
+| file | contents |
 |---|---|
-| `modeling.py` | the modules that `config.compression` describes, and what codes mean |
-| `container.py` | the layout of `packed.safetensors`, and loading through transformers |
+| `modeling.py` | `CompressionConfig`, the layers that it describes, dequantization |
+| `container.py` | the file format `packed.safetensors`, and loading it through transformers |
 """
+
+from distill.remote_code.container import CompressedModel
+from distill.remote_code.modeling import CompressionConfig
+
+__all__ = ["CompressedModel", "CompressionConfig"]

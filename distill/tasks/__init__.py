@@ -1,16 +1,36 @@
-"""The kinds of problem, as `task._target_` names them."""
+"""Tasks; a recipe names one as `task._target_: distill.tasks.<class>`.
 
-from distill.tasks.base import Batch, Task, sum_per_example
-from distill.tasks.classification import (
-    MultiLabelClassification,
-    Regression,
-    SingleLabelClassification,
-)
+| file | contents |
+|---|---|
+| `base.py` | :class:`Task`, the interface of a task |
+| `batch.py` | :class:`Batch`, the input of models and loss |
+| `classification.py` | one class per text |
+| `multi_label.py` | any number of classes per text |
+| `regression.py` | a number per text |
+| `language.py` | the next token |
+| `labels.py` | cells of a label column -> label names |
+| `serving.py` | the interface that export and evaluation use, with defaults |
+| `text_classes.py`, `generation.py` | its implementations for classifiers and language models |
+| `special_tokens.py` | special tokens of trained tokenizers |
+
+A custom task is a subclass of `Task` under any dotted path.
+"""
+
+from distill.tasks.base import Task, sum_per_example
+from distill.tasks.batch import Batch
+from distill.tasks.classification import SingleLabelClassification
+from distill.tasks.labels import Labels
 from distill.tasks.language import CausalLanguageModelling
+from distill.tasks.multi_label import MultiLabelClassification
+from distill.tasks.regression import Regression
+from distill.tasks.special_tokens import CLASSIFICATION_TOKENS, LANGUAGE_TOKENS
 
 __all__ = [
+    "CLASSIFICATION_TOKENS",
+    "LANGUAGE_TOKENS",
     "Batch",
     "CausalLanguageModelling",
+    "Labels",
     "MultiLabelClassification",
     "Regression",
     "SingleLabelClassification",

@@ -1,35 +1,47 @@
-"""The next token, again and again: one row of logits per predicted token."""
+"""The next token: one row of logits for each predicted token.
+
+Shapes: B = examples (windows of texts), L = tokens of the longest, N = predicted tokens,
+C = vocabulary.
+"""
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, List, Value
+from datasets import List, Value
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from distill import losses
 from distill.errors import UserError
 from distill.recipe.config import Data
-from distill.tasks.base import Batch, Task, check_max_length, model_inputs, sum_per_example
+from distill.tasks.base import Task, check_max_length, model_inputs, sum_per_example
+from distill.tasks.batch import Batch
+from distill.tasks.generation import TextGeneration, start_token
+from distill.tasks.special_tokens import LANGUAGE_TOKENS
 
 
-class CausalLanguageModelling(Task):
-    """Predicts each token from those before it.
+class CausalLanguageModelling(TextGeneration, Task):
+    """Predicts each token from the tokens before it.
 
-    One text column: every token is predicted. Two: the first is a prompt, whose tokens are context only, and the second its
-    completion, which ends in the end-of-text token. The beginning- or end-of-text token is put before the text, so that its
-    first token has a context too; a tokenizer without one leaves the first token unpredicted.
+    With one text column every token is predicted. With two, the first is a prompt, which is context
+    only, and the second its completion, to which the end-of-text token is appended. The beginning-
+    or end-of-text token precedes each text, so that its first token is predicted too, unless the
+    tokenizer has neither.
 
-    Texts longer than `max_length` are cut into windows that share one token, the last of a window being the context that the
-    next begins with. So each token is predicted exactly once, and a text holds as many predicted tokens and bytes at any length
-    of window. Windows in which nothing is predicted are left out.
+    Texts longer than `max_length` are split into windows that overlap by one token, which is
+    context in the second. Each token is predicted exactly once: the number of predicted tokens does
+    not depend on `max_length`. Windows without predicted tokens are left out.
+
+    Args:
+        max_length: Tokens of a window.
     """
 
     auto_class = "AutoModelForCausalLM"
-    pipeline = "text-generation"
-    primary = "perplexity"
-    maximise = False
+    primary_metric = "perplexity"
+    maximize = False
     divergences = losses.ONE_OF_C
     selects_positions = True
     uses_labels = False
@@ -40,65 +52,81 @@ class CausalLanguageModelling(Task):
             max_length, 2, "a window holds a context and a token to predict"
         )
 
-    def read_labels(self, train: Dataset, data: Data) -> None:
-        """The labels are the texts."""
-
-    def model_options(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         return {}
+
+    def adapt_config(self, config: PreTrainedConfig) -> None:
+        """Make an encoder attend to earlier tokens only: it must not see what it predicts."""
+        if config.to_dict().get("is_decoder") is False:
+            config.is_decoder = True
+
+    def special_tokens(self) -> dict[str, str]:
+        return LANGUAGE_TOKENS
 
     def encode(
         self, examples: dict[str, list[Any]], tokenizer: Any, data: Data
     ) -> dict[str, list[Any]]:
-        """`labels` holds the token at each place, -100 where it is context only; `size` the UTF-8 bytes of the predicted tokens.
+        """Tokenize texts into windows.
 
-        Also 1 for the first window of a text: `begins` for each, `cut` for one that took several.
+        `labels` holds the token at each position, or -100 for context; `size` is the number of
+        UTF-8 bytes of the predicted tokens. `first_window` is 1 for the first window of a text,
+        `truncated` is 1 for the first of several windows.
         """
         columns: dict[str, list[Any]] = {
-            name: [] for name in ("input_ids", "labels", "size", "length", "rows", "cut", "begins")
+            name: []
+            for name in (
+                "input_ids",
+                "labels",
+                "size",
+                "length",
+                "rows",
+                "truncated",
+                "first_window",
+            )
         }
-        texts = zip(*(_tokens(examples[column], tokenizer) for column in data.text), strict=True)
+        texts = zip(*(_tokenize(examples[column], tokenizer) for column in data.text), strict=True)
         for parts in texts:
-            for window in _windows(*_sequence(list(parts), tokenizer), self.max_length):
+            for window in _windows(_join(list(parts), tokenizer), self.max_length):
                 for name, value in window.items():
                     columns[name].append(value)
         return columns
 
     def collate(self, examples: list[dict[str, Any]], pad_id: int) -> Batch:
-        """The shift: the logits at place i answer for the label at place i + 1."""
-        labels_BL = _shifted([example["labels"] for example in examples])
-        counted = labels_BL != losses.IGNORED
-        index = counted.flatten().nonzero()[:, 0]
+        """Pad the windows; the logits at position i are compared with the label at i + 1."""
+        labels_BL = _shift([example["labels"] for example in examples])
+        positions = (labels_BL != losses.IGNORED).flatten().nonzero()[:, 0]
         return Batch(
             inputs=model_inputs(examples, pad_id),
-            labels=labels_BL.flatten()[index],
-            index=index,
-            example=index // labels_BL.shape[1],
+            labels=labels_BL.flatten()[positions],
+            positions=positions,
+            example=positions // labels_BL.shape[1],
             size=torch.tensor([example["size"] for example in examples]),
-            rows=len(index),
+            rows=len(positions),
             tokens=sum(len(example["input_ids"]) for example in examples),
         )
 
-    def rows(self, logits: Tensor, batch: Batch) -> Tensor:
-        return logits.flatten(0, 1)[batch.index]
+    def select_rows(self, logits: Tensor, batch: Batch) -> Tensor:
+        return logits.flatten(0, 1)[batch.positions]
 
-    def supervised(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
+    def label_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
         return losses.cross_entropy(logits_NC, labels)
 
     def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
         correct_N = (logits_NC.argmax(-1) == batch.labels).float()
         return {
-            "nll": sum_per_example(self.supervised(logits_NC, batch.labels), batch),
+            "nll": sum_per_example(self.label_loss(logits_NC, batch.labels), batch),
             "tokens": sum_per_example(torch.ones_like(correct_N), batch),
             "correct": sum_per_example(correct_N, batch),
             "bytes": batch.size,
         }
 
-    def quality(self, columns: dict[str, Tensor]) -> dict[str, float]:
+    def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
+        """Perplexity, bits per UTF-8 byte, loss in nats per token, share of correct tokens."""
         nll, tokens, correct, size = (
             float(columns[name].double().sum()) for name in ("nll", "tokens", "correct", "bytes")
         )
         if tokens == 0:
-            return {self.primary: math.nan}
+            return {self.primary_metric: math.nan}
         return {
             "perplexity": math.exp(min(nll / tokens, 700)),
             "bits_per_byte": nll / math.log(2) / size if size else math.nan,
@@ -110,13 +138,19 @@ class CausalLanguageModelling(Task):
         return (student_NC.argmax(-1) == teacher_NC.argmax(-1)).float()
 
 
-Piece = tuple[list[int], list[int]]  # token ids, and the bytes of each
+class _Tokens(NamedTuple):
+    """The tokens of a text."""
+
+    ids: list[int]
+    labels: list[int]  # the same, -100 where a token is context only
+    sizes: list[int]  # UTF-8 bytes of each
 
 
-def _tokens(texts: list[str | None], tokenizer: Any) -> list[Piece]:
+def _tokenize(texts: list[str | None], tokenizer: Any) -> list[_Tokens]:
     if not tokenizer.is_fast:
         raise UserError(
-            f"the tokenizer is {type(tokenizer).__name__}, but each token's place in the text must be known: use a fast tokenizer"
+            f"the tokenizer is {type(tokenizer).__name__}, but the offset of each token in "
+            "the text is needed: use a fast tokenizer"
         )
     filled = [text or "" for text in texts]
     tokens = tokenizer(
@@ -126,19 +160,15 @@ def _tokens(texts: list[str | None], tokenizer: Any) -> list[Piece]:
         return_attention_mask=False,
         verbose=False,
     )
-    return [
-        (ids, _bytes(text, offsets))
-        for text, ids, offsets in zip(
-            filled, tokens["input_ids"], tokens["offset_mapping"], strict=True
-        )
-    ]
+    encoded = zip(filled, tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    return [_Tokens(ids, ids, _byte_sizes(text, offsets)) for text, ids, offsets in encoded]
 
 
-def _bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
-    """The UTF-8 bytes of each token, so that together they are the text's.
+def _byte_sizes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
+    """UTF-8 bytes of each token; their sum is the size of the text.
 
-    Characters between two tokens belong to the later one, and those after the last token to that one. A character that is
-    spread over several tokens belongs to the first of them.
+    Characters between two tokens count towards the later one, those after the last token towards
+    the last. A character that spans several tokens counts towards the first of them.
     """
     edges = [0]
     for _, end in offsets[:-1]:
@@ -147,52 +177,41 @@ def _bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     return [len(text[start:end].encode()) for start, end in pairwise(edges)][: len(offsets)]
 
 
-def start_token(tokenizer: Any) -> list[int]:
-    """What stands before every text, so that its first token has a context too; nothing where the tokenizer has no such token."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [] if first is None else [first]
-
-
-def _sequence(parts: list[Piece], tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
-    """Ids, labels and bytes of one text or one prompt with its completion, special tokens included."""
-    prompt = parts[0][0] if len(parts) == 2 else []
-    ids, sizes = parts[-1]
+def _join(parts: list[_Tokens], tokenizer: Any) -> _Tokens:
+    """The tokens of a text, or of a prompt and its completion, with special tokens."""
+    prompt = parts[0].ids if len(parts) == 2 else []
+    ids, _, sizes = parts[-1]
     if len(parts) == 2 and tokenizer.eos_token_id is not None:
         ids, sizes = [*ids, tokenizer.eos_token_id], [*sizes, 0]
     context = [*start_token(tokenizer), *prompt]
-    return [*context, *ids], [*[losses.IGNORED] * len(context), *ids], [*[0] * len(context), *sizes]
+    return _Tokens(
+        [*context, *ids], [losses.IGNORED] * len(context) + ids, [0] * len(context) + sizes
+    )
 
 
-def _windows(
-    ids: list[int], labels: list[int], sizes: list[int], max_length: int
-) -> list[dict[str, Any]]:
-    windows: list[dict[str, Any]] = []
-    for start in range(0, len(ids) - 1, max_length - 1):
+def _windows(text: _Tokens, max_length: int) -> Iterator[dict[str, Any]]:
+    """Encoded examples of a text, without those that have no predicted token."""
+    first = True
+    for start in range(0, len(text.ids) - 1, max_length - 1):
         end = start + max_length
         predicted = slice(start + 1, end)
-        rows = sum(label != losses.IGNORED for label in labels[predicted])
+        rows = sum(label != losses.IGNORED for label in text.labels[predicted])
         if rows:
-            tokens = ids[start:end]
-            window = {
-                "input_ids": tokens,
-                "labels": [losses.IGNORED, *labels[predicted]],
-                "length": len(tokens),
+            ids = text.ids[start:end]
+            yield {
+                "input_ids": ids,
+                "labels": [losses.IGNORED, *text.labels[predicted]],
+                "length": len(ids),
                 "rows": rows,
+                "size": sum(text.sizes[predicted]),
+                "truncated": int(first and len(text.ids) > max_length),
+                "first_window": int(first),
             }
-            first = not windows
-            windows.append(
-                window
-                | {
-                    "size": sum(sizes[predicted]),
-                    "cut": int(first and len(ids) > max_length),
-                    "begins": int(first),
-                }
-            )
-    return windows
+            first = False
 
 
-def _shifted(labels: list[list[int]]) -> Tensor:
-    """What the logits at each place must predict, (B, L), -100 where nothing."""
+def _shift(labels: list[list[int]]) -> Tensor:
+    """The label for the logits at each position, (B, L), -100 if there is none."""
     longest = max(map(len, labels))
     return torch.tensor(
         [[*row[1:], *[losses.IGNORED] * (longest - len(row) + 1)] for row in labels],

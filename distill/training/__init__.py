@@ -1,1 +1,31 @@
-"""TODO"""
+"""Training of teacher and student with Lightning's Trainer.
+
+| module | what it does |
+|---|---|
+| `loop.py` | a module and its loaders -> the weights with the best validation metric |
+| `hardware.py` | resolves `auto` for this device |
+| `techniques.py` | the recipe's callbacks -> objects, checked against each other |
+| `validation_runs.py` | when validation runs take place, which step did best, when to stop early |
+| `checkpoints.py` | when the state is saved, how it is written, which file a run resumes from |
+| `loggers.py` | metrics.csv and Weights & Biases |
+| `progress.py` | progress bar and log lines of a training |
+| `performance.py` | compilation of the student; what an online teacher adds to a step |
+"""
+
+from distill.training.hardware import check_device, resolve_auto, resolve_precision
+from distill.training.loggers import Tracker
+from distill.training.loop import Training, count_steps, fit, make_loaders
+from distill.training.techniques import bind_callbacks, build_callbacks
+
+__all__ = [
+    "Tracker",
+    "Training",
+    "bind_callbacks",
+    "build_callbacks",
+    "check_device",
+    "count_steps",
+    "fit",
+    "make_loaders",
+    "resolve_auto",
+    "resolve_precision",
+]

@@ -1,7 +1,7 @@
-"""Checkpoints of a training that can be killed at any moment: when they are taken, how they are written, which one to go on from.
+"""Checkpoints of a training that may be killed at any moment.
 
-They are taken between two optimizer steps, when all that belongs to the step before is done: its log, its look at the validation
-split. Their names are `step-00000012.ckpt`, with a checksum beside each.
+They are taken between two optimizer steps, when logging and validation of the step before are
+done. Files are named `step-00000012.ckpt`, with a checksum beside each.
 """
 
 import hashlib
@@ -20,93 +20,110 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from distill import store
+from distill import internals, store
 from distill.errors import RunFailed
 from distill.processes import ranks
 from distill.processes.signals import StopRequested, StopRequests
 from distill.recipe import config
+from distill.training.validation_runs import BestCheckpoint
 
 log = logging.getLogger("distill")
 
-BEST = "best_step"  # key of a checkpoint: the step whose checkpoint did best so far
+BEST = "best_step"  # key of a checkpoint: the step of the best checkpoint so far
+
+
+# ---- files
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """The checkpoint of a step."""
+    """The file of a step's checkpoint."""
     return folder / f"step-{step:08d}.ckpt"
 
 
 def step_of(file: Path) -> int:
-    """The step of a checkpoint."""
+    """The step of a checkpoint's file."""
     return int(file.stem.removeprefix("step-"))
 
 
 def newest(folder: Path) -> Path:
     """The checkpoint that was taken last."""
-    return _all(folder)[0]
+    return _newest_first(folder)[0]
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, and whose best one is too; null where there is none."""
-    damaged, found = [], None
-    for file in _all(folder):
-        found = file if _intact(file) else None
-        if found is not None:
+    """The newest undamaged checkpoint whose best one is undamaged too; None if there is none."""
+    damaged, intact = [], None
+    for file in _newest_first(folder):
+        if _is_intact(file):
+            intact = file
             break
         damaged.append(file.name)
     if damaged:
-        instead = (
-            f"{found.name} is used in its place"
-            if found is not None
-            else "the training begins anew"
-        )
+        instead = "training starts from the beginning"
+        if intact is not None:
+            instead = f"{intact.name} is used in its place"
         log.warning("%s in %s is damaged: %s", " and ".join(damaged), folder, instead)
-    return found
+    return intact
 
 
-def _all(folder: Path) -> list[Path]:
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints and the best ones that they refer to."""
+    files = _newest_first(folder)
+    newest_files = files[:keep]
+    steps = [_read_manifest(file).get(BEST) for file in newest_files]
+    best = {checkpoint_path(folder, step) for step in steps if step is not None}
+    for file in files:
+        if file not in newest_files and file not in best:
+            _remove(file)
+
+
+def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
-def _manifest(file: Path) -> dict[str, Any]:
+def _read_manifest(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.with_suffix(".json").read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _intact(file: Path) -> bool:
-    told = _manifest(file)
+def _is_intact(file: Path) -> bool:
+    manifest = _read_manifest(file)
     try:
-        whole = told.get("sha256") == store.sha256(file)
+        intact = manifest.get("sha256") == store.sha256(file)
     except OSError:
         return False
-    best = told.get(BEST)
-    return whole and (
-        best is None
-        or checkpoint_path(file.parent, best) == file
-        or _intact(checkpoint_path(file.parent, best))
-    )
+    if not intact or manifest.get(BEST) is None:
+        return intact
+    best = checkpoint_path(file.parent, manifest[BEST])
+    return best == file or _is_intact(best)
+
+
+def _remove(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.with_suffix(".json").unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and its checksum before it; reads tensors and plain values only."""
+    """Writes each checkpoint atomically, after its checksum.
+
+    Loads tensors and plain values only, so that a file cannot execute code.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         file, content = Path(path), io.BytesIO()
         torch.save(checkpoint, content)
-        told = {
-            "sha256": hashlib.sha256(content.getbuffer()).hexdigest(),
-            BEST: checkpoint.get(BEST),
-        }
+        checksum = hashlib.sha256(content.getbuffer()).hexdigest()
+        manifest = {"sha256": checksum, BEST: checkpoint.get(BEST)}
         try:
-            store.write_file(file.with_suffix(".json"), json.dumps(told).encode())
+            store.write_file(file.with_suffix(".json"), json.dumps(manifest).encode())
             store.write_file(file, content.getbuffer())
         except OSError as error:
             file.with_suffix(".json").unlink(missing_ok=True)
-            raise RunFailed(_unwritten(file, error)) from error
+            raise RunFailed(_write_error(file, error)) from error
 
     def load_checkpoint(
         self,
@@ -117,39 +134,51 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-def _unwritten(file: Path, error: OSError) -> str:
-    others = [other.name for other in _all(file.parent) if other != file]
-    kept = f"{others[0]} is intact" if others else "none was written before"
-    return f"{file} cannot be written ({error.strerror}), but a run keeps its state there: make room and resume it; {kept}"
+def _write_error(file: Path, error: OSError) -> str:
+    others = [other.name for other in _newest_first(file.parent) if other != file]
+    state = f"{others[0]} is intact" if others else "none was written before"
+    return (
+        f"{file} cannot be written ({error.strerror}), but a run saves its state there: make room "
+        f"and resume it; {state}"
+    )
+
+
+# ---- callbacks
 
 
 class PerBatchSeed(Callback):
-    """Seeds all generators anew for each batch, from (seed, rank, number of the batch): nothing of them needs to be saved."""
+    """Seeds all generators for each batch, so that checkpoints need not hold their states.
+
+    Args:
+        seed: seed of the run, combined with the rank and the number of the batch.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        number = trainer.fit_loop.epoch_loop.total_batch_idx
-        value = int(
-            np.random.SeedSequence([self.seed, trainer.global_rank, number]).generate_state(
-                1, np.uint64
-            )[0]
-        )
+        entropy = [self.seed, trainer.global_rank, internals.batches_started(trainer)]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
         if torch.cuda.is_available():
-            torch.manual_seed(value)
+            torch.manual_seed(seed)
         else:
-            torch.default_generator.manual_seed(
-                value
-            )  # the same without noting, for a GPU that may come, who asked for it
-        random.seed(value)
-        np.random.seed(value % 2**32)
+            # torch.manual_seed would also record the call for a GPU that may be initialized later.
+            torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
 
 class CheckpointSaver(Callback):
-    """Takes the checkpoints; comes before all callbacks that change anything when a batch begins.
+    """Saves checkpoints: by steps, by time, after validation runs, on a stop signal, at the end.
 
-    `best` is asked for the step that did best so far. A request to end is answered when the state is saved.
+    It must come before all callbacks that change anything at the start of a batch.
+
+    Args:
+        folder: folder of the checkpoints.
+        settings: the recipe's section `trainer.checkpoint`.
+        steps: optimizer steps of the training.
+        best: tracks the best step.
+        requests: signals to stop; training ends once its state is saved.
     """
 
     def __init__(
@@ -157,20 +186,16 @@ class CheckpointSaver(Callback):
         folder: Path,
         settings: config.Checkpoint,
         steps: int,
-        best: Any,
+        best: BestCheckpoint,
         requests: StopRequests,
     ) -> None:
-        self.folder, self.settings, self.steps, self.best, self.requests = (
-            folder,
-            settings,
-            steps,
-            best,
-            requests,
-        )
-        self.ended = False  # the training, at this many steps or before
-        self._saved, self._time, self._looked = 0, 0.0, False
-        self._saving = ""
-        self._loops: dict[str, Any] = {}
+        self.folder, self.settings, self.steps = folder, settings, steps
+        self.best, self.requests = best, requests
+        self.ended = False  # whether training ended, after `steps` or early
+        self._saved_step, self._saved_time = 0, 0.0
+        self._validated = False  # since the last checkpoint
+        self._saving = ""  # what is being saved: "between batches", "at the end"
+        self._loops: dict[str, Any] = {}  # state of the fit loop after the last validation run
 
     def state_dict(self) -> dict[str, Any]:
         return {"ended": self.ended, "steps": self.steps}
@@ -182,39 +207,38 @@ class CheckpointSaver(Callback):
         trainer.should_stop = self.ended
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._saved, self._time = trainer.global_step, time.monotonic()
+        self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
         if ranks.is_rank_zero():
-            for file in _all(self.folder):
-                if file > checkpoint_path(
-                    self.folder, self._saved
-                ):  # damaged: what comes now takes its place
+            resumed = checkpoint_path(self.folder, self._saved_step)
+            for file in _newest_first(self.folder):
+                if file > resumed:  # damaged
                     _remove(file)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if progress.current.completed % trainer.accumulate_grad_batches == 0:
-            due, asked = self._agreed(self._due(trainer.global_step))
-            if trainer.global_step > self._saved and (due or asked):
+        if internals.batches_of_epoch(trainer) % trainer.accumulate_grad_batches == 0:
+            due, signal = self._agree(self._is_due(trainer.global_step))
+            if trainer.global_step > self._saved_step and (due or signal):
                 self._save(trainer, "between batches")
-            if asked:
-                number, self.requests.number = asked, 0
-                raise StopRequested(number)
+            if signal:
+                self.requests.number = 0
+                raise StopRequested(signal)
 
-    def _due(self, step: int) -> bool:
-        by_steps = self.settings.steps is not None and step - self._saved >= self.settings.steps
+    def _is_due(self, step: int) -> bool:
+        settings = self.settings
+        by_steps = settings.steps is not None and step - self._saved_step >= settings.steps
         by_time = (
-            self.settings.minutes is not None
-            and time.monotonic() - self._time >= 60 * self.settings.minutes
+            settings.minutes is not None
+            and time.monotonic() - self._saved_time >= 60 * settings.minutes
         )
-        return by_steps or by_time or self._looked
+        return by_steps or by_time or self._validated
 
-    def _agreed(self, due: bool) -> tuple[bool, int]:
-        """What any rank wants, all do: their clocks and signals differ."""
-        wanted, number = ranks.all_reduce_max([due, self.requests.number])
-        return bool(wanted), number
+    def _agree(self, due: bool) -> tuple[bool, int]:
+        """Whether a checkpoint is due on any rank (clocks differ), and the signal of any rank."""
+        any_due, signal = ranks.all_reduce_max([due, self.requests.number])
+        return bool(any_due), signal
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._looked, self._loops = True, deepcopy(trainer.fit_loop.state_dict())
+        self._validated, self._loops = True, deepcopy(trainer.fit_loop.state_dict())
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._loops:
@@ -224,51 +248,17 @@ class CheckpointSaver(Callback):
     def _save(self, trainer: L.Trainer, when: str) -> None:
         self._saving = when
         trainer.save_checkpoint(checkpoint_path(self.folder, trainer.global_step))
-        self._saving, self._looked = "", False
-        self._saved, self._time = trainer.global_step, time.monotonic()
+        self._saving, self._validated = "", False
+        self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
         if ranks.is_rank_zero():
             prune(self.folder, self.settings.keep)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Describe the loops as they are when a look at the validation split ends: from there Lightning resumes exactly."""
+        """Store the state of the loops so that Lightning resumes exactly."""
         checkpoint[BEST] = self.best.step
         if self._saving == "at the end":
-            checkpoint["loops"]["fit_loop"] = (
-                self._loops
-            )  # as they were before the last epoch was closed
+            checkpoint["loops"]["fit_loop"] = self._loops  # before the last epoch ended
         elif self._saving == "between batches":
-            _before_the_batch(checkpoint["loops"]["fit_loop"])
-
-
-def _before_the_batch(loops: dict[str, Any]) -> None:
-    """The batch that has just been handed out was not."""
-    batches = loops["epoch_loop.batch_progress"]
-    batches["total"]["ready"] -= 1
-    batches["current"]["ready"] -= 1
-    batches["is_last_batch"] = False
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= (
-        1  # counted after a look at the validation split
-    )
-    for loader in loops["state_dict"]["combined_loader"]:
-        loader["position"] -= 1
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Leave the newest checkpoints, and those that were best when one of them was taken."""
-    files = _all(folder)
-    kept = files[:keep]
-    best = {
-        checkpoint_path(folder, told[BEST])
-        for told in map(_manifest, kept)
-        if told.get(BEST) is not None
-    }
-    for file in files:
-        if file not in kept and file not in best:
-            _remove(file)
-
-
-def _remove(file: Path) -> None:
-    file.unlink(missing_ok=True)
-    file.with_suffix(".json").unlink(missing_ok=True)
+            internals.rewind_one_batch(checkpoint["loops"]["fit_loop"])

@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv always; Weights & Biases beside it, which never asks a question and never stops a run."""
+"""Loggers: metrics.csv always, and Weights & Biases, without prompts and offline if need be."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
@@ -19,45 +19,56 @@ from distill.recipe import config
 
 log = logging.getLogger(__name__)
 
-UNREACHABLE_AFTER = 20  # seconds
+UNREACHABLE_AFTER = 20  # seconds without a response of the server
+
+Row = tuple[int | None, frozenset[str]]  # a step, and the names of the metrics logged at it
 
 
 class Tracker:
-    """One Weights & Biases run for all stages of one of ours, or none."""
+    """The loggers of a run: one Weights & Biases run, or none, for all of its stages.
+
+    Args:
+        run: the recipe, which Weights & Biases stores; its section `tracking` decides.
+        folder: the run folder.
+    """
 
     def __init__(self, run: config.Run, folder: Path) -> None:
         self.folder = folder
-        self.run = start_wandb(run, folder) if ranks.is_rank_zero() else None
+        self.run = None
+        if ranks.is_rank_zero():
+            name = f"{run.name}/{folder.name}"
+            self.run = start_wandb(run.tracking, name, asdict(run), folder)
 
     def loggers(self, stage: str) -> list[Any]:
-        """`logs/<stage>/metrics.csv`, and the same figures as `<stage>/...` on the Weights & Biases run; the first rank's alone."""
+        """The loggers of a stage on rank zero, none on other ranks.
+
+        They write `logs/<stage>/metrics.csv`, and `<stage>/...` of the Weights & Biases run.
+        """
         if not ranks.is_rank_zero():
             return []
         table = CsvLogger(self.folder / "logs" / stage / "metrics.csv")
-        return (
-            [table]
-            if self.run is None
-            else [
-                table,
-                ResumableWandbLogger(
-                    table.logged_rows(), experiment=self.run, prefix=stage, log_model=False
-                ),
-            ]
-        )
+        if self.run is None:
+            return [table]
+        known = table.logged_rows()
+        wandb = ResumableWandbLogger(known, experiment=self.run, prefix=stage, log_model=False)
+        return [table, wandb]
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Send the results of the run and close it."""
         if self.run is not None:
             self.run.summary.update(summary)
             self.run.finish()
 
 
-Row = tuple[int | None, frozenset[str]]  # a step, and the names of what was logged at it
-
-
 class ResumableWandbLogger(WandbLogger):
-    """Weights & Biases, which forgets nothing: what a killed training has logged is not sent again when it comes again."""
+    """Skips rows that a killed training sent already, because Weights & Biases would keep both.
 
-    LOGGER_JOIN_CHAR = "/"  # panels are grouped by what stands before it
+    Args:
+        known: rows that were logged before.
+        options: arguments of Lightning's WandbLogger.
+    """
+
+    LOGGER_JOIN_CHAR = "/"  # panels are grouped by the prefix before it
 
     def __init__(self, known: set[Row], **options: Any) -> None:
         super().__init__(**options)
@@ -69,17 +80,23 @@ class ResumableWandbLogger(WandbLogger):
 
 
 class CsvLogger(Logger):
-    """A table that a killed and resumed training goes on with: no step is in it twice."""
+    """A CSV table with one row per call, which a resumed training continues.
+
+    Lightning's own CSVLogger starts a new file.
+
+    Args:
+        file: path of the table.
+    """
+
+    name = version = None
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
         self._columns: list[str] = []
 
-    name = version = None
-
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The recipe is in the run folder."""
+        """Do nothing: the recipe is in the run folder."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {**metrics, "step": step}
@@ -90,7 +107,7 @@ class CsvLogger(Logger):
                 csv.DictWriter(stream, self._columns).writerow(row)
 
     def drop_from_step(self, step: int) -> None:
-        """Drop what was logged at this step and later: it is to come again."""
+        """Remove the rows of this step and later ones, which will be logged again."""
         rows = [row for row in self._rows() if int(row["step"]) < step]
         if rows:
             self._write(rows)
@@ -98,18 +115,18 @@ class CsvLogger(Logger):
             self.file.unlink(missing_ok=True)
 
     def logged_rows(self) -> set[Row]:
-        """What was logged so far."""
+        """The step and the metric names of each row logged so far."""
         return {
             (int(row.pop("step")), frozenset(name for name, value in row.items() if value))
             for row in self._rows()
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        """All rows but for one that was not written to its end."""
+        """All complete rows; a killed process may have left a partial one."""
         if not self.file.is_file():
             return []
-        whole, _, _ = self.file.read_text().rpartition("\n")
-        return list(csv.DictReader(io.StringIO(whole)))
+        complete, _, _ = self.file.read_text().rpartition("\n")
+        return list(csv.DictReader(io.StringIO(complete)))
 
     def _write(self, rows: Iterable[dict[str, Any]]) -> None:
         self._columns = sorted({name for row in rows for name in row})
@@ -120,64 +137,73 @@ class CsvLogger(Logger):
         store.write_file(self.file, text.getvalue().encode())
 
 
-def start_wandb(run: config.Run, folder: Path) -> Any:
-    """A Weights & Biases run in the recipe's mode, offline where the server does not answer."""
-    wanted = resolve_mode(run.tracking.wandb)
-    if wanted == "disabled":
+# ---- Weights & Biases
+
+
+def start_wandb(tracking: config.Tracking, name: str, recipe: dict[str, Any], folder: Path) -> Any:
+    """Start a Weights & Biases run, offline if the server does not respond.
+
+    Args:
+        tracking: mode and project.
+        name: name of the run.
+        recipe: stored as its configuration.
+        folder: the run folder, in which wandb writes its files.
+
+    Returns:
+        The run, or None if tracking is disabled.
+    """
+    mode = resolve_mode(tracking.wandb)
+    if mode == "disabled":
         return None
     import wandb
 
-    identity = _identity(folder / "wandb" / "run-id")
-
-    def begin(resolve_mode: Literal["online", "offline"]) -> Any:
-        settings = wandb.Settings(init_timeout=UNREACHABLE_AFTER, silent=True)
-        named: dict[str, Any] = {
-            "project": run.tracking.project,
-            "name": f"{run.name}/{folder.name}",
-            "id": identity,
-            "resume": "allow",
-        }
-        return wandb.init(
-            **named, dir=folder, mode=resolve_mode, config=asdict(run), settings=settings
-        )
-
-    if wanted == "online":
+    options: dict[str, Any] = {
+        "project": tracking.project,
+        "name": name,
+        "id": _run_id(folder / "wandb" / "run-id"),
+        "resume": "allow",
+        "dir": folder,
+        "config": recipe,
+        "settings": wandb.Settings(init_timeout=UNREACHABLE_AFTER, silent=True),
+    }
+    if mode == "online":
         try:
-            return begin("online")
+            return wandb.init(mode="online", **options)
         except (wandb.Error, OSError) as error:
-            said = " ".join(str(error).split())[:200]
             log.warning(
                 "wandb did not answer within %d s (%s): this run is tracked offline",
                 UNREACHABLE_AFTER,
-                said,
+                " ".join(str(error).split())[:200],
             )
             wandb.teardown()
-    return begin("offline")
+    return wandb.init(mode="offline", **options)
 
 
-def _identity(file: Path) -> str:
-    """Made once for a run folder: a resumed run goes on under it."""
+def _run_id(file: Path) -> str:
+    """The id of the Weights & Biases run, which is the same after a resume."""
     if not file.is_file():
         store.write_file(file, secrets.token_hex(4).encode())
     return file.read_text().strip()
 
 
-def resolve_mode(wanted: str) -> str:
-    """WANDB_MODE where it is set, else the recipe's; `auto` is online only for a user who is logged in."""
-    wanted = os.environ.get("WANDB_MODE") or wanted
-    wanted = {"dryrun": "offline", "run": "online"}.get(
-        wanted, wanted
-    )  # what older versions called them
-    if wanted in ("disabled", "offline"):
-        return wanted
+def resolve_mode(mode: str) -> str:
+    """The mode of Weights & Biases: WANDB_MODE if it is set, or else the recipe's.
+
+    `auto` is online for a user who is logged in, and offline for others.
+    """
+    mode = os.environ.get("WANDB_MODE") or mode
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # names of older versions
+    if mode in ("disabled", "offline"):
+        return mode
     import wandb
 
     try:
         logged_in = wandb.login(prompt=False)
     except wandb.Error:
         logged_in = False
-    if not logged_in and wanted == "online":
+    if not logged_in and mode == "online":
         log.warning(
-            "tracking.wandb is online, but nobody is logged in: this run is tracked offline; `wandb login` before the next"
+            "tracking.wandb is online, but nobody is logged in: this run is tracked offline; "
+            "run `wandb login` before the next"
         )
     return "online" if logged_in else "offline"

@@ -1,12 +1,8 @@
-"""What a training step costs beyond the student's own arithmetic: memory, compilation, an online teacher."""
+"""Compilation of the student, and the time that an online teacher adds to a training step."""
 
-import ctypes
 import logging
 import statistics
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -19,46 +15,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.models import blocks, logits
 from distill.module import Distillation, eval_mode
-from distill.tasks.base import Batch
+from distill.tasks.batch import Batch
 
 log = logging.getLogger(__name__)
 
-WARM = 20  # optimizer steps after which nothing is compiled any more, and of which none is timed
-TIMED = 200  # steps that are, at the most
-TRIM, MMAP = (
-    -1,
-    -3,
-)  # of malloc.h: from how many bytes on freed memory goes back to the system at once
-LARGE, LARGE_ONCE = (
-    1 << 30,
-    1 << 25,
-)  # the most that glibc takes since 2.35, and that it took before
-
-
-@contextmanager
-def keep_freed_memory() -> Iterator[None]:
-    """Keep what a step frees for the next one: glibc hands large blocks back, and the system must then fill new ones with zeros.
-
-    What is free at the end is given back; blocks that come later are kept as well.
-    """
-    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
-        yield
-        return
-    if any(libc.mallopt(MMAP, size) for size in (LARGE, LARGE_ONCE)):
-        libc.mallopt(TRIM, LARGE)
-    try:
-        yield
-    finally:
-        libc.malloc_trim(0)
+WARM_UP = 20  # micro-batches after which nothing is compiled any more; none of them is timed
+TIMED = 200  # micro-batches that are timed at most
 
 
 class CompileBlocks(Callback):
-    """torch.compile of the student's blocks, in place: their names and tensors are what they were. Comes after callbacks that ask it."""
+    """Compiles the student's transformer blocks in place, which keeps their names and tensors."""
 
     def __init__(self) -> None:
-        self._steps: list[float] = []
-        self._began = 0.0
+        self._seconds: list[float] = []
+        self._start = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Distillation)
@@ -66,69 +36,74 @@ class CompileBlocks(Callback):
             block.compile()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._began = time.perf_counter()
+        self._start = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if len(self._steps) < WARM:
-            self._steps.append(time.perf_counter() - self._began)
-            if len(self._steps) == WARM:
-                self._say()
+        if len(self._seconds) < WARM_UP:
+            self._seconds.append(time.perf_counter() - self._start)
+            if len(self._seconds) == WARM_UP:
+                self._log_cost()
 
     def on_train_end(self, *_: Any) -> None:
-        if 0 < len(self._steps) < WARM:
-            self._say()
+        if 0 < len(self._seconds) < WARM_UP:
+            self._log_cost()
 
-    def _say(self) -> None:
-        lost = sum(self._steps) - len(self._steps) * statistics.median(self._steps)
-        log.info(
-            "compiling the student took %.0f s of its first %d batches", lost, len(self._steps)
-        )
+    def _log_cost(self) -> None:
+        count = len(self._seconds)
+        seconds = sum(self._seconds) - count * statistics.median(self._seconds)
+        log.info("compiling the student took %.0f s of its first %d batches", seconds, count)
 
 
 class DeviceTimer:
-    """Moments of the device that computes, read when it has come to them."""
+    """Device timestamps: CUDA events on a GPU, the clock elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.moments: list[Any] = []
+        self.timestamps: list[Any] = []
 
     def mark(self) -> None:
-        """This moment; on a GPU the one when all that is asked of it so far is done, without waiting for it."""
-        moment: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        """Take a timestamp; a GPU takes it when the work queued so far is done."""
         if self.on_gpu:
-            moment.record()
-        self.moments.append(moment)
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.timestamps.append(event)
+        else:
+            self.timestamps.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """From each moment to the next one."""
+        """Seconds from each timestamp to the next one."""
         if self.on_gpu:
             torch.cuda.synchronize()
-            return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(self.moments)]
-        return [end - begin for begin, end in pairwise(self.moments)]
+            return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(self.timestamps)]
+        return [end - begin for begin, end in pairwise(self.timestamps)]
 
 
 class OnlineTeacherCost(Callback):
-    """Says at the end of training what the teacher's forward added to a step, beside what it may by arithmetic: 1 + F_T / (3 F_S)."""
+    """Measures and logs the factor by which the teacher's forward lengthens a step.
+
+    Attributes:
+        bound: the factor by arithmetic, see :func:`step_cost_bound`.
+        measured: the measured factor, NaN if there were too few steps.
+    """
 
     def __init__(self) -> None:
         self.bound = self.measured = float("nan")
-        self._clock: DeviceTimer | None = None
+        self._timer: DeviceTimer | None = None
         self._hooks: list[Any] = []
         self._batches = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Distillation)
-        teacher = module._teacher[0]
-        self.bound = step_cost_bound(module, teacher, trainer.train_dataloader)
-        self._clock, self._batches = DeviceTimer(module.device), 0
+        self.bound = step_cost_bound(module, module.teacher, trainer.train_dataloader)
+        self._timer, self._batches = DeviceTimer(module.device), 0
         self._hooks = [
-            teacher.register_forward_pre_hook(lambda *_: self._mark()),
-            teacher.register_forward_hook(lambda *_: self._mark()),
+            module.teacher.register_forward_pre_hook(lambda *_: self._mark()),
+            module.teacher.register_forward_hook(lambda *_: self._mark()),
         ]
 
     def _mark(self) -> None:
-        if self._clock is not None and WARM < self._batches <= WARM + TIMED:
-            self._clock.mark()
+        if self._timer is not None and WARM_UP < self._batches <= WARM_UP + TIMED:
+            self._timer.mark()
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._batches += 1
@@ -140,27 +115,40 @@ class OnlineTeacherCost(Callback):
     def on_train_end(self, *_: Any) -> None:
         for hook in self._hooks:
             hook.remove()
-        assert self._clock is not None
-        parts = self._clock.seconds()  # of each batch: until the teacher begins, the teacher, the rest; then what is between two batches
-        answering, whole = sum(parts[1::4]), sum(parts[0::4]) + sum(parts[1::4]) + sum(parts[2::4])
-        if answering:
-            self.measured = whole / (whole - answering)
-        told = f"{self.measured:.2f}" if answering else "? (it had too few steps to tell)"
+        assert self._timer is not None
+        # Intervals of each batch: before, in and after the teacher; then the time between batches.
+        parts = self._timer.seconds()
+        before, teacher, after = (sum(parts[first::4]) for first in range(3))
+        factor = "? (too few steps to measure)"
+        if teacher:
+            self.measured = (before + teacher + after) / (before + after)
+            factor = f"{self.measured:.2f}"
         log.info(
-            "the online teacher makes a step %s times as long; by arithmetic 1 + F_T / (3 F_S) = %.2f",
-            told,
+            "the online teacher makes a step %s times as long; "
+            "by arithmetic 1 + F_T / (3 F_S) = %.2f",
+            factor,
             self.bound,
         )
 
 
 @torch.no_grad()
-def step_cost_bound(module: Distillation, teacher: nn.Module, batches: Any) -> float:
-    """1 + F_T / (3 F_S), of the forward's operations for one micro-batch."""
-    batch: Batch = move_data_to_device(batches.dataset[next(iter(batches.plan))], module.device)
-    operations = []
+def step_cost_bound(module: Distillation, teacher: nn.Module, loader: Any) -> float:
+    """1 + F_T / (3 F_S): a backward costs two forwards, so a student's step costs three.
+
+    Args:
+        module: the module with the student.
+        teacher: runs one forward in each step.
+        loader: its first micro-batch is run through both models.
+
+    Returns:
+        The factor by which the teacher lengthens a step, from the operations of one forward of
+        teacher (F_T) and student (F_S).
+    """
+    batch: Batch = move_data_to_device(loader.dataset[next(iter(loader.plan))], module.device)
+    flops = []
     with eval_mode(module.student):
         for model in (teacher, module.student):
             with FlopCounterMode(display=False) as counter:
                 logits(model, batch.inputs)  # type: ignore[arg-type]
-            operations.append(counter.get_total_flops())
-    return 1 + operations[0] / (3 * operations[1])
+            flops.append(counter.get_total_flops())
+    return 1 + flops[0] / (3 * flops[1])

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer with an overridden compute_loss: `hf_trainer.py FOLDER default` or `hf_trainer.py FOLDER tuned`."""
+"""Hugging Face Trainer with an overridden compute_loss: `hf_trainer.py FOLDER {default,tuned}`."""
 
 import logging
 import sys
@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 import torch
-from job import FOLDER, JOB, answer, collated, model, split, timed
+from job import FOLDER, JOB, collate, load_model, load_split, print_result, timed
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
@@ -14,10 +14,10 @@ TUNED = sys.argv[2] == "tuned"
 ALPHA, TEMPERATURE = JOB["alpha"], JOB["temperature"]
 
 
-class Distilling(Trainer):
+class DistillationTrainer(Trainer):
     def __init__(self, teacher: Any, **options: Any) -> None:
         super().__init__(**options)
-        self._taught_by = (teacher,)
+        self._teacher = (teacher,)  # out of the student
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -25,22 +25,26 @@ class Distilling(Trainer):
         labels = inputs.pop("labels")
         student = model(**inputs).logits.float()
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            teacher = self._taught_by[0](**inputs).logits.float()
-        told = [F.log_softmax(logits / TEMPERATURE, -1) for logits in (student, teacher)]
+            teacher = self._teacher[0](**inputs).logits.float()
+        student_NC, teacher_NC = (
+            F.log_softmax(each / TEMPERATURE, -1) for each in (student, teacher)
+        )
         supervised = F.cross_entropy(student, labels, reduction="sum", ignore_index=-100) / len(
             labels
         )
         loss = ALPHA * supervised + (1 - ALPHA) * TEMPERATURE**2 * F.kl_div(
-            *told, log_target=True, reduction="batchmean"
+            student_NC, teacher_NC, log_target=True, reduction="batchmean"
         )
         return (loss, student) if return_outputs else loss
 
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    eager: dict[str, Any] = {"attn_implementation": "eager"} if TUNED else {}
-    teacher = model("teacher", **eager, dtype=torch.bfloat16 if TUNED else torch.float32).eval()
-    student = model("start", **eager, dtype=torch.float32)
+    attention: dict[str, Any] = {"attn_implementation": "eager"} if TUNED else {}
+    teacher = load_model(
+        "teacher", **attention, dtype=torch.bfloat16 if TUNED else torch.float32
+    ).eval()
+    student = load_model("start", **attention, dtype=torch.float32)
     tuned: dict[str, Any] = (
         {"bf16": True, "train_sampling_strategy": "group_by_length"} if TUNED else {}
     )
@@ -56,12 +60,12 @@ def main() -> None:
             use_cpu=not torch.cuda.is_available(),
             **tuned,
         )
-        examples: Any = split("train")
-        trainer = Distilling(
-            teacher, model=student, args=settings, train_dataset=examples, data_collator=collated
+        examples: Any = load_split("train")
+        trainer = DistillationTrainer(
+            teacher, model=student, args=settings, train_dataset=examples, data_collator=collate
         )
         seconds = timed(trainer.train)
-    answer(student, seconds)
+    print_result(student, seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the drivers share: the models and examples that `scripts/bench_peers.py` has laid out, padding, accuracy, and the answer."""
+"""Shared by the programs here: the job of `scripts/bench_peers.py`, collation, accuracy."""
 
 import json
 import sys
@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-if torch.version.cuda is None and find_spec(
-    "torchvision"
-):  # its wheel is built for CUDA: transformers could not import it either
+if torch.version.cuda is None and find_spec("torchvision"):
+    # torchvision's wheel is built for CUDA: without these operators its import fails on CPU builds
     vision = torch.library.Library("torchvision", "DEF")
     vision.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     vision.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -20,22 +19,21 @@ if torch.version.cuda is None and find_spec(
 from transformers import AutoModelForSequenceClassification
 
 FOLDER = Path(sys.argv[1])
-JOB: dict[str, Any] = json.loads(
-    (FOLDER / "job.json").read_text()
-)  # lr, epochs, batch_size, alpha, temperature, seed, pad_id
+# lr, epochs, batch_size, alpha, temperature, seed, pad_id
+JOB: dict[str, Any] = json.loads((FOLDER / "job.json").read_text())
 
 
-def model(name: str, **options: Any) -> Any:
+def load_model(name: str, **options: Any) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(FOLDER / name, **options)
 
 
-def split(name: str) -> list[dict[str, Any]]:
-    """Encoded examples; the label of one that has none is -100."""
+def load_split(name: str) -> list[dict[str, Any]]:
+    """Encoded examples; the label of an unlabelled one is -100."""
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
-def collated(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Padded to the longest of them, as DataCollatorWithPadding does."""
+def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Pad to the longest example, as DataCollatorWithPadding does."""
     longest = max(len(example["input_ids"]) for example in examples)
     rows = [
         example["input_ids"] + [JOB["pad_id"]] * (longest - len(example["input_ids"]))
@@ -56,7 +54,7 @@ def collated(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 @torch.inference_mode()
 def accuracy(student: Any, examples: list[dict[str, Any]]) -> float:
     student = student.float().eval()
-    batches = (collated(examples[start : start + 32]) for start in range(0, len(examples), 32))
+    batches = (collate(examples[start : start + 32]) for start in range(0, len(examples), 32))
     right = (
         student(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1) == batch["labels"]
         for batch in batches
@@ -65,13 +63,13 @@ def accuracy(student: Any, examples: list[dict[str, Any]]) -> float:
 
 
 def timed(train: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock and of the processor."""
+    """Seconds of wall time and of CPU time."""
     clock, processor = time.perf_counter(), time.process_time()
     train()
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def answer(student: Any, seconds: Iterable[float], **others: Any) -> None:
-    """One line of JSON for the script that compares."""
-    found = {name: accuracy(student, split(name)) for name in ("validation", "test")}
-    print(json.dumps({"seconds": list(seconds), **found, **others}))
+def print_result(student: Any, seconds: Iterable[float], **others: Any) -> None:
+    """Print one line of JSON for `scripts/bench_peers.py`."""
+    accuracies = {name: accuracy(student, load_split(name)) for name in ("validation", "test")}
+    print(json.dumps({"seconds": list(seconds), **accuracies, **others}))

@@ -1,4 +1,4 @@
-"""Our student stage, with the teacher's outputs filled in before it: `ours.py FOLDER key=value ...`, a recipe with changes."""
+"""Our student stage after filling the teacher's cache: `ours.py FOLDER key=value ...`."""
 
 import logging
 import sys
@@ -8,34 +8,30 @@ from pathlib import Path
 SCRIPTS = Path(__file__).parents[1]
 sys.path.append(str(SCRIPTS))
 
-from job import FOLDER, answer, model, timed  # noqa: E402
-from measured import composed, prepared  # noqa: E402
+from benchmark import compose_run
+from job import FOLDER, load_model, print_result, timed
 
-from distill import student, teacher  # noqa: E402
-from distill.training.loggers import Tracker  # noqa: E402
+from distill import student, teacher
+from distill.prepare import prepare_run
+from distill.training.loggers import Tracker
 
 
 def main() -> None:
     logging.basicConfig(level=logging.ERROR)
-    run = composed(dict(argument.split("=", 1) for argument in sys.argv[2:]))
-    made = prepared(run)
+    run = compose_run(dict(argument.split("=", 1) for argument in sys.argv[2:]))
+    made = prepare_run(run)
     with tempfile.TemporaryDirectory(dir=FOLDER) as name:
         folder = Path(name)
         tracker = Tracker(run, folder)
-        tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
+        model = teacher.obtain(run, made, folder, tracker)
 
         def fill() -> None:
-            made.examples["train"] = teacher.with_outputs(
-                run, tutor, made.examples["train"], made.task, made.tokenizer
-            )
+            cached = teacher.with_outputs(run, made, model)
+            made.examples["train"] = cached.examples["train"]
 
         filling = timed(fill)
-        training = timed(
-            lambda: student.distil(
-                run, made.task, made.tokenizer, made.examples, tutor, [], folder, tracker
-            )
-        )
-        answer(model(str(folder / "student")), training, filling=filling)
+        training = timed(lambda: student.train_student(run, made, model, [], folder, tracker))
+        print_result(load_model(str(folder / "student")), training, filling=filling)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""torchdistill's DistillationBox with its KDLoss, as its own examples put them together: `torchdistill_box.py FOLDER`."""
+"""torchdistill's DistillationBox with its KDLoss: `torchdistill_box.py FOLDER`."""
 
 import torch
-from job import JOB, answer, collated, model, split, timed
+from job import JOB, collate, load_model, load_split, print_result, timed
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.interfaces.registry import register_forward_proc_func
 from torchdistill.datasets.registry import register_collate_func
@@ -11,9 +11,7 @@ HEAD = "classifier"
 
 @register_collate_func
 def padded(items):
-    return collated(
-        [example for example, *_ in items]
-    )  # beside it its label, and what torchdistill adds
+    return collate([example for example, *_ in items])  # items also hold labels
 
 
 @register_forward_proc_func
@@ -30,7 +28,7 @@ def main() -> None:
         for who in ("student", "teacher")
         for part, value in (("path", HEAD), ("io", "output"))
     }
-    # sums, for a batch without any label would have no mean; AdamW does not see the difference
+    # sums, because the mean of a batch without labels is NaN; AdamW is invariant to the scale
     loss = {"temperature": JOB["temperature"], "alpha": JOB["alpha"], "reduction": "sum", **paths}
     settings = {
         "num_epochs": JOB["epochs"],
@@ -51,8 +49,8 @@ def main() -> None:
         },
     }
     torch.manual_seed(JOB["seed"])
-    teacher, student = model("teacher").eval(), model("start")
-    examples = [(example, example["labels"]) for example in split("train")]
+    teacher, student = load_model("teacher").eval(), load_model("start")
+    examples = [(example, example["labels"]) for example in load_split("train")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     box = get_distillation_box(
         teacher.to(device),
@@ -73,7 +71,7 @@ def main() -> None:
                 box.post_forward_process(box.forward_process(moved, moved["labels"]))
             box.post_epoch_process()
 
-    answer(student.cpu(), timed(train))
+    print_result(student.cpu(), timed(train))
 
 
 if __name__ == "__main__":

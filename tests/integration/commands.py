@@ -1,4 +1,4 @@
-"""The command lines, called as a user calls them."""
+"""Runs the commands in processes, as a user does."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(module, *arguments, cwd, **environment):
-    """The command, running; the library is found as it was installed."""
+    """Start `python -m distill.MODULE` with these arguments."""
     variables = os.environ | {"PYTHONUNBUFFERED": "1", "HYDRA_FULL_ERROR": "0"} | environment
     command = [sys.executable, "-m", f"distill.{module}", *arguments]
     return subprocess.Popen(
@@ -18,18 +18,18 @@ def start(module, *arguments, cwd, **environment):
 
 
 def call(module, *arguments, cwd, **environment):
-    """The finished command: its exit code, stdout and stderr."""
+    """Run a command to its end. Returns its exit code, stdout and stderr."""
     process = start(module, *arguments, cwd=cwd, **environment)
     out, err = process.communicate()
     return process.returncode, out, err
 
 
 def assert_one_sentence(err, *words):
-    """The last line is the answer, and nothing of Python shows."""
+    """Check that the last line is an error with these words, and that there is no traceback."""
     assert "Traceback" not in err
-    answer = err.strip().splitlines()[-1]
-    assert answer.startswith("distill: ")
-    assert all(word in answer for word in words), answer
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("distill: ")
+    assert all(word in line for word in words), line
 
 
 def run_folders(cwd):

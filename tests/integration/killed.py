@@ -1,8 +1,11 @@
-"""Runs that are killed at chosen moments and resumed, compared with one that was left alone. Each is forked from this process.
+"""Runs that are killed at chosen moments and resumed, compared with an uninterrupted one.
+
+Each run is forked from this process.
 
 python tests/integration/killed.py FOLDER JOBS.json    writes FOLDER/results.json
 
-A job is {"changes": of the tiny recipe, "kills": how many per stage, "seed": of their moments}, or {"row": of the techniques, ...}.
+A job is {"changes": of the tiny recipe, "kills": number per stage, "seed": of their moments}, or
+{"row": of the techniques, ...}.
 """
 
 import hashlib
@@ -25,15 +28,15 @@ from distill.train import train
 from distill.training import checkpoints
 from distill.training.loggers import Tracker
 from tests.techniques import TECHNIQUES
-from tests.unit.tiny_runs import ask_here
-from tests.worlds import tiny, world
+from tests.unit.tiny_runs import run_here
+from tests.worlds import callbacks_of, tiny, world
 
 FILES = ("open", "os.rename", "os.remove", "os.mkdir", "os.link", "shutil.rmtree")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Fuse:
-    """Counts what happens, and ends this process, as the plug would, when the count comes to `at`."""
+    """Counts events and kills this process at event number `at`."""
 
     def __init__(self, folder, at=0):
         self.folder, self.at, self.process = str(folder), at, os.getpid()
@@ -45,7 +48,7 @@ class Fuse:
             if len(self.moments) == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def heard(self, event, arguments):
+    def audit(self, event, arguments):
         if (
             event in FILES
             and str(arguments[0]).startswith(self.folder)
@@ -54,8 +57,8 @@ class Fuse:
             self.tick()
 
     def burn(self):
-        """Count file operations in the folder, steps, micro-batches, batches of validation, and forwards of cache and evaluation."""
-        sys.addaudithook(self.heard)
+        """Count file operations in the folder, training and validation steps, and forwards."""
+        sys.addaudithook(self.audit)
         for owner, names in (
             (module.Distillation, ("training_step", "validation_step", "on_before_optimizer_step")),
             (checkpoints.CheckpointSaver, ("on_train_batch_start", "on_validation_end")),
@@ -64,17 +67,17 @@ class Fuse:
         ):
             for name in names:
                 setattr(owner, name, self._counted(getattr(owner, name)))
-        within = stages.Stages.__call__
+        run_stage = stages.Stages.__call__
 
         @contextmanager
-        def told(stage, name):
+        def counted(stage, name):
             self.stage = name
-            with within(stage, name):
+            with run_stage(stage, name):
                 self.tick()
                 yield
                 self.tick()
 
-        stages.Stages.__call__ = told
+        stages.Stages.__call__ = counted
 
     def _counted(self, function):
         def counted(*arguments, **options):
@@ -85,45 +88,45 @@ class Fuse:
 
 
 def forked(folder, work, at=0):
-    """Run `work(folder)` in a process of its own, killed at a moment, or left alone. Its exit status and the moments it had."""
+    """Whether a forked process that runs `work(folder)` was killed, at event number `at`."""
     folder.mkdir(parents=True, exist_ok=True)
     process = os.fork()
     if process == 0:
         code = 1
         try:
-            with (folder / "said").open("a") as said:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
+            with (folder / "output").open("a") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
             fuse = Fuse(folder, at)
             fuse.burn()
             work(folder)
             (folder / "moments").write_text(json.dumps(fuse.moments))
             code = 0
-        except BaseException:  # noqa: BLE001  nothing of this process may go on
+        except BaseException:  # noqa: BLE001  this process must end
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
     _, status = os.waitpid(process, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise RuntimeError((folder / "said").read_text()[-3000:])
+        raise RuntimeError((folder / "output").read_text()[-3000:])
     return os.WIFSIGNALED(status)
 
 
 def compared(place, work, job):
     """For each kill: the stage that it hit, and what was different in the end."""
-    whole = place / "whole"
-    forked(whole, work)
-    moments, expected = json.loads((whole / "moments").read_text()), contents(whole)
-    rng, found = random.Random(job.get("seed", 0)), []
+    alone = place / "uninterrupted"
+    forked(alone, work)
+    moments, expected = json.loads((alone / "moments").read_text()), contents(alone)
+    rng, results = random.Random(job.get("seed", 0)), []
     for stage, count in job["kills"].items():
         of_stage = [number + 1 for number, name in enumerate(moments) if name == stage]
         for at in rng.sample(of_stage, min(count, len(of_stage))):
-            folder = place / f"{stage} {at}"
-            killed = [
-                forked(folder, work, at),
-                forked(folder, work, rng.randrange(5, 200)) if job.get("twice") else False,
-            ]
+            for moment in (at, at - 20, at - 40):  # the number of events varies by a few
+                folder = place / f"{stage} {moment}"
+                if killed := forked(folder, work, moment):
+                    break
+            again = job.get("twice") and forked(folder, work, rng.randrange(5, 200))
             forked(folder, work)
             ended = contents(folder)
             different = sorted(
@@ -131,30 +134,30 @@ def compared(place, work, job):
                 for name in expected.keys() | ended.keys()
                 if expected.get(name) != ended.get(name)
             )
-            found.append(
+            results.append(
                 {
                     "stage": stage,
                     "at": at,
                     "of": len(moments),
-                    "killed": sum(killed),
+                    "killed": killed + bool(again),
                     "different": different,
                 }
             )
-    return found
+    return results
 
 
-# ---- what must be the same
+# ---- results that must be the same
 
 
 def contents(folder):
-    """Checksums of all that a run must give, by name."""
+    """Checksums of the results of a run, by name."""
     run = folder / "run"
     files = [
         *run.glob("logs/*/metrics.csv"),
         *(file for name in MODELS for file in (run / name).glob("*.safetensors")),
     ]
-    found = {str(file.relative_to(run)): digest(file.read_bytes()) for file in files}
-    found |= {
+    checksums = {str(file.relative_to(run)): digest(file.read_bytes()) for file in files}
+    checksums |= {
         f"cache {file.name}": digest(file.read_bytes())
         for file in sorted((folder / "cache").glob("outputs/*/outputs.arrow"))
     }
@@ -172,19 +175,19 @@ def contents(folder):
             "student_config",
             "loops",
         ):
-            found[f"{file.name} {part}"] = digest(nested(checkpoint[part]))
+            checksums[f"{file.name} {part}"] = digest(nested(checkpoint[part]))
     if (run / "metrics.json").is_file():
         metrics = json.loads((run / "metrics.json").read_text())
-        told = {
+        quality = {
             what: metrics[what]["quality"] for what in ("teacher", "student") if what in metrics
         } | {"training": metrics["training"]}
-        found["metrics.json"] = digest(
-            json.dumps([told, metrics.get("fidelity"), metrics.get("comparison")]).encode()
+        checksums["metrics.json"] = digest(
+            json.dumps([quality, metrics.get("fidelity"), metrics.get("comparison")]).encode()
         )
-    found["left over"] = sorted(
+    checksums["left over"] = sorted(
         str(file) for file in folder.rglob(".*") if file.name.startswith((".writing", ".export"))
     )
-    return found
+    return checksums
 
 
 MODELS = ("teacher", "dense", "student", "export")
@@ -219,7 +222,7 @@ def whole_run(changes):
 
 
 def one_technique(row, changes):
-    """The student's training alone, beside a teacher that is there."""
+    """The training of the student alone, with a teacher in memory."""
     from dataclasses import replace
 
     made = world(
@@ -233,34 +236,25 @@ def one_technique(row, changes):
         run = replace(
             made.run, callbacks=callbacks, export=replace(made.run.export, format=packing)
         )
-        tutor = made.model().eval()
-        built = student.bind_callbacks(
-            run,
-            made.task,
-            made.tokenizer,
-            student.build_callbacks(run),
-            made.raw["train"],
-            made.examples["train"],
-        )
+        teacher = made.model().eval()
+        built = callbacks_of(run, made)
         tracker = Tracker(run, folder / "run")
         with stages.Stages()("student"):
-            student.distil(
-                run, made.task, made.tokenizer, made.examples, tutor, built, folder / "run", tracker
-            )
+            student.train_student(run, made, teacher, built, folder / "run", tracker)
 
     return work
 
 
 def main():
     folder, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    isolated.run_isolated = ask_here
-    found = {}
+    isolated.run_isolated = run_here
+    results = {}
     for name, job in jobs.items():
         work = (
             one_technique(job["row"], job["changes"]) if "row" in job else whole_run(job["changes"])
         )
-        found[name] = compared(folder / name.replace("/", "_"), work, job)
-    (folder / "results.json").write_text(json.dumps(found, indent=1))
+        results[name] = compared(folder / name.replace("/", "_"), work, job)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Language models whose keys and values travel: read by steps they answer as they do at once, and write what `generate` writes."""
+"""Exported language models with a KV cache: equal logits step by step, and `generate`'s tokens."""
 
 import json
 import subprocess
@@ -10,17 +10,21 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill import export, models
+from distill import models
 from distill.compress import structure
 from distill.errors import RunFailed, UserError
-from distill.export import program, runtime_proof
+from distill.export import verify_program
+from distill.export.checks import Tolerance
+from distill.export.proof_record import Generated
+from distill.isolated.scripts.runtime_models import load_program
 from distill.models.architectures import blocks
-from distill.packing import kv_cache
-from distill.packing import runtime_folder as served_files
+from distill.packing import ExportSpec, kv_cache, runtime_folder
+from distill.packing.graph import GraphOptions
 from distill.recipe import config
 from distill.tasks import CausalLanguageModelling
+from distill.tasks.generation import start_token
 from tests.unit import tiny_runs
-from tests.unit.tiny_runs import made
+from tests.unit.tiny_runs import exported, made
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -72,9 +76,9 @@ def model(name):
         for tensor in made.parameters():
             tensor.mul_(3)
     if name.startswith("pruned"):
-        structure.remove(structure.heads(made, blocks(made)[0]), torch.tensor([False, True]))
-        structure.declare(made)
-        made.config.compression = {"shapes": structure.declare(made)}
+        structure.remove_groups(structure.heads(made, blocks(made)[0]), torch.tensor([False, True]))
+        structure.update_config(made)
+        made.config.compression = {"shapes": structure.update_config(made)}
         from distill.remote_code.modeling import update_key_groups
 
         update_key_groups(made)
@@ -82,16 +86,16 @@ def model(name):
 
 
 def empty(states, texts):
-    return [state.of(texts, 0) for state in states]
+    return [state.zeros(texts, 0) for state in states]
 
 
-def by_steps(step, states, ids, mask, cuts):
+def in_pieces(step, states, ids, mask, cuts):
     """Logits of all tokens, (B, L, C), read in pieces that begin at the cuts."""
-    past, found = empty(states, len(ids)), []
+    past, parts = empty(states, len(ids)), []
     for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
         logits, *past = step(ids[:, start:end], mask[:, :end], *past)
-        found.append(logits)
-    return torch.cat(found, 1)
+        parts.append(logits)
+    return torch.cat(parts, 1)
 
 
 def alone(student, ids, mask):
@@ -114,10 +118,10 @@ def runtime(folder, states):
     ]
 
     def step(*tensors):
-        given = zip(session.get_inputs(), tensors, strict=True)
+        named = zip(session.get_inputs(), tensors, strict=True)
         return [
             torch.from_numpy(each)
-            for each in session.run(None, {each.name: tensor.numpy() for each, tensor in given})
+            for each in session.run(None, {each.name: tensor.numpy() for each, tensor in named})
         ]
 
     return step
@@ -126,8 +130,10 @@ def runtime(folder, states):
 SHAPES = [(1, 1, ()), (1, 6, (1, 2, 3, 4, 5)), (3, 9, (4, 5, 6)), (5, 12, (1, 7)), (2, 12, ())]
 
 
-def assert_steps_are_the_whole(name, step, student, states):
-    """Any number of texts, of new tokens and of those before; padded on the left, on the right, between two pieces, or not at all."""
+def assert_cached_is_uncached(name, step, student, states):
+    """Random batch sizes, new tokens and cached tokens, with padding on either side, between or
+    none.
+    """
     for texts, length, cuts in SHAPES:
         ids = torch.randint(50, (texts, length))
         between = (
@@ -136,31 +142,32 @@ def assert_steps_are_the_whole(name, step, student, states):
         for padded in ((0, 0), (0, length // 3), (length - 1, length), between):
             mask = torch.ones_like(ids)
             mask[1:, slice(*padded)] = 0
-            found, expected = (
-                by_steps(step, states, ids, mask, cuts)[mask.bool()],
+            logits, expected = (
+                in_pieces(step, states, ids, mask, cuts)[mask.bool()],
                 alone(student, ids, mask),
             )
-            assert float((found - expected).abs().max()) <= 1e-5 * max(
+            assert float((logits - expected).abs().max()) <= 1e-5 * max(
                 1.0, float(expected.abs().max())
             )
 
 
 @pytest.mark.parametrize("name", SIZES)
 @torch.inference_mode()
-def test_steps_are_the_whole(name):
+def test_cached_logits_are_those_of_the_complete_text(name):
     student = model(name)
-    found = kv_cache.cache_entries(student)
-    assert len({state.heads for state in found}) == (2 if name.startswith("pruned") else 1)
-    assert_steps_are_the_whole(name, kv_cache.CachedForward(student), student, found)
+    entries = kv_cache.cache_entries(student)
+    assert len({state.heads for state in entries}) == (2 if name.startswith("pruned") else 1)
+    assert_cached_is_uncached(name, kv_cache.CachedForward(student), student, entries)
 
 
 @pytest.mark.parametrize("name", ["pruned llama", slow("gpt2"), slow("mistral"), slow("qwen3")])
 @torch.inference_mode()
-def test_the_graph_is_the_whole_too(tmp_path, name, tokenizer):
+def test_the_graph_is_equal_too(tmp_path, name, tokenizer):
     student = model(name)
-    found = kv_cache.cache_entries(student)
-    assert packing.save(student, TASK, tokenizer, tmp_path, None, [])
-    assert_steps_are_the_whole(name, runtime(tmp_path, found), student, found)
+    entries = kv_cache.cache_entries(student)
+    options = GraphOptions(["input_ids", "attention_mask"], TASK.max_length, cache=True)
+    assert packing.save(student, options, tmp_path)
+    assert_cached_is_uncached(name, runtime(tmp_path, entries), student, entries)
     stored = {
         each.name: onnx.numpy_helper.to_array(each)
         for each in onnx.load(tmp_path / packing.FILE).graph.initializer
@@ -202,15 +209,13 @@ def test_what_cannot_be_handed_back_is_not_kept(monkeypatch, break_it):
 def proven(ready, **settings):
     run, *rest = ready
     run.export = config.Export(**{"format": "onnx"} | settings)
-    final = export.export(replace(run, evaluate=config.Evaluate(batch_size=5, bootstrap=20)), *rest)
+    final = exported(replace(run, evaluate=config.Evaluate(batch_size=5, bootstrap=20)), *rest)
     return final, json.loads((final / "proof.json").read_text())
 
 
 def program_of(final, monkeypatch, format="onnx"):
     monkeypatch.chdir(final)
-    return program.load(
-        {"folder": final, "program": served_files.runtime_program(format, TASK.pipeline)}
-    )
+    return load_program(final, runtime_folder.runtime_program(format, TASK))
 
 
 def generated(ready, text, most):
@@ -219,7 +224,7 @@ def generated(ready, text, most):
     ids = torch.tensor(
         [
             [
-                *runtime_proof.start_token(ready[3]),
+                *start_token(ready[3]),
                 *ready[3](text, add_special_tokens=False)["input_ids"],
             ]
         ]
@@ -237,16 +242,16 @@ def test_the_program_writes_what_generate_writes(tmp_path, monkeypatch, format):
     ready = made(tmp_path, TASK, "gpt2", teacher_layers=40)
     final, proof = proven(ready, format=format)
     assert proof["cached"] and proof["generated"] == {
-        "tokens": runtime_proof.CONTINUED * runtime_proof.MOST,
+        "tokens": verify_program.PROMPTS * verify_program.NEW_TOKENS,
         "agreement": 1.0,
     }
-    assert "keys and values of what was read before are" in (final / "README.md").read_text()
+    assert "past_key_values.*" in (final / "README.md").read_text()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    write = program_of(final, monkeypatch, format)["write"]
+    write = program_of(final, monkeypatch, format)["generate"]
     for text in ("she", "a cat sees the", "the old dog eats"):
         assert write(text, 10) == generated(ready, text, 10)
     assert len(write(tiny_runs.TEXTS[0], 99)) <= 40  # no place is left
-    (final / "program.py").write_text(served_files.runtime_program(format, TASK.pipeline))
+    (final / "program.py").write_text(runtime_folder.runtime_program(format, TASK))
     done = subprocess.run(
         [sys.executable, "program.py", "she", "a cat"],
         cwd=final,
@@ -266,30 +271,31 @@ def test_without_a_cache_it_reads_all_again(tmp_path, monkeypatch, where):
     if where == "its states":
         monkeypatch.setattr(kv_cache, "cache_entries", lambda model: [])
     else:
-        traced = packing.traced
+        trace = packing.trace
 
-        def whole(sketch, model, format):
-            if isinstance(sketch.module, kv_cache.CachedForward):
+        def without_cache(graph, model, format):
+            if isinstance(graph.module, kv_cache.CachedForward):
                 raise UserError("no such operator")
-            return traced(sketch, model, format)
+            return trace(graph, model, format)
 
-        monkeypatch.setattr(packing, "traced", whole)
+        monkeypatch.setattr(packing, "trace", without_cache)
     final, proof = proven(ready)
     assert not proof["cached"] and proof["generated"]["agreement"] == 1
     assert "keys and values are not cached" in (final / "README.md").read_text()
-    assert program_of(final, monkeypatch)["write"]("she", 5) == generated(ready, "she", 5)
+    assert program_of(final, monkeypatch)["generate"]("she", 5) == generated(ready, "she", 5)
 
 
 @pytest.mark.parametrize("how", ["dynamic", slow("static"), slow("weights")])
 def test_integers_are_cached_too(tmp_path, monkeypatch, how):
     monkeypatch.setattr(
-        runtime_proof, "AGREEMENT_INT8", 0.5
+        verify_program, "AGREEMENT_INT8", 0.5
     )  # the next tokens of a random model are close calls
     monkeypatch.setattr(
-        served_files,
-        "calibration",
-        lambda run, task, read: [
-            {"input_ids": torch.tensor([read(text)["input_ids"]])} for text in tiny_runs.TEXTS
+        ExportSpec,
+        "calibration_inputs",
+        lambda spec: [
+            {"input_ids": torch.tensor([spec.tokenizer(text)["input_ids"]])}
+            for text in tiny_runs.TEXTS
         ],
     )
     final, proof = proven(made(tmp_path, TASK, "gpt2", teacher_layers=40), quantize=how)
@@ -300,22 +306,23 @@ def test_integers_are_cached_too(tmp_path, monkeypatch, how):
         how == "static",
     )
     assert isinstance(
-        program_of(final, monkeypatch)["answer"](["she", "a cat sees"]), numpy.ndarray
+        program_of(final, monkeypatch)["predict"](["she", "a cat sees"]), numpy.ndarray
     )
 
 
 def test_a_program_that_writes_other_tokens_is_refused(tmp_path, monkeypatch):
     """Such as one whose cache is of another text."""
-    text = served_files.runtime_program("onnx", TASK.pipeline)
+    text = runtime_folder.runtime_program("onnx", TASK)
     monkeypatch.setattr(
-        served_files,
+        runtime_folder,
         "runtime_program",
         lambda *of: text.replace("logits[0, -1].argmax()", "logits[0, -1].argmin()"),
     )
     ready = made(tmp_path, TASK, "gpt2", teacher_layers=40)
     with pytest.raises(
         RunFailed,
-        match="the export is not equal: 0.00% of the 32 tokens that it generated are the student's, but 100% must",
+        match="the export is not equal: 0.00% of the 32 tokens that it generated are the "
+        "student's, but 100% must",
     ):
         proven(ready)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
@@ -326,9 +333,10 @@ def test_a_program_that_writes_other_tokens_is_refused(tmp_path, monkeypatch):
     [(32, 1.0, True), (31, 1.0, False), (30, 0.97, True), (20, 0.97, False)],
 )
 def test_a_few_tokens_are_judged_by_their_interval(tmp_path, right, needed, passes):
-    found = {"tokens": 32, "agreement": right / 32}
+    generated_tokens = Generated(32, right / 32)
+    tolerance = Tolerance(needed, None, "way out")
     if passes:
-        runtime_proof.check_generated(found, needed, tmp_path, "way out")
+        verify_program.check_generated(generated_tokens, tolerance, tmp_path)
         return
     with pytest.raises(RunFailed, match=f"{needed:.0%} must be the same: way out"):
-        runtime_proof.check_generated(found, needed, tmp_path, "way out")
+        verify_program.check_generated(generated_tokens, tolerance, tmp_path)

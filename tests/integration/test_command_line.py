@@ -1,4 +1,4 @@
-"""The commands themselves, in processes of their own: one run, measured again, exported again, interrupted."""
+"""The commands, in their own processes: a run is measured again, exported again, interrupted."""
 
 import json
 import shutil
@@ -71,8 +71,8 @@ def test_the_log_accounts_for_every_tensor_of_a_cut_student(finished):
     _, folder, _, err = finished
     log = (folder / "train.log").read_text()
     assert (
-        "copied: distilbert.transformer.layer.{0,1}.attention.q_lin.weight <- bert.encoder.layer.{0,2}"
-        in log
+        "copied: distilbert.transformer.layer.{0,1}.attention.q_lin.weight "
+        "<- bert.encoder.layer.{0,2}" in log
     )
     assert "copied: distilbert" not in err
 
@@ -131,20 +131,20 @@ def test_a_recipe_of_the_user_s_own_and_a_sweep(tmp_path, finished):
 
 
 def interrupted(cwd, store, stage):
-    """A run that gets Ctrl-C as soon as it says that this stage has begun."""
+    """A run that gets Ctrl-C as soon as it logs the beginning of this stage."""
     slow = {"teacher": ["teacher.finetune.epochs=40"], "student": ["trainer.epochs=40"]}.get(
         stage, []
     )
     process = start("train", "recipe=tiny", *FAST, *slow, cwd=cwd, DISTILL_CACHE=str(store))
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if f"── {stage} " in line:
             time.sleep(2 if slow else 0.3)
             process.send_signal(signal.SIGINT)
             break
     out, rest = process.communicate(timeout=120)
-    return process.returncode, out, "".join(said) + rest
+    return process.returncode, out, "".join(lines) + rest
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_ctrl_c_is_one_sentence_and_loses_nothing_that_was_finished(stage, tmp_p
 
 @pytest.mark.slow
 def test_the_wheel_brings_recipes_and_runs_anywhere(tmp_path, finished):
-    """Built from the checkout and unpacked where nothing else of it is; the dependencies are this environment's."""
+    """Built from the checkout and unpacked elsewhere; the dependencies are those installed here."""
     from tests.integration.commands import ROOT
 
     build = [

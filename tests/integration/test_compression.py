@@ -1,4 +1,4 @@
-"""Every technique of the table: what is trained is what is saved and exported; it resumes; two processes agree."""
+"""Every technique: the trained student is saved and exported; it resumes; two ranks agree."""
 
 import copy
 import json
@@ -12,16 +12,21 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from distill import export, models, student
+from distill.evaluate.cost import weight_bytes
 from distill.module import Distillation
+from distill.packing import ExportSpec
 from distill.training import loop
 from distill.training.loggers import Tracker
 from tests import worlds
+from tests.grids import sampled
 from tests.techniques import TECHNIQUES
-from tests.unit.tiny_runs import ask_here
-from tests.worlds import STILL, world
+from tests.unit.tiny_runs import run_here
+from tests.worlds import STILL, callbacks_of, world
 
 STEPS, PER_EPOCH = 12, 4
-ROWS = pytest.mark.parametrize("row", TECHNIQUES)
+ROWS = pytest.mark.parametrize(
+    "row", sampled(TECHNIQUES, every=3, always=["everything"], rest="slow")
+)
 
 
 def small():
@@ -58,17 +63,11 @@ def prepared(made, row):
     """A module and its callbacks, ready to train."""
     run = described(made, row)
     torch.manual_seed(0)
-    tutor = made.model()
-    built, classes = student.build_student(run, made.task, made.tokenizer, tutor)
-    module = Distillation(made.task, built, tutor, run.loss, run.optimizer, STEPS, classes)
-    return module, student.bind_callbacks(
-        run,
-        made.task,
-        made.tokenizer,
-        student.build_callbacks(run),
-        made.raw["train"],
-        made.examples["train"],
-    )
+    teacher_model = made.model()
+    built, classes = student.build_student(run.student, run.teacher, made, teacher_model)
+    module = Distillation(made.task, built, teacher_model, run.loss, run.optimizer, STEPS)
+    module.classes = classes
+    return module, callbacks_of(run, made)
 
 
 def trainer(made, callbacks, folder, **options):
@@ -81,7 +80,7 @@ def trainer(made, callbacks, folder, **options):
 
 
 def fitted(made, row, folder, resume=None):
-    """Everything that a training leaves: weights, the optimizer's state, and what the callbacks remember."""
+    """The last checkpoint: weights, the states of the optimizer and of the callbacks."""
     module, callbacks = prepared(made, row)
     train, _ = loop.make_loaders(
         made.run, made.examples["train"], made.examples["validation"], made.task, made.pad_id
@@ -126,41 +125,26 @@ def test_a_resumed_training_ends_with_the_same_bytes(made, row, tmp_path):
 
 @ROWS
 def test_what_is_trained_is_what_is_saved_and_exported(made, row, tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.isolated.run_isolated", ask_here)
+    monkeypatch.setattr("distill.isolated.run_isolated", run_here)
     run = described(made, row)
-    tutor = made.model()
-    callbacks = student.bind_callbacks(
-        run,
-        made.task,
-        made.tokenizer,
-        student.build_callbacks(run),
-        made.raw["train"],
-        made.examples["train"],
-    )
-    student.distil(
-        run,
-        made.task,
-        made.tokenizer,
-        made.examples,
-        tutor,
-        callbacks,
-        tmp_path,
-        Tracker(run, tmp_path),
-    )
-    models.save(tutor, made.tokenizer, tmp_path / "teacher")
+    teacher_model = made.model()
+    callbacks = callbacks_of(run, made)
+    student.train_student(run, made, teacher_model, callbacks, tmp_path, Tracker(run, tmp_path))
+    models.save(teacher_model, made.tokenizer, tmp_path / "teacher")
     trained = answers_of_the_best_checkpoint(made, row, tmp_path)
     tokenizer = models.load_tokenizer(str(tmp_path / "student"))
     saved = models.load(
         str(tmp_path / "student"), None, made.task, "student", tokenizer, strict=True
     )
     assert torch.equal(trained, answers(made, saved, tokenizer))
-    folder = export.export(run, made.task, made.raw["test"], tokenizer, tmp_path)
+    spec = ExportSpec(run.export, run.data, made.task, tokenizer, made.raw["train"])
+    folder = export.export(run, spec, made.raw["test"], tmp_path)
     proof = json.loads((folder / "proof.json").read_text())
     assert proof["agreement"] == 1.0
     exported = models.load(str(folder), None, made.task, "student", tokenizer, strict=True)
     assert torch.equal(answers(made, saved, tokenizer), answers(made, exported, tokenizer))
     assert (
-        export.weight_bytes(folder) < export.weight_bytes(tmp_path / "dense") or row == "vocabulary"
+        weight_bytes(folder) < weight_bytes(tmp_path / "dense") or row == "vocabulary"
     )  # this corpus uses every token
 
 
@@ -183,7 +167,7 @@ def answers(made, model, tokenizer):
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path):
-    """One launch for all techniques: both ranks end with the same weights, masks and moments, also when they were resumed."""
+    """Both ranks end with the same weights, masks and moments, resumed or not."""
     script = Path(__file__).with_name("two_processes.py")
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=500

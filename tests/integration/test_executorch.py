@@ -1,4 +1,4 @@
-"""The format of ExecuTorch: what the file holds is what was trained, at any shape; what it cannot hold is refused."""
+"""ExecuTorch exports equal the trained student at any shape; unsupported students are refused."""
 
 import copy
 import json
@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from distill import export, models
+from distill import models
 from distill.compress.quantizer import QuantSpec, fake_quantize_weight
 from distill.errors import RunFailed, UserError
+from distill.packing.graph import GraphOptions, input_names
 from distill.tasks import CausalLanguageModelling
 from tests.unit import tiny_runs
 
@@ -36,10 +37,15 @@ def student_of(ready):
     ).eval()
 
 
+def options(student, ready, quantize=None):
+    inputs = input_names(student, ready[3])
+    return GraphOptions(inputs, ready[1].max_length, quantize=quantize)
+
+
 def written(folder, ready, quantize=None):
     """The program of the student, and the student as it was."""
     student = student_of(ready)
-    packing.save(copy.deepcopy(student), ready[1], ready[3], folder, quantize, [])
+    packing.save(copy.deepcopy(student), options(student, ready, quantize), folder)
     import executorch.kernels.quantized  # noqa: F401
     from executorch.runtime import Runtime
 
@@ -47,17 +53,17 @@ def written(folder, ready, quantize=None):
 
 
 def apart(method, student, rows, columns):
-    """The largest difference of logits at this shape, of the tokens that count, and the largest logit."""
+    """Maximum difference of the logits at this shape without padding, and the maximum logit."""
     ids, mask = (
         torch.randint(student.config.vocab_size, (rows, columns)),
         torch.ones(rows, columns, dtype=torch.long),
     )
     mask[-1, (columns + 1) // 2 :] = 0
-    given = [ids, mask, torch.zeros_like(ids)][: method.metadata.num_inputs()]
+    inputs = [ids, mask, torch.zeros_like(ids)][: method.metadata.num_inputs()]
     with torch.inference_mode():
         expected = models.logits(student, {"input_ids": ids, "attention_mask": mask})
     counted = mask.bool() if expected.dim() == 3 else torch.ones(rows, dtype=torch.bool)
-    return float((method.execute(given)[0] - expected)[counted].abs().max()), max(
+    return float((method.execute(inputs)[0] - expected)[counted].abs().max()), max(
         1.0, float(expected.abs().max())
     )
 
@@ -71,7 +77,7 @@ SLOWER = [
 @pytest.mark.parametrize("model_type", ["distilbert", *SLOWER])
 def test_one_program_answers_any_shape_in_float32(tmp_path, model_type):
     method, student = written(tmp_path, ready(tmp_path, model_type))
-    for rows, columns in ((1, 1), (1, 7), (5, 12), (packing.BATCH, 3)):
+    for rows, columns in ((1, 1), (1, 7), (5, 12), (packing.MAX_BATCH, 3)):
         difference, scale = apart(method, student, rows, columns)
         assert difference <= 1e-5 * scale
 
@@ -101,9 +107,9 @@ def test_an_embedding_looks_up_what_was_trained(bits, symmetric, group):
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401
 
     weight, spec = torch.randn(20, 16), QuantSpec(bits=bits, symmetric=symmetric, group=group)
-    coded, ids = packing.QuantEmbedding(weight, spec, "table"), torch.randint(20, (3, 5))
+    coded, ids = packing.LookupEmbedding(weight, spec, "table"), torch.randint(20, (3, 5))
     assert torch.equal(coded(ids), fake_quantize_weight(weight, spec)[ids])
-    assert coded.codes.nbytes == weight.numel() // (2 if bits <= 4 else 1)
+    assert coded.qweight.nbytes == weight.numel() // (2 if bits <= 4 else 1)
 
 
 @pytest.mark.parametrize("group", [-1, 0])
@@ -112,29 +118,29 @@ def test_integers_of_a_linear_layer_stand_for_what_was_trained(bits, group):
     pytest.importorskip("torchao")
     weight, spec = torch.randn(6, 16), QuantSpec(bits=bits, group=group)
     assert torch.equal(
-        packing.int8(weight, spec, "layer").dequantize(), fake_quantize_weight(weight, spec)
+        packing.int8_weight(weight, spec, "layer").dequantize(), fake_quantize_weight(weight, spec)
     )
 
 
 @pytest.mark.parametrize(
-    ("spec", "activations", "quantize", "said"),
+    ("spec", "activations", "quantize", "value"),
     [
-        ({"method": "codebook", "group": -1}, DYNAMIC, None, "is quantized with"),
-        ({"bits": 4, "group": 8}, DYNAMIC, None, "symmetric rows only"),
-        ({}, FIXED, "dynamic", "are rounded to a fixed range"),
+        ({"method": "codebook", "group": -1}, DYNAMIC, None, "method of .* is codebook"),
+        ({"bits": 4, "group": 8}, DYNAMIC, None, "group of .* is 8"),
+        ({}, FIXED, "dynamic", "executorch, but the inputs of .* to a fixed range"),
     ],
+    ids=str,
 )
-def test_what_it_cannot_hold_is_refused_in_a_sentence(tmp_path, spec, activations, quantize, said):
+def test_what_xnnpack_does_not_support_is_refused(tmp_path, spec, activations, quantize, value):
     made = ready(tmp_path, "distilbert")
     tiny_runs.quantized(made[4], made[1], made[3], activations, **spec)
-    with pytest.raises(
-        UserError, match=f"^export.format is executorch, but .*{said}.*: .*"
-    ) as error:
-        packing.save(student_of(made), made[1], made[3], tmp_path, quantize, [])
+    student = student_of(made)
+    with pytest.raises(UserError, match=f"{value}.*: ") as error:
+        packing.save(student, options(student, made, quantize), tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / packing.FILE).exists()
 
 
-def test_a_model_that_cannot_be_lowered_is_said_in_a_sentence(tmp_path):
+def test_a_model_that_cannot_be_lowered_is_refused(tmp_path):
     made = ready(tmp_path, "distilbert")
     student = student_of(made)
     student.classifier = Branching()
@@ -142,7 +148,7 @@ def test_a_model_that_cannot_be_lowered_is_said_in_a_sentence(tmp_path):
         RunFailed,
         match="^export.format is executorch, but DistilBert.* cannot be lowered .*: choose",
     ) as error:
-        packing.save(student, made[1], made[3], tmp_path, None, [])
+        packing.save(student, options(student, made), tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -166,7 +172,7 @@ def test_it_stands_alone(tmp_path, quantize):
         examples=6,
     )
     made[0].teacher = None  # such a small program is no smaller than a teacher's weights
-    final = export.export(*made)
+    final = tiny_runs.exported(*made)
     proof = json.loads((final / "proof.json").read_text())
     assert proof["agreement"] == 1
     assert (proof["max_difference"] <= 1e-5 * max(1, proof["max_logit"])) == (quantize is None)

@@ -2,9 +2,13 @@
 
 import json
 
+import lightning as L
 import pytest
 
+from distill.module import Distillation
+from distill.recipe import config
 from distill.train import train
+from tests import worlds
 from tests.worlds import LANGUAGE, tiny
 
 KINDS = {
@@ -36,3 +40,29 @@ def test_every_kind_of_run_ends_with_a_proven_student(changes, precision, tmp_pa
     metrics = train(run, tmp_path)
     assert metrics["student"]["cost"]["device_peak_bytes"] > 0
     assert json.loads((tmp_path / "export" / "proof.json").read_text())["agreement"] >= 0.99
+
+
+class Devices(L.Callback):
+    """Records the devices of student and teacher while they train."""
+
+    def __init__(self):
+        self.training = set()
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.training |= devices(module)
+
+
+def devices(module):
+    models = (module.student, *module._teacher)
+    return {parameter.device.type for model in models for parameter in model.parameters()}
+
+
+@pytest.mark.gpu
+def test_student_and_teacher_train_on_the_gpu_and_return_to_the_cpu():
+    made = worlds.world()
+    student, teacher = made.model("student", seed=1), made.model()
+    settings = (config.Loss(), config.Optimizer())
+    module, recorded = Distillation(made.task, student, teacher, *settings, 2, None), Devices()
+    worlds.trainer(2, recorded, accelerator="gpu").fit(module, made.loader())
+    assert recorded.training == {"cuda"}
+    assert devices(module) == {"cpu"}

@@ -1,4 +1,4 @@
-"""The recipes for the main job as they are shipped: a real BERT, real news, on two cores in minutes."""
+"""The shipped recipes on a real BERT and real news: minutes on two cores."""
 
 import json
 
@@ -27,9 +27,8 @@ def test_the_main_recipe_keeps_its_promise(tmp_path):
     out, metrics, proof = finished("bert_to_distil", tmp_path)
     teacher, student = accuracies(metrics)
     assert teacher > 0.85
-    assert (
-        student > 0.97 * teacher
-    )  # the README's figure is a mean over seeds; one seed on another machine may be a little off it
+    # The README's figure is a mean over seeds; one seed on another machine may differ a little.
+    assert student > 0.97 * teacher
     assert proof["agreement"] == 1
     assert proof["ratio"] < 0.8
     assert "student" in out

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends with the same bytes; what it says; what it refuses."""
+"""Killed and resumed runs end with the same bytes; the messages and refusals of resuming."""
 
 import csv
 import json
@@ -13,13 +13,13 @@ import pytest
 
 from distill import isolated, resume, store
 from distill.errors import UserError
-from distill.recipe import compose
-from distill.stages import Stages
+from distill.recipe import compose, config
+from distill.stages import VERSION, Stages
 from distill.train import train
 from distill.training import checkpoints, loggers
 from tests.integration.commands import assert_one_sentence, call, run_folders, start
 from tests.techniques import TECHNIQUES
-from tests.unit.tiny_runs import ask_here
+from tests.unit.tiny_runs import run_here
 from tests.worlds import tiny
 
 TEACHER = {"teacher": {"finetune": {"epochs": 0.2, "lr": 1e-3}}}
@@ -102,7 +102,7 @@ def test_killed_more_often_in_more_ways(name, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch):
-    monkeypatch.setattr(isolated, "run_isolated", ask_here)
+    monkeypatch.setattr(isolated, "run_isolated", run_here)
 
 
 class Plug(BaseException):
@@ -171,7 +171,7 @@ def test_stages_that_are_done_are_not_repeated(tmp_path, monkeypatch):
     train(run, tmp_path)
     stage = Stages(tmp_path)
     stage.again(["evaluate", "export"])
-    monkeypatch.setattr("distill.student.distil", None)
+    monkeypatch.setattr("distill.student.train_student", None)
     monkeypatch.setattr("distill.teacher.obtain", None)
     metrics = train(run, tmp_path)
     assert metrics["training"]["steps"] == 10
@@ -199,18 +199,66 @@ def test_what_would_make_it_another_run_is_refused_with_the_list(tmp_path):
     resume.open_run_folder(small(), tmp_path)
     before = everything(tmp_path)
     for key, change in HARMFUL.items():
-        with pytest.raises(UserError, match=rf"resume is {tmp_path}, but .* {key} was .* and is "):
+        with pytest.raises(
+            UserError, match=rf"resume is {tmp_path}, but .*: (.*, )?{key} was .* and is "
+        ):
             resume.open_run_folder(small(**change), tmp_path)
-    with pytest.raises(
-        UserError, match=r"loss\.alpha was 0\.5 and is 0\.1, seed was 0 and is 3: leave them"
-    ):
+    with pytest.raises(UserError, match=r"loss\.alpha was 0\.5 and is 0\.1, seed was 0 and is 3: "):
         resume.open_run_folder(
             small(loss={"alpha": 0.1}, seed=3, tracking={"project": "other"}), tmp_path
         )
     assert everything(tmp_path) == before
 
 
-def test_what_changes_no_result_is_said_and_written_down(tmp_path, caplog):
+def written_by_older_code(folder):
+    """Checkpoints had no version, and the callbacks in them other names."""
+    file = folder / "progress.json"
+    progress = json.loads(file.read_text())
+    del progress["version"]
+    file.write_text(json.dumps(progress, indent=1) + "\n")
+
+
+def test_training_does_not_go_on_from_checkpoints_of_older_code(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    cut(monkeypatch, small(), folder)
+    written_by_older_code(folder)
+    before = everything(folder)
+    with pytest.raises(UserError, match=f"resume is {folder}, but .* version 1, .* version 2"):
+        train(small(), folder)
+    assert everything(folder) == before
+    (folder / "progress.json").write_text("damaged")
+    with pytest.raises(UserError, match=f"resume is {folder}, but .* version 1, .* version 2"):
+        train(small(), folder)
+
+
+def test_without_checkpoints_a_run_of_older_code_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Plug):
+        patch.setattr("distill.student.train_student", raise_plug)
+        train(small(), tmp_path)
+    written_by_older_code(tmp_path)
+    assert train(small(), tmp_path)["training"]["steps"] == 10
+    assert Stages(tmp_path).version == VERSION
+
+
+def raise_plug(*_, **__):
+    raise Plug
+
+
+def test_a_run_that_older_code_finished_is_measured_and_exported_but_not_trained_on(
+    tmp_path, capsys
+):
+    first = train(small(), tmp_path)
+    written_by_older_code(tmp_path)
+    capsys.readouterr()
+    train(small(), tmp_path)
+    assert "is finished: nothing is left to do" in capsys.readouterr().out
+    second = train(small(evaluate={"bootstrap": 30}), tmp_path)
+    assert (first["resamples"], second["resamples"]) == (20, 30)
+    with pytest.raises(UserError, match="version 1"):
+        train(small(evaluate={"bootstrap": 30}, trainer={"max_steps": 14}), tmp_path)
+
+
+def test_changes_that_leave_results_alone_are_logged_and_saved(tmp_path, caplog):
     resume.open_run_folder(small(), tmp_path)
     changed = small(
         tracking={"project": "other"}, data={"workers": 1}, trainer={"checkpoint": {"keep": 3}}
@@ -218,8 +266,8 @@ def test_what_changes_no_result_is_said_and_written_down(tmp_path, caplog):
     with caplog.at_level("INFO", logger="distill"):
         resume.open_run_folder(changed, tmp_path)
     assert (
-        "data.workers was 0 and is 1, tracking.project was distill and is other, trainer.checkpoint.keep was 2 and is 3"
-        in caplog.text
+        "data.workers was 0 and is 1, tracking.project was distill and is other, "
+        "trainer.checkpoint.keep was 2 and is 3" in caplog.text
     )
 
 
@@ -239,7 +287,7 @@ def test_a_change_holds_only_once_nothing_refuses_it(tmp_path):
 def test_other_examples_under_the_same_name_are_noticed(tmp_path, monkeypatch):
     cut(monkeypatch, small(), tmp_path)
     monkeypatch.setattr("distill.data.fingerprint", lambda split: "another")
-    with pytest.raises(UserError, match="its examples are not those with which the run began"):
+    with pytest.raises(UserError, match="its examples are not those with which the run started"):
         train(small(), tmp_path)
 
 
@@ -324,10 +372,10 @@ def test_what_a_killed_process_left_is_gone_and_its_earlier_export_comes_back(tm
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PATIENCE", 0)
+    monkeypatch.setattr(store, "_LOCK_TIMEOUT", 0)
     with (
         store.exclusive_access(tmp_path),
-        pytest.raises(UserError, match="another process is at work in it"),
+        pytest.raises(UserError, match="another process is working in it"),
         store.exclusive_access(tmp_path),
     ):
         pass
@@ -383,9 +431,9 @@ def test_wandb_goes_on_under_the_same_id(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "wandb.init", lambda **given: started.append((given["id"], given["resume"]))
     )
-    for _ in range(2):
-        loggers.start_wandb(small(tracking={"wandb": "offline"}), tmp_path)
-    loggers.start_wandb(small(tracking={"wandb": "offline"}), tmp_path / "other")
+    tracking = config.Tracking(wandb="offline")
+    for folder in (tmp_path, tmp_path, tmp_path / "other"):
+        loggers.start_wandb(tracking, "tiny/run", {}, folder)
     assert started[0] == started[1] != started[2]
     assert started[0][1] == "allow"
 
@@ -397,10 +445,10 @@ def test_wandb_goes_on_under_the_same_id(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["resume=nowhere"], ["resume is nowhere", "no such folder"]),
-        (["resume=last"], ["resume is last", "no run under"]),
+        (["resume=last"], ["resume is last", "runs"]),
         (["resume=."], ["holds no recipe.yaml"]),
-        (["resume=.", "recipe=tiny"], ["recipe=tiny is given too"]),
-        (["-m", "resume=."], ["-m is given too"]),
+        (["resume=.", "recipe=tiny"], ["resume is .", "recipe=tiny"]),
+        (["-m", "resume=."], ["resume is .", "-m"]),
     ],
 )
 def test_a_folder_that_cannot_be_resumed_is_one_sentence(arguments, words, tmp_path, monkeypatch):
@@ -429,14 +477,14 @@ FAST = ["trainer.epochs=1", "teacher.finetune.epochs=1", *SMALL]
 def ended(cwd, number, *arguments, at="step 15 of 1200"):
     """A command that gets a signal as soon as it says so."""
     process = start("train", *arguments, cwd=cwd, DISTILL_CACHE=str(cwd / "store"))
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if at in line:
             process.send_signal(number)
             break
     _, rest = process.communicate(timeout=120)
-    return process.returncode, "".join(said) + rest
+    return process.returncode, "".join(lines) + rest
 
 
 @pytest.mark.slow
@@ -448,7 +496,7 @@ def test_a_signal_in_training_saves_says_how_to_go_on_and_a_scheduler_s_command_
     number, code, word, tmp_path
 ):
     command = ["recipe=tiny", *FAST, "hydra.run.dir=mine"]
-    found, err = ended(
+    status, err = ended(
         tmp_path,
         number,
         *command,
@@ -456,8 +504,8 @@ def test_a_signal_in_training_saves_says_how_to_go_on_and_a_scheduler_s_command_
         "trainer.validations=80",
         at="step 15 of 1200",
     )
-    assert found == code, err
-    assert_one_sentence(err, word, "go on with python -m distill.train resume=mine")
+    assert status == code, err
+    assert_one_sentence(err, word, "python -m distill.train resume=mine")
     newest = checkpoints.step_of(checkpoints.newest_intact(tmp_path / "mine" / "checkpoints"))
     assert newest >= 15
     code, _, err = call(
@@ -469,16 +517,16 @@ def test_a_signal_in_training_saves_says_how_to_go_on_and_a_scheduler_s_command_
     )
     assert code == 2
     assert_one_sentence(err, "resume is mine", "loss.alpha was 0.5 and is 0.1")
-    found, err = ended(
+    status, err = ended(
         tmp_path,
         signal.SIGTERM,
         *command,
         "trainer.epochs=40",
         "trainer.validations=80",
-        at="going on from",
+        at="resuming from",
     )
-    assert found == 75, err
-    assert f"going on from mine/checkpoints/step-{newest:08d}.ckpt" in err
+    assert status == 75, err
+    assert f"resuming from mine/checkpoints/step-{newest:08d}.ckpt" in err
 
 
 @pytest.mark.slow

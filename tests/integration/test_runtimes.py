@@ -1,13 +1,16 @@
-"""A student in several runtimes: what is asked for, what each is given, what is said of it, and the command."""
+"""A student in several runtimes: names, measurements, the table, the command."""
 
 import json
 
 import pytest
-import torch
-from datasets import Dataset
+from datasets import DatasetDict
 
+from distill import isolated
 from distill.errors import RunFailed, UserError
-from distill.evaluate import RUNTIMES, runtime_names, runtimes, serve, table
+from distill.evaluate import RUNTIMES, runtime_names, runtimes, runtimes_table
+from distill.evaluate.records import Cost, Interval, Machine, RuntimeMetrics, RuntimesReport
+from distill.evaluate.settings import MeasureSettings
+from distill.prepare import Prepared
 from distill.recipe import capabilities, compose, config
 from tests.integration.commands import assert_one_sentence, call
 from tests.unit import tiny_runs
@@ -22,8 +25,8 @@ from tests.unit import tiny_runs
         ("openvino_bf16", {"format": "openvino", "dtype": "bfloat16"}),
     ],
 )
-def test_a_name_says_how_the_student_is_written(name, settings):
-    assert runtime_names.export_of(name) == config.Export(**settings)
+def test_a_name_stands_for_settings_of_the_export(name, settings):
+    assert runtime_names.export_settings(name) == config.Export(**settings)
 
 
 @pytest.mark.parametrize(
@@ -31,91 +34,89 @@ def test_a_name_says_how_the_student_is_written(name, settings):
     [[], ["torch", "torch"], ["tensorrt"], ["onnx_int3"], ["dense"], ["torch_int8"]],
     ids=str,
 )
-def test_what_is_no_runtime_is_refused(names, monkeypatch):
-    monkeypatch.setattr(capabilities, "check", lambda *given: None)
+def test_unknown_and_repeated_runtimes_are_refused(names, monkeypatch):
+    monkeypatch.setattr(capabilities, "check_export", lambda *settings: None)
     with pytest.raises(UserError, match="^runtimes (is|has) .*, but .*: "):
-        runtime_names.check_runtimes(
-            tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])), names
-        )
+        runtime_names.check_runtimes(names, {})
 
 
-def test_a_missing_package_is_said_before_anything_is_measured(monkeypatch):
+def test_a_missing_package_is_refused_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr(capabilities, "installed_version", lambda package: None)
-    with pytest.raises(
-        UserError,
-        match=r"^export.format is onnx, but .* is not installed: pip install 'distill\[onnx\]'",
-    ):
-        runtime_names.check_runtimes(
-            tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0])),
-            ["torch", "onnx_int8"],
-        )
+    with pytest.raises(UserError, match=r"^export.format is onnx, .*'distill\[onnx\]'"):
+        runtime_names.check_runtimes(["torch", "onnx_int8"], {})
 
 
-def test_what_is_likely_to_be_fast_is_tried_where_it_is_installed(monkeypatch):
-    run = tiny_runs.config.Run(name="x", task={}, student=config.Student(layers=[0]))
+def test_auto_tries_the_runtimes_that_are_installed(monkeypatch):
     monkeypatch.setattr(capabilities, "installed_version", lambda package: None)
-    assert runtime_names.available_runtimes(run) == ["torch", "torch_bf16", "torch_compile_bf16"]
+    assert runtime_names.available_runtimes({}) == ["torch", "torch_bf16", "torch_compile_bf16"]
     monkeypatch.setattr(capabilities, "installed_version", lambda package: "2099")
-    assert set(runtime_names.available_runtimes(run)) == {*runtime_names.AUTO}
-    run.callbacks["q"] = {"_target_": "distill.callbacks.Quantize", "activations": "dynamic"}
-    assert "torch_compile_int8" not in runtime_names.available_runtimes(run)
+    assert set(runtime_names.available_runtimes({})) == {*runtime_names.AUTO}
+    callbacks = {"q": {"_target_": "distill.callbacks.Quantize", "activations": "dynamic"}}
+    assert "torch_compile_int8" not in runtime_names.available_runtimes(callbacks)
 
 
-def test_what_is_tried_and_fails_is_left_out(tmp_path, monkeypatch, caplog):
+def prepared(task, tokenizer, raw):
+    splits = DatasetDict(train=raw, test=raw)
+    return Prepared(task, tokenizer, splits, splits)
+
+
+def run_scripts(script, request):
+    """A stand-in for `run_isolated`, in which compiling fails."""
+    if script == "time_runtimes":
+        cost = {f"latency_p{percent}_ms": 1.0 for percent in (50, 90, 99)}
+        cost["examples_per_s"] = 1.0
+        machine = {"cpu": "a CPU", "torch": "2", "threads": 1, "requests": 2, "batches": 1}
+        return {"costs": dict.fromkeys(request["models"], cost), "machine": machine}
+    if "torch_compile_bf16" in request["models"]:
+        raise isolated.ProcessError("there is no compiler")
+    texts = [text for batch in request["batches"] for text in batch]
+    predictions = [[float(len(cells[0]) % 2), 0.5] for cells in texts]
+    return {"predictions": predictions, "cost": {"memory_peak_bytes": 5}}
+
+
+def test_runtimes_that_fail_are_left_out_only_where_they_were_chosen_here(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(isolated, "run_isolated", run_scripts)
     run, task, raw, tokenizer, folder = tiny_runs.made(tmp_path, tiny_runs.classifier("no", "yes"))
-    names = {who: str(folder / who) for who in ("teacher", "student")}
-
-    def refused(run, task, tokenizer, names, name, temporary):
-        raise UserError(f"export.format is {name}, but it cannot hold this: leave it out")
-
-    def alone(run, task, texts, form):
-        if form["form"] == "torch_compile_bf16":
-            raise RunFailed("there is no compiler, but each must answer: leave it out")
-        return {"said": [[0.0, 1.0]] * len(texts), "costs": {}}
-
-    def timed(run, texts, forms):
-        return {
-            "costs": {name: {"latency_p50_ms": 1.0, "examples_per_s": 1.0} for name in forms},
-            "machine": {},
-        }
-
-    for name, double in (("_export", refused), ("_alone", alone), ("_timed", timed)):
-        monkeypatch.setattr(runtimes, name, double)
-    monkeypatch.setattr(
-        runtimes, "_worth", lambda *given: {"agreement": {"value": 1.0}, "quality": {}}
+    raw = raw.add_column("label", ["no", "yes"] * (len(raw) // 2))
+    run.data = config.Data(source="x", text=["text"], label="label")
+    run.evaluate = config.Evaluate(bootstrap=20, batch_size=5)
+    paths = {name: str(folder / name) for name in ("teacher", "student")}
+    arguments = (
+        MeasureSettings.from_run(run),
+        prepared(task, tokenizer, raw),
+        paths,
+        "test",
+        ["torch", "torch_compile_bf16"],
     )
-    wanted = ["torch", "torch_compile_bf16", "onnx"]
-    metrics = runtimes.measure(run, task, raw, tokenizer, names, wanted, tried=True)
-    assert list(metrics["runtimes"]) == ["teacher", "torch"] and metrics["fastest"] == {
-        "latency": "torch",
-        "throughput": "torch",
+    report = runtimes.measure_runtimes(*arguments, skip_failing=True)
+    assert list(report.runtimes) == ["teacher", "torch"]
+    assert report.fastest == {"latency": "torch", "throughput": "torch"}
+    assert "torch_compile_bf16 is left out: " in caplog.text
+    assert report.runtimes["torch"].agreement.value == 1
+    assert report.runtimes["torch"].quality.keys() >= {"accuracy", "macro_f1"}
+    assert RuntimesReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    with pytest.raises(RunFailed, match="torch_compile_bf16 failed .there is no compiler."):
+        runtimes.measure_runtimes(*arguments)
+
+
+def result(agreement=1.0, quality=None, weight_bytes=1_000_000, **cost):
+    interval = Interval(agreement, agreement - 0.1, agreement)
+    return RuntimeMetrics(weight_bytes, interval, quality or {}, Cost(**cost))
+
+
+def test_the_fastest_must_agree_with_the_student():
+    results = {
+        "a": result(1.0, latency_p50_ms=3.0, examples_per_s=9.0),
+        "b": result(0.98, latency_p50_ms=2.0, examples_per_s=5.0),
+        "c": result(0.9, latency_p50_ms=1.0, examples_per_s=20.0),
     }
-    assert (
-        "torch_compile_bf16 is left out: there is no compiler" in caplog.text
-        and "onnx is left out: " in caplog.text
-    )
-    with pytest.raises(RunFailed, match="no compiler"):
-        runtimes.measure(run, task, raw, tokenizer, names, wanted)
+    assert runtimes.find_fastest(results) == {"latency": "b", "throughput": "a"}
+    assert runtimes.find_fastest({"c": results["c"]}) == {}
 
 
-def test_the_fastest_must_be_correct():
-    def found(agreement, latency, rate):
-        return {
-            "agreement": {"value": agreement},
-            "cost": {"latency_p50_ms": latency, "examples_per_s": rate},
-        }
-
-    measured = {
-        "teacher": found(1.0, 0.1, 99.0),
-        "a": found(1.0, 3.0, 9.0),
-        "b": found(0.98, 2.0, 5.0),
-        "c": found(0.9, 1.0, 20.0),
-    }
-    assert runtimes.fastest(measured, ["a", "b", "c"]) == {"latency": "b", "throughput": "a"}
-    assert runtimes.fastest(measured, ["c"]) == {}
-
-
-def test_the_clock_gets_what_is_read_and_no_more(tmp_path):
+def test_timed_texts_are_truncated_to_what_the_model_reads(tmp_path):
     task = tiny_runs.classifier("no", "yes")
     tokenizer = tiny_runs.made(tmp_path, task)[3]
     for cells in (
@@ -124,87 +125,42 @@ def test_the_clock_gets_what_is_read_and_no_more(tmp_path):
         ["she"],
         [""],
     ):
-        read = runtimes._read(task, tokenizer, cells)
-        whole, cut = (
+        truncated = task.truncate_request(cells, tokenizer)
+        ids, expected = (
             tokenizer(*each, truncation=True, max_length=task.max_length)["input_ids"]
-            for each in (cells, read)
+            for each in (truncated, cells)
         )
-        assert cut == whole
-        assert sum(map(len, read)) <= 5 * task.max_length
+        assert ids == expected
+        assert sum(map(len, truncated)) <= 5 * task.max_length
 
 
-class Backwards:
-    """Says a text's length, and remembers in which order it was asked."""
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, texts):
-        self.asked.append(texts)
-        return torch.tensor([[float(len(text)), 1.0] for text in texts])
-
-
-def test_a_process_says_every_row_in_order(monkeypatch):
-    answer = Backwards()
-    monkeypatch.setattr(serve, "load", lambda served: answer)
-    question = {"served": {"one": {}}, "batches": [[["abc"], ["a"]], [["ab", "c"]]], "every": True}
-    assert serve.alone(question)["said"] == [[3.0, 1.0], [1.0, 1.0], [2.0, 1.0]]
-    assert answer.asked == [["abc", "a"], [("ab", "c")]]  # a pair is a tuple, one text a string
-    assert serve.alone(question | {"every": False})["said"] == [0, 0, 0]
-
-
-COST = {
-    "latency_p50_ms": 4.0,
-    "latency_p90_ms": 5.0,
-    "latency_p99_ms": 6.0,
-    "examples_per_s": 10.0,
-    "memory_peak_bytes": 2e8,
-}
-METRICS = {
-    "examples": 5,
-    "baseline": "teacher",
-    "metric": "accuracy",
-    "machine": {"cpu": "a processor", "threads": 1, "torch": "2", "requests": 3, "batches": 2},
-    "runtimes": {
-        "teacher": {
-            "bytes": 4e6,
-            "agreement": {"value": 0.9, "low": 0.8, "high": 0.95},
-            "quality": {"accuracy": {"value": 0.8, "low": 0.7, "high": 0.9}},
-            "cost": COST,
+def test_ratios_refer_to_the_baseline():
+    cost = {
+        "latency_p50_ms": 4.0,
+        "latency_p90_ms": 5.0,
+        "latency_p99_ms": 6.0,
+        "examples_per_s": 10.0,
+        "memory_peak_bytes": int(2e8),
+    }
+    faster = cost | {"latency_p50_ms": 1.0, "examples_per_s": 25.0}
+    accuracy = {"accuracy": Interval(0.8, 0.7, 0.9)}
+    report = RuntimesReport(
+        examples=5,
+        baseline="teacher",
+        metric="accuracy",
+        runtimes={
+            "teacher": result(0.9, accuracy, 4_000_000, **cost),
+            "onnx": result(1.0, **faster),
         },
-        "onnx": {
-            "bytes": 1e6,
-            "agreement": {"value": 1.0, "low": 0.9, "high": 1.0},
-            "quality": {},
-            "cost": COST | {"latency_p50_ms": 1.0, "examples_per_s": 25.0},
-        },
-    },
-}
-
-
-def test_ratios_are_to_the_baseline():
-    teacher, onnx = table.runtime_rows(METRICS)
-    assert len(teacher) == len(onnx) == len(table.RUNTIME_COLUMNS)
-    assert (teacher[0], teacher[3], teacher[-2:]) == (
-        "teacher",
-        "0.800 [0.700, 0.900]",
-        ["1.00x", "1.00x"],
+        fastest={},
+        machine=Machine(cpu="a CPU", threads=1, torch="2", requests=3, batches=2),
     )
+    teacher, onnx = runtimes_table.rows(report)
+    assert len(teacher) == len(onnx) == len(runtimes_table.COLUMNS)
+    assert (teacher[0], teacher[3]) == ("teacher", "0.800 [0.700, 0.900]")
+    assert teacher[-2:] == ["1.00x", "1.00x"]
     assert (onnx[0], onnx[1], onnx[3], onnx[-2:]) == ("onnx", "1.000", "", ["0.25x", "2.50x"])
-    assert table.of_runtimes(METRICS).row_count == 2
-
-
-def test_quality_is_that_of_the_rows_and_agreement_with_the_student(tmp_path):
-    run, task, _, tokenizer, _ = tiny_runs.made(tmp_path, tiny_runs.classifier("no", "yes"))
-    run.data, run.evaluate = (
-        config.Data(source="x", text=["text"], label="label"),
-        config.Evaluate(bootstrap=20),
-    )
-    raw = Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": ["yes", "yes", "no", "no"]})
-    said = [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
-    student = [[0.0, 9.0], [9.0, 0.0], [9.0, 0.0], [0.0, 9.0]]
-    worth = runtimes._worth(run, task, raw, tokenizer, said, student)
-    assert (worth["agreement"]["value"], worth["quality"]["accuracy"]["value"]) == (0.75, 0.75)
+    assert runtimes_table.table(report).row_count == 2
 
 
 def run_folder(path):
@@ -223,23 +179,23 @@ def run_folder(path):
 
 
 @pytest.mark.slow
-def test_the_command_measures_and_stores(tmp_path):
+def test_the_command_measures_and_writes_the_report(tmp_path):
     folder = run_folder(tmp_path)
-    wanted = [
+    names = [
         "torch",
         "torch_bf16",
         *(["onnx", "onnx_int8"] if capabilities.installed_version("onnxruntime") else []),
     ]
     code, out, err = call(
-        "evaluate", f"run={folder}", f"runtimes=[{','.join(wanted)}]", cwd=tmp_path
+        "evaluate", f"run={folder}", f"runtimes=[{','.join(names)}]", cwd=tmp_path
     )
     assert code == 0, err
     metrics = json.loads((folder / RUNTIMES).read_text())
-    assert list(metrics["runtimes"]) == ["teacher", *wanted]
+    assert list(metrics["runtimes"]) == ["teacher", *names]
     assert metrics["runtimes"]["torch"]["agreement"]["value"] == 1
-    for name, found in metrics["runtimes"].items():
+    for name, result in metrics["runtimes"].items():
         assert (
-            name in out and found["bytes"] > 0 and found["quality"]["accuracy"]["low"] is not None
+            name in out and result["bytes"] > 0 and result["quality"]["accuracy"]["low"] is not None
         )
         assert {
             "latency_p50_ms",
@@ -247,11 +203,11 @@ def test_the_command_measures_and_stores(tmp_path):
             "latency_p99_ms",
             "examples_per_s",
             "memory_peak_bytes",
-        } <= found["cost"].keys()
+        } <= result["cost"].keys()
     assert not (folder / "metrics.json").exists()
 
 
-def test_the_command_refuses_in_a_sentence(tmp_path):
+def test_the_command_refuses_an_unknown_runtime(tmp_path):
     code, _, err = call(
         "evaluate", f"run={run_folder(tmp_path)}", "runtimes=[tensorrt]", cwd=tmp_path
     )

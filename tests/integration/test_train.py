@@ -1,4 +1,4 @@
-"""The whole way through, in this process: every kind of task, loss and source of a student, to a proven export."""
+"""Complete runs in this process: every kind of task, loss and student, up to the export."""
 
 import csv
 import json
@@ -14,14 +14,14 @@ from distill import isolated, models
 from distill.errors import RunFailed, UserError
 from distill.recipe import compose, config
 from distill.train import train
-from tests.unit.tiny_runs import ask_here
+from tests.unit.tiny_runs import run_here
 from tests.worlds import LANGUAGE, TINY, tiny, world
 
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch):
-    """Cost and proof are measured here; that they work in fresh processes is tested where they live, and in test_command_line."""
-    monkeypatch.setattr(isolated, "run_isolated", ask_here)
+    """Run isolated scripts in this process; test_isolated and test_command_line start real ones."""
+    monkeypatch.setattr(isolated, "run_isolated", run_here)
 
 
 def rows(task, count=60):

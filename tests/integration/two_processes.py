@@ -1,4 +1,4 @@
-"""Trains every technique of the table on two processes that share each batch, and writes what each rank ends with.
+"""Trains every technique on two ranks and writes checksums of what each rank ends with.
 
 python -m tests.integration.two_processes FOLDER
 """
@@ -12,29 +12,31 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from distill import data
-from distill.processes import launch, ranks
-from distill.recipe import config
+from distill import data  # noqa: E402
+from distill.processes import environment, exits, group, ranks, strategy  # noqa: E402
+from distill.recipe import config  # noqa: E402
 from distill.training import loop  # noqa: E402
 from tests.integration.test_compression import PER_EPOCH, prepared, small, trainer  # noqa: E402
 from tests.techniques import TECHNIQUES  # noqa: E402
 
 
 def ended(made, row, folder, resume=None):
-    """A checksum of the weights, of the masks and of the optimizer's moments."""
+    """Checksums of the weights, of the masks and of the optimizer's moments."""
     module, callbacks = prepared(made, row)
-    strategy = ranks.lightning_strategy(config.Trainer(accelerator="cpu"))
+    options = strategy.lightning_strategy(config.Trainer(accelerator="cpu"))
     driver = trainer(
         made,
         callbacks,
         folder,
-        **{name: value for name, value in strategy.items() if name != "accelerator"},
+        **{name: value for name, value in options.items() if name != "accelerator"},
     )
-    mine = made.examples["train"].select(
-        range(361)
-    )  # of the last batch of each epoch, the second rank has nothing
+    # the second rank has no examples in the last batch of an epoch
+    examples = made.examples["train"].select(range(361))
     batches = data.make_loader(
-        mine, made.task, made.pad_id, 120, seed=0, rank=ranks.rank(), world=ranks.world_size()
+        examples,
+        made.task,
+        made.pad_id,
+        data.Batching(120, seed=0, rank=ranks.rank(), world=ranks.world_size()),
     )
     with loop.silence_lightning():
         driver.fit(module, batches, ckpt_path=resume)
@@ -61,12 +63,15 @@ def checksum(tensors):
 
 def main():
     folder = Path(sys.argv[1])
-    launch.exit_with_parent()
+    exits.exit_with_launcher()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     settings = config.Trainer(accelerator="cpu", devices=2)
-    if count := launch.processes_to_start(settings):
-        sys.exit(launch.launch("tests.integration.two_processes", folder, count))
-    ranks.join_process_group(settings)
+    if count := environment.processes_to_start(settings):
+        from distill.processes.launch import launch
+
+        log = folder / "train.log"
+        sys.exit(launch("tests.integration.two_processes", sys.argv[1:], count, log))
+    group.join_process_group(settings)
     with ranks.rank_zero_first():
         made = small()
     ends = {row: ended(made, row, folder / row) for row in TECHNIQUES}
@@ -77,8 +82,8 @@ def main():
         for row in TECHNIQUES
     }
     (folder / f"rank{ranks.rank()}.json").write_text(json.dumps(ends))
-    ranks.leave_process_group()
+    group.leave_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    exits.run_and_exit(main)

@@ -1,4 +1,4 @@
-"""However examples are ordered, padded and cut into micro-batches, each counts once and a step's loss is that of its whole batch."""
+"""In any order, padding and number of micro-batches, each example counts once in a step's loss."""
 
 import copy
 import logging
@@ -16,19 +16,19 @@ from transformers import (
 )
 
 from distill import corpora, losses
-from distill.data import BatchPlan, encode, load, make_loader
+from distill.data import Batching, BatchPlan, encode, load, make_loader
 from distill.errors import UserError
 from distill.models import logits
 from distill.models.tokenizers import train_tokenizer
 from distill.recipe.config import Data
-from distill.tasks import CausalLanguageModelling, SingleLabelClassification
+from distill.tasks import LANGUAGE_TOKENS, CausalLanguageModelling, SingleLabelClassification
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 WORDS = "the cat sat on a mat while seven foxes ran home over wet grass and nobody saw them again"
 
 
 def split_of(count: int, longest: int = 60) -> Dataset:
-    """Random token ids of random lengths, labelled by chance, as `encode` stores them for a classifier."""
+    """Random token ids, lengths and labels, as `encode` stores them for a classifier."""
     generator = np.random.default_rng(count)
     lengths = generator.integers(1, longest + 1, count)
     ids = [generator.integers(1, 50, length).tolist() for length in lengths]
@@ -44,7 +44,7 @@ def split_of(count: int, longest: int = 60) -> Dataset:
 
 
 def texts_of(count: int) -> list[str]:
-    """From one word to more than a window holds."""
+    """From one word to more than one window."""
     generator = np.random.default_rng(count)
     return [
         " ".join(generator.choice(WORDS.split(), size))
@@ -56,7 +56,7 @@ def texts_of(count: int) -> list[str]:
 def language():
     task, tokenizer = (
         CausalLanguageModelling(max_length=24),
-        train_tokenizer(texts_of(50), 300, classification=False),
+        train_tokenizer(texts_of(50), 300, LANGUAGE_TOKENS),
     )
     raw = DatasetDict(train=Dataset.from_dict({"text": texts_of(21)}))
     split = encode(raw, task, tokenizer, Data(source="none"))["train"]
@@ -107,7 +107,7 @@ PLANS = [
 @pytest.mark.parametrize("count", [1, 8, 50, 453])
 @pytest.mark.parametrize("keys", PLANS)
 def test_every_example_comes_once_per_epoch(count, keys):
-    plan = BatchPlan(split_of(count), **keys)
+    plan = BatchPlan(split_of(count), Batching(**keys))
     for epoch in (0, 1):
         plan.set_epoch(epoch)
         micro_batches = list(plan)
@@ -121,7 +121,7 @@ def test_every_example_comes_once_per_epoch(count, keys):
 @pytest.mark.parametrize("grouped", [True, False])
 def test_the_order_is_a_function_of_seed_and_epoch(grouped):
     def order(seed, epoch, before=0):
-        plan = BatchPlan(split_of(100), 8, 2, seed, grouped)
+        plan = BatchPlan(split_of(100), Batching(8, 2, seed, grouped))
         for _ in range(before):
             list(plan)
         plan.set_epoch(epoch)
@@ -134,23 +134,26 @@ def test_the_order_is_a_function_of_seed_and_epoch(grouped):
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_the_number_of_micro_batches_does_not_change_what_shares_a_step(accumulate, grouped):
+def test_the_number_of_micro_batches_does_not_change_the_examples_of_a_step(accumulate, grouped):
     split = split_of(101)
-    whole, parts = BatchPlan(split, 8, 1, 0, grouped), BatchPlan(split, 8, accumulate, 0, grouped)
+    full, parts = (
+        BatchPlan(split, Batching(8, 1, 0, grouped)),
+        BatchPlan(split, Batching(8, accumulate, 0, grouped)),
+    )
     micro_batches = list(parts)
     steps = [
         micro_batches[start : start + accumulate]
         for start in range(0, len(micro_batches), accumulate)
     ]
-    assert len(steps) == parts.steps == whole.steps == len(whole)
-    for one, several in zip(whole, steps, strict=True):
+    assert len(steps) == parts.steps == full.steps == len(full)
+    for one, several in zip(full, steps, strict=True):
         assert [index for micro in several for index in micro.indices] == one.indices
         assert {(micro.rows, micro.tokens) for micro in several} == {(one.rows, one.tokens)}
 
 
-def test_the_incomplete_batch_comes_last_and_is_any_examples():
+def test_the_incomplete_batch_comes_last_and_is_random():
     split = split_of(101)
-    plan = BatchPlan(split, 8, 1, seed=0)
+    plan = BatchPlan(split, Batching(8, 1, seed=0))
     left_over = []
     for epoch in range(200):
         plan.set_epoch(epoch)
@@ -166,13 +169,13 @@ def test_the_incomplete_batch_comes_last_and_is_any_examples():
 def test_long_and_short_batches_come_in_any_order():
     split = split_of(400)
     lengths = np.asarray(split["length"])
-    means = [lengths[micro.indices].mean() for micro in BatchPlan(split, 8, 1, seed=0)]
+    means = [lengths[micro.indices].mean() for micro in BatchPlan(split, Batching(8, 1, seed=0))]
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.4
 
 
-def test_normalisers_are_sums_over_the_global_batch(language):
+def test_normalizers_are_sums_over_the_global_batch(language):
     _, split, *_ = language
-    plan = BatchPlan(split, 6, 3, seed=2)
+    plan = BatchPlan(split, Batching(6, 3, seed=2))
     rows, lengths = np.asarray(split["rows"]), np.asarray(split["length"])
     micro_batches = list(plan)
     for step, batch in enumerate(plan.global_batches()):
@@ -183,7 +186,7 @@ def test_normalisers_are_sums_over_the_global_batch(language):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_follows_its_plan_and_leaves_the_global_generator_alone(classification, workers):
     task, split, _, pad_id = classification
-    batches = make_loader(split, task, pad_id, 6, 2, seed=3, workers=workers)
+    batches = make_loader(split, task, pad_id, Batching(6, 2, seed=3), workers=workers)
     state = torch.get_rng_state()
     for epoch in (0, 1):
         batches.sampler.set_epoch(epoch)
@@ -215,14 +218,14 @@ def test_cached_outputs_travel_with_their_examples(language, width, tmp_path):
         [split, Dataset.from_file(str(tmp_path / "outputs.arrow"))], axis=1
     )
     for some in (cached, cached.select([5, 3, 8, 0])):
-        batches = make_loader(some, task, pad_id, 3, seed=1)
+        batches = make_loader(some, task, pad_id, Batching(3, seed=1))
         for micro, batch in zip(batches.plan, batches, strict=True):
             assert batch.teacher.dtype == torch.float32
             assert batch.teacher.tolist() == [
                 row for index in micro.indices for row in some["teacher_logits"][index]
             ]
             assert len(batch.teacher) == len(batch.labels)
-    assert all(batch.teacher is None for batch in make_loader(split, task, pad_id, 3))
+    assert all(batch.teacher is None for batch in make_loader(split, task, pad_id, Batching(3)))
 
 
 # ---- padding
@@ -231,54 +234,54 @@ def test_cached_outputs_travel_with_their_examples(language, width, tmp_path):
 def test_grouping_by_length_wastes_little_on_news():
     task, data = SingleLabelClassification(max_length=128), Data(source="distill.corpora.bbc_news")
     try:
-        raw = load(data, task, seed=0)
+        raw, task = load(data, task, seed=0)
     except UserError:
         pytest.skip("the extra `demo` is not installed")
     raw = DatasetDict(train=raw["train"])
-    split = encode(
-        raw, task, train_tokenizer(raw["train"]["text"][:200], 5000, classification=True), data
-    )["train"]
-    assert BatchPlan(split, 32, 1, seed=0).padding() < 0.05
+    split = encode(raw, task, train_tokenizer(raw["train"]["text"][:200], 5000), data)["train"]
+    assert BatchPlan(split, Batching(32, 1, seed=0)).padding_share() < 0.05
 
 
 def test_grouping_by_length_wastes_little_on_texts_of_any_length():
     split = split_of(2000, longest=128)
-    assert BatchPlan(split, 32, 1, seed=0).padding() < 0.05
-    assert BatchPlan(split, 32, 1, seed=0, group_by_length=False).padding() > 0.3
-    assert BatchPlan(split, 1, 1, seed=0).padding() == 0
+    assert BatchPlan(split, Batching(32, 1, seed=0)).padding_share() < 0.05
+    assert BatchPlan(split, Batching(32, 1, seed=0, group_by_length=False)).padding_share() > 0.3
+    assert BatchPlan(split, Batching(1, 1, seed=0)).padding_share() == 0
 
 
-def test_the_log_says_how_much_of_what_models_are_trained_on_is_padding(classification, caplog):
+def test_the_share_of_padding_is_logged_for_training(classification, caplog):
     task, split, _, pad_id = classification
     with caplog.at_level(logging.INFO, logger="distill"):
-        make_loader(split, task, pad_id, 6)  # measuring says nothing
-        batches = make_loader(split, task, pad_id, 6, 2, seed=3)
+        make_loader(split, task, pad_id, Batching(6))  # nothing is logged for measuring
+        batches = make_loader(split, task, pad_id, Batching(6, 2, seed=3))
     masks = [batch.inputs["attention_mask"] for batch in batches]
     share = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    assert batches.plan.padding() == pytest.approx(share)
+    assert batches.plan.padding_share() == pytest.approx(share)
     assert caplog.messages == [f"{100 * share:.1f} % of the tokens of an epoch are padding"]
 
 
-def padded_further(batch, more: int, pad_id: int, task):
-    """The same batch with more columns of padding; places in the flattened logits move along."""
+def add_padding(batch, more: int, pad_id: int, task):
+    """The same batch with more columns of padding, and positions in the wider logits."""
     width = batch.inputs["input_ids"].shape[1]
     inputs = {
         name: torch.nn.functional.pad(tensor, (0, more), value=pad_id if name == "input_ids" else 0)
         for name, tensor in batch.inputs.items()
     }
     index = (
-        None if batch.index is None else batch.index // width * (width + more) + batch.index % width
+        None
+        if batch.positions is None
+        else batch.positions // width * (width + more) + batch.positions % width
     )
-    return batch._replace(inputs=inputs, index=index)
+    return batch._replace(inputs=inputs, positions=index)
 
 
 def test_padding_changes_no_loss(problem):
     task, split, model, pad_id = problem
-    batch = next(iter(make_loader(split, task, pad_id, 7, seed=1)))
+    batch = next(iter(make_loader(split, task, pad_id, Batching(7, seed=1))))
     with torch.inference_mode():
         tight, wide = (
-            task.supervised(task.rows(logits(model, each.inputs), each), each.labels)
-            for each in (batch, padded_further(batch, 9, pad_id, task))
+            task.label_loss(task.select_rows(logits(model, each.inputs), each), each.labels)
+            for each in (batch, add_padding(batch, 9, pad_id, task))
         )
     assert tight.abs().sum() > 0
     torch.testing.assert_close(tight, wide, rtol=1e-5, atol=1e-5)
@@ -292,11 +295,13 @@ def test_neighbours_change_no_loss(problem):
 
 def _row_losses(task, split, model, pad_id, batch_size):
     """Summed over the rows of each example, in the order of the split."""
-    batches = make_loader(split, task, pad_id, batch_size)
+    batches = make_loader(split, task, pad_id, Batching(batch_size))
     values = torch.zeros(len(split))
     with torch.inference_mode():
         for micro, batch in zip(batches.sampler, batches, strict=True):
-            rows = task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels)
+            rows = task.label_loss(
+                task.select_rows(logits(model, batch.inputs), batch), batch.labels
+            )
             values[micro.indices] = torch.zeros(len(micro.indices)).index_add(
                 0, batch.example, rows
             )
@@ -307,13 +312,13 @@ def _row_losses(task, split, model, pad_id, batch_size):
 
 
 def _loss_and_gradient(task, model, batches):
-    """What one optimizer step sees: the sum over the micro-batches, each divided by the rows of the global batch."""
+    """Of an optimizer step: sums of micro-batches, each divided by the rows of the global batch."""
     model = copy.deepcopy(model)
     total = torch.zeros(())
     for batch in batches:
-        rows = task.rows(logits(model, batch.inputs), batch)
+        rows = task.select_rows(logits(model, batch.inputs), batch)
         part = losses.mean_over(
-            losses.distillation(task.supervised(rows, batch.labels), rows.square().mean(-1), 0.3),
+            losses.distillation(task.label_loss(rows, batch.labels), rows.square().mean(-1), 0.3),
             batch.rows,
         )
         part.backward()
@@ -326,15 +331,16 @@ def _loss_and_gradient(task, model, batches):
 @pytest.mark.parametrize("accumulate", [2, 3, 7])
 def test_the_micro_batches_of_a_step_sum_to_the_loss_of_the_whole_batch(problem, accumulate):
     task, split, model, pad_id = problem
-    whole, parts = (
-        list(make_loader(split, task, pad_id, 7, count, seed=1)) for count in (1, accumulate)
+    full, parts = (
+        list(make_loader(split, task, pad_id, Batching(7, count, seed=1)))
+        for count in (1, accumulate)
     )
     rows = [len(batch.labels) for batch in parts[:accumulate]]
-    assert sum(rows) == len(whole[0].labels)
+    assert sum(rows) == len(full[0].labels)
     assert len(set(rows)) > 1 or (
         task.uses_labels and accumulate == 7
     )  # so that a mean of their means would be another
-    one, one_gradient = _loss_and_gradient(task, model, whole[:1])
+    one, one_gradient = _loss_and_gradient(task, model, full[:1])
     several, several_gradient = _loss_and_gradient(task, model, parts[:accumulate])
     torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(one_gradient, several_gradient, rtol=1e-4, atol=1e-6)
@@ -342,40 +348,45 @@ def test_the_micro_batches_of_a_step_sum_to_the_loss_of_the_whole_batch(problem,
 
 def test_the_loss_of_a_step_is_the_mean_over_its_tokens_not_its_texts(language):
     task, split, model, pad_id = language
-    batch = next(iter(make_loader(split, task, pad_id, len(split))))
+    batch = next(iter(make_loader(split, task, pad_id, Batching(len(split)))))
     with torch.inference_mode():
-        rows = task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels)
+        rows = task.label_loss(task.select_rows(logits(model, batch.inputs), batch), batch.labels)
     assert batch.rows == len(rows) == sum(split["rows"])
     assert losses.mean_over(rows, batch.rows) == pytest.approx(float(rows.mean()), rel=1e-6)
 
 
 def test_the_loss_is_that_of_transformers(language):
-    """Which shifts by itself: on a single window both must find the same mean."""
+    """transformers shifts labels itself: on a single window both means are equal."""
     task, split, model, pad_id = language
-    batch = next(iter(make_loader(split, task, pad_id, 1)))
+    batch = next(iter(make_loader(split, task, pad_id, Batching(1))))
     labels = torch.tensor(
-        [split[next(iter(make_loader(split, task, pad_id, 1).sampler)).indices[0]]["labels"]]
+        [
+            split[next(iter(make_loader(split, task, pad_id, Batching(1)).sampler)).indices[0]][
+                "labels"
+            ]
+        ]
     )
     with torch.inference_mode():
         ours = losses.mean_over(
-            task.supervised(task.rows(logits(model, batch.inputs), batch), batch.labels), batch.rows
+            task.label_loss(task.select_rows(logits(model, batch.inputs), batch), batch.labels),
+            batch.rows,
         )
         theirs = model(**batch.inputs, labels=labels).loss
     torch.testing.assert_close(ours, theirs)
 
 
 def test_a_prompt_adds_nothing_to_the_loss(language):
-    """Its tokens get gradients through attention only: with logits that are parameters, they get none."""
+    """Gradients reach its tokens through attention only: logits that are parameters get none."""
     task = language[0]
     tokens = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "size": 2}
     batch = task.collate([tokens], pad_id=0)
     values = torch.randn(1, 4, 20, requires_grad=True)
-    task.supervised(task.rows(values, batch), batch.labels).sum().backward()
+    task.label_loss(task.select_rows(values, batch), batch.labels).sum().backward()
     assert values.grad.abs().sum(-1)[0].bool().tolist() == [False, True, True, False]
 
 
 def test_the_number_of_windows_does_not_change_what_is_counted():
-    tokenizer = train_tokenizer(texts_of(50), 300, classification=False)
+    tokenizer = train_tokenizer(texts_of(50), 300, LANGUAGE_TOKENS)
     raw = DatasetDict(train=Dataset.from_dict({"text": texts_of(21)}))
     totals = set()
     for max_length in (5, 24, 200):
@@ -391,16 +402,16 @@ def test_the_number_of_windows_does_not_change_what_is_counted():
     }
 
 
-def test_made_up_texts_are_all_seen():
-    """From the source to the batches: no example is lost on the way."""
+def test_every_generated_text_is_in_a_batch():
+    """From the source to the batches."""
     task, data = SingleLabelClassification(), Data(source="distill.corpora.generated")
-    raw = load(data, task, seed=0)
-    tokenizer = train_tokenizer(raw["train"]["text"][:], 400, classification=True)
+    raw, task = load(data, task, seed=0)
+    tokenizer = train_tokenizer(raw["train"]["text"][:], 400)
     splits = encode(raw, task, tokenizer, data)
     for name, size in corpora.GENERATED.items():
         seen = [
             tuple(row[row != tokenizer.pad_token_id].tolist())
-            for batch in make_loader(splits[name], task, tokenizer.pad_token_id, 32)
+            for batch in make_loader(splits[name], task, tokenizer.pad_token_id, Batching(32))
             for row in batch.inputs["input_ids"]
         ]
         assert sorted(seen) == sorted(map(tuple, tokenizer(raw[name]["text"][:])["input_ids"]))

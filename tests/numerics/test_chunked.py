@@ -1,4 +1,4 @@
-"""A loss that is formed chunk by chunk from hidden states is the loss of the whole logits, in value and gradient."""
+"""The chunked loss of hidden states equals the loss of full logits, in value and gradient."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -28,7 +28,7 @@ def normal(seed, *shape, dtype=torch.float64, scale=1.0):
 
 
 def factors(dtype=torch.float64, bias=True, seed=1, width=D, rows=N):
-    """Hidden states, head and bias, all of them to be learned."""
+    """Hidden states, head and bias, all with gradient."""
     tensors = (
         normal(seed, rows, width, dtype=dtype),
         normal(seed + 1, V, width, dtype=dtype),
@@ -53,23 +53,36 @@ WEIGHTS = torch.linspace(0, 2, N, dtype=torch.float64)
 
 
 def sums(
-    student, taught, labels, weights=None, divergence=losses.forward_kl, alpha=0.3, temperature=2.0
+    student,
+    teacher_logits,
+    labels,
+    weights=None,
+    divergence=losses.forward_kl,
+    alpha=0.3,
+    temperature=2.0,
 ):
     supervised = losses.cross_entropy(student, labels)
-    divergent = supervised * 0 if taught is None else divergence(student, taught, temperature)
+    divergent = (
+        supervised * 0
+        if teacher_logits is None
+        else divergence(student, teacher_logits, temperature)
+    )
     total = losses.distillation(supervised, divergent, alpha) * (1 if weights is None else weights)
     return torch.stack([total.sum(), supervised.sum(), divergent.sum()])
 
 
-def both(function, student, taught, columns=(LABELS,), rows=5, autocast=nullcontext):
-    """(values, gradients) of the whole and of the chunks, where the loss is a seventh of the sum."""
+def both(function, student, teacher_logits, columns=(LABELS,), rows=5, autocast=nullcontext):
+    """(values, gradients) of full logits and of chunks; the loss is a seventh of the sum."""
     learned = [tensor for tensor in student if tensor is not None]
-    for whole in (True, False):
+    for full in (True, False):
         with autocast():
             given = (
-                (student.logits(), taught and chunked.teacher_chunk(taught, slice(None)))
-                if whole
-                else (student, taught)
+                (
+                    student.logits(),
+                    teacher_logits and chunked.teacher_chunk(teacher_logits, slice(None)),
+                )
+                if full
+                else (student, teacher_logits)
             )
             values = chunked.sum_in_chunks(function, *given, columns, rows)
         yield values.detach(), torch.autograd.grad(values[0] / 7, learned)
@@ -78,77 +91,77 @@ def both(function, student, taught, columns=(LABELS,), rows=5, autocast=nullcont
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("rows", CHUNKS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_the_whole_s_in_float64(name, rows, bias):
+def test_values_and_gradients_equal_those_of_full_logits_in_float64(name, rows, bias):
     function = partial(sums, divergence=DIVERGENCES[name])
-    whole, parts = both(function, factors(bias=bias), teacher(), rows=rows)
-    torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-12)
+    full, parts = both(function, factors(bias=bias), teacher(), rows=rows)
+    torch.testing.assert_close(parts, full, rtol=1e-11, atol=1e-12)
     assert all(gradient.abs().max() > 1e-3 for gradient in parts[1])
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_values_and_gradients_are_the_whole_s_in_float32(name):
+def test_values_and_gradients_equal_those_of_full_logits_in_float32(name):
     function = partial(sums, divergence=DIVERGENCES[name])
-    whole, parts = both(function, factors(torch.float32), teacher(torch.float32))
+    full, parts = both(function, factors(torch.float32), teacher(torch.float32))
     torch.testing.assert_close(
         parts,
-        whole,
+        full,
         rtol=1e-4,
-        atol=1e-4 * max(gradient.abs().max().item() for gradient in whole[1]),
+        atol=1e-4 * max(gradient.abs().max().item() for gradient in full[1]),
     )
     exact, _ = both(function, factors(), teacher())
-    for mine, theirs, right in zip(parts[1], whole[1], exact[1], strict=True):
-        assert (mine - right).norm() < 2 * (theirs - right).norm() + 1e-7 * right.norm()
+    for value, full_value, right in zip(parts[1], full[1], exact[1], strict=True):
+        assert (value - right).norm() < 2 * (full_value - right).norm() + 1e-7 * right.norm()
 
 
-@pytest.mark.parametrize("taught", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("teacher_logits", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_it_is_as_exact_as_the_whole(taught, dtype):
-    """The head's gradient is added up in float32 here, so that it may be nearer to the truth."""
+def test_under_autocast_it_is_as_exact_as_full_logits(teacher_logits, dtype):
+    """The chunks accumulate the head's gradient in float32, which may be more exact."""
     autocast = partial(torch.autocast, "cpu", dtype)
-    whole, parts = both(sums, factors(torch.float32), teacher(taught), autocast=autocast)
+    full, parts = both(sums, factors(torch.float32), teacher(teacher_logits), autocast=autocast)
     exact, _ = both(
         sums,
         factors(),
         FactoredLogits(
-            *(None if tensor is None else tensor.double() for tensor in teacher(taught))
+            *(None if tensor is None else tensor.double() for tensor in teacher(teacher_logits))
         ),
     )
     torch.testing.assert_close(
-        parts[0], whole[0], rtol=2e-4, atol=0
+        parts[0], full[0], rtol=2e-4, atol=0
     )  # logits of few rows and of many are not rounded alike
-    for mine, theirs, right in zip(parts[1], whole[1], exact[1], strict=True):
-        assert mine.dtype == theirs.dtype == torch.float32
-        assert (mine - right).norm() < 1.05 * (theirs - right).norm()
-        assert (theirs - right).norm() < 0.05 * right.norm()
+    for value, full_value, right in zip(parts[1], full[1], exact[1], strict=True):
+        assert value.dtype == full_value.dtype == torch.float32
+        assert (value - right).norm() < 1.05 * (full_value - right).norm()
+        assert (full_value - right).norm() < 0.05 * right.norm()
 
 
-def test_a_head_s_gradient_in_blocks_is_that_of_the_whole(monkeypatch):
+def test_the_gradient_of_a_head_does_not_depend_on_blocks(monkeypatch):
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     _, parts = both(sums, factors(torch.float32), teacher(torch.float32), autocast=autocast)
     monkeypatch.setattr(chunked, "BLOCK", 64)
-    monkeypatch.setattr(chunked, "ROW", 3 * 4 * V)
+    monkeypatch.setattr(chunked, "CACHE_BYTES", 3 * 4 * V)
     _, again = both(sums, factors(torch.float32), teacher(torch.float32), autocast=autocast)
     torch.testing.assert_close(again, parts, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", CHUNKS)
 def test_each_row_has_its_weight(rows):
-    whole, parts = both(sums, factors(), teacher(), (LABELS, WEIGHTS), rows)
-    torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-12)
+    full, parts = both(sums, factors(), teacher(), (LABELS, WEIGHTS), rows)
+    torch.testing.assert_close(parts, full, rtol=1e-11, atol=1e-12)
     assert parts[1][0][0].eq(0).all()
     assert parts[1][0][1:].abs().amax(1).min() > 0
 
 
 def test_labels_alone_need_no_teacher():
-    whole, parts = both(partial(sums, alpha=1.0), factors(), None)
-    torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-12)
+    full, parts = both(partial(sums, alpha=1.0), factors(), None)
+    torch.testing.assert_close(parts, full, rtol=1e-11, atol=1e-12)
 
 
-def test_cached_logits_teach_as_their_factors_do():
-    student, taught = factors(), teacher()
+def test_cached_logits_give_the_loss_of_their_factors():
+    student, teacher_logits = factors(), teacher()
     values = [
         chunked.sum_in_chunks(sums, student, given, (LABELS,), 5)
-        for given in (taught, taught.logits())
+        for given in (teacher_logits, teacher_logits.logits())
     ]
     torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
 
@@ -172,15 +185,15 @@ def test_equal_factors_have_no_divergence_and_no_gradient():
     assert max(tensor.grad.abs().max() for tensor in student) < 1e-5
 
 
-def test_without_gradients_nothing_is_formed(monkeypatch):
-    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was formed"))
+def test_without_gradients_none_is_computed(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
     with torch.no_grad():
         values = chunked.sum_in_chunks(sums, factors(), teacher(), (LABELS,), 5)
     torch.testing.assert_close(values, sums(factors().logits(), teacher().logits(), LABELS))
 
 
 @pytest.mark.parametrize("learned", [0, 1, 2])
-def test_what_is_frozen_has_no_gradient(learned):
+def test_frozen_tensors_have_no_gradient(learned):
     student = factors()
     for place, tensor in enumerate(student):
         tensor.requires_grad_(place == learned)
@@ -197,23 +210,25 @@ def test_what_is_frozen_has_no_gradient(learned):
 def test_a_tied_head_has_the_gradients_of_both_uses():
     tokens = torch.randint(V, (N,), generator=torch.Generator().manual_seed(5))
     ends = []
-    for whole in (True, False):
+    for full in (True, False):
         table = normal(3, V, D).requires_grad_()
         student = FactoredLogits(torch.tanh(nn.functional.embedding(tokens, table)), table, None)
-        chunked.sum_in_chunks(
-            sums, student.logits() if whole else student, teacher(), (LABELS,), 5
-        )[0].backward()
+        chunked.sum_in_chunks(sums, student.logits() if full else student, teacher(), (LABELS,), 5)[
+            0
+        ].backward()
         ends.append(table.grad)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-11, atol=1e-12)
 
 
 def test_backward_passes_add_up():
     """Accumulated micro-batches, and a gradient scaler's factor."""
-    student, taught = factors(), teacher()
+    student, teacher_logits = factors(), teacher()
     for part, factor in ((slice(0, 9), 1.0), (slice(9, N), 1.0), (slice(0, N), 1024.0)):
-        mine, theirs = (each._replace(hidden_ND=each.hidden_ND[part]) for each in (student, taught))
-        (factor * chunked.sum_in_chunks(sums, mine, theirs, (LABELS[part],), 4)[0]).backward()
-    _, (_, gradients) = both(sums, factors(), taught)
+        value, full_value = (
+            each._replace(hidden_ND=each.hidden_ND[part]) for each in (student, teacher_logits)
+        )
+        (factor * chunked.sum_in_chunks(sums, value, full_value, (LABELS[part],), 4)[0]).backward()
+    _, (_, gradients) = both(sums, factors(), teacher_logits)
     for tensor, gradient in zip(student, gradients, strict=True):
         torch.testing.assert_close(tensor.grad, 1025 * 7 * gradient, rtol=1e-10, atol=1e-12)
 
@@ -236,9 +251,12 @@ class Widest(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_larger_than_a_chunk_or_the_head(dtype):
-    student, taught = factors(torch.float32, rows=500), teacher(rows=500, dtype=torch.float32)
+    student, teacher_logits = (
+        factors(torch.float32, rows=500),
+        teacher(rows=500, dtype=torch.float32),
+    )
     labels = torch.zeros(500, dtype=torch.long)
     for rows, largest in ((10, 500 * (D + 3)), (100, 100 * V)):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), Widest() as widest:
-            chunked.sum_in_chunks(sums, student, taught, (labels,), rows)[0].backward()
+            chunked.sum_in_chunks(sums, student, teacher_logits, (labels,), rows)[0].backward()
         assert widest.seen <= largest < 500 * V

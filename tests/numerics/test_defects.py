@@ -136,7 +136,7 @@ def test_micro_batches_are_divided_by_the_total_once(student, teacher):
     torch.testing.assert_close(accumulated, values.mean())
 
 
-def test_every_token_weighs_the_same_whether_its_answer_is_short_or_long():
+def test_every_token_weighs_the_same_in_short_and_long_texts():
     tokens = [10, 1000]
     labels = torch.zeros(sum(tokens), dtype=torch.long)
 
@@ -184,7 +184,7 @@ def test_vocabularies_of_different_sizes_are_refused_and_neither_padded_nor_broa
 
 
 def test_zero_logits_for_missing_classes_would_add_mass(teacher):
-    """Why the refusal above is right: a teacher that equals its student no longer does once zeros are appended."""
+    """Why vocabularies are not padded: a teacher equal to its student would differ from it."""
     longer = torch.cat([teacher, _random(5, B * L, 3)], 1)
     assert (
         losses.forward_kl(torch.cat([teacher, torch.zeros(B * L, 3)], 1), longer, 1.0).gt(0).all()

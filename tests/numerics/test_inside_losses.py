@@ -1,4 +1,4 @@
-"""Laws of the losses between hidden states and between attention relations. A new one is one row of INSIDES."""
+"""Laws of the losses of hidden states and attention relations; a new one is a row of INSIDES."""
 
 import math
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def test_insides_gradient_is_right_for_the_student_and_absent_for_the_teacher(
 
 
 @INSIDES
-def test_what_stands_at_padding_changes_nothing(function, shape, padded):
+def test_values_at_padding_change_nothing(function, shape, padded):
     student, teacher = states(55, *shape), states(56, *shape)
     dirty_student, dirty_teacher = student.clone(), teacher.clone()
     padded(dirty_student)[~MASK], padded(dirty_teacher)[~MASK] = 1e3, -7.0

@@ -1,4 +1,4 @@
-"""Laws of the losses. A new divergence is one row of DIVERGENCES, a new loss against labels one row of SUPERVISED."""
+"""Laws of the losses; a new one is a row of DIVERGENCES, or of SUPERVISED if against labels."""
 
 import inspect
 import math
@@ -434,13 +434,13 @@ def test_split_over_micro_batches_or_ranks_changes_neither_loss_nor_gradient(law
         )
         return losses.mean_over(losses.distillation(hard, soft, 0.5), N)
 
-    whole, split = (
+    full, split = (
         loss(torch.arange(N)),
         torch.stack([loss(rows) for rows in torch.arange(N).split(parts)]).sum(),
     )
-    torch.testing.assert_close(split, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(split, full, rtol=1e-12, atol=0)
     torch.testing.assert_close(
-        *(torch.autograd.grad(value, student)[0] for value in (split, whole)),
+        *(torch.autograd.grad(value, student)[0] for value in (split, full)),
         rtol=1e-12,
         atol=1e-15,
     )

@@ -81,7 +81,7 @@ def test_moments_of_very_wide_inputs_are_diagonal(monkeypatch):
     torch.testing.assert_close(
         low_rank.second_moment(input_ND), sum(torch.outer(x, x) for x in input_ND)
     )
-    monkeypatch.setattr(low_rank, "FULL", 8)
+    monkeypatch.setattr(low_rank, "MAX_FEATURES", 8)
     torch.testing.assert_close(low_rank.second_moment(input_ND), (input_ND**2).sum(0))
 
 
@@ -104,15 +104,15 @@ def test_factors_are_balanced_and_of_the_weight_s_type(moment):
 def test_energy_is_the_share_of_the_squared_singular_values():
     values = torch.tensor([3.0, 2.0, 1.0, 1e-9, 0.0], dtype=torch.float64)
     ranks = {0.1: 1, 9 / 14 - 1e-9: 1, 9 / 14 + 1e-9: 2, 13 / 14 - 1e-9: 2, 13 / 14 + 1e-9: 3, 1: 4}
-    assert {energy: low_rank.rank_of(values, energy) for energy in ranks} == ranks
-    assert low_rank.rank_of(torch.zeros(3), 0.5) == 1
+    assert {energy: low_rank.rank_for_energy(values, energy) for energy in ranks} == ranks
+    assert low_rank.rank_for_energy(torch.zeros(3), 0.5) == 1
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 1.0])
 def test_the_rank_of_an_energy_keeps_it_and_one_less_does_not(energy):
     weight = random(12, 9)
     _, values = low_rank.spectrum(weight)
-    rank = low_rank.rank_of(values, energy)
+    rank = low_rank.rank_for_energy(values, energy)
     kept = [
         float(product(weight, each).square().sum() / weight.square().sum())
         for each in (rank, rank - 1)
@@ -126,9 +126,9 @@ def test_the_rank_of_an_energy_keeps_it_and_one_less_does_not(energy):
 @pytest.mark.parametrize(("out", "inputs"), [(16, 16), (16, 32), (33, 17), (1, 5), (2, 2)])
 def test_only_fewer_numbers_are_worthwhile(out, inputs):
     sizes = {rank: rank * (out + inputs) for rank in range(1, out + inputs)}
-    assert {rank for rank in sizes if low_rank.worthwhile(rank, out, inputs)} == {
+    assert {rank for rank in sizes if low_rank.saves_parameters(rank, out, inputs)} == {
         r for r, size in sizes.items() if size < out * inputs
     }
-    assert low_rank.largest(out, inputs) == max(
+    assert low_rank.max_rank(out, inputs) == max(
         (r for r, size in sizes.items() if size < out * inputs), default=0
     )

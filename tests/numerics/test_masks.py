@@ -156,7 +156,8 @@ def test_n_of_m_holds_in_every_group(kept, group, repeated):
 def test_a_width_that_the_groups_do_not_fill_is_refused():
     with pytest.raises(
         UserError,
-        match="pattern is 2:4, but block.lin1 has 10 inputs, which 4 does not divide: choose a pattern",
+        match="pattern is 2:4, but block.lin1 has 10 inputs, which 4 does not divide: choose a "
+        "pattern",
     ):
         masks.n_of_m({"block.lin1": drawn(4, 10)}, 2, 4)
 

@@ -1,4 +1,4 @@
-"""Laws of the quantizers: grids of 2 to 8 bits, codebooks, NF4, and rounded inputs."""
+"""Laws of the quantizers: linear with 2 to 8 bits, codebooks, NF4, and quantized inputs."""
 
 from dataclasses import replace
 
@@ -75,13 +75,13 @@ def test_quantizing_again_changes_nothing_and_the_codes_say_it_all(specs):
         value = fake_quantize_weight(weight, spec)
         assert same_bytes(fake_quantize_weight(value, spec), value), case
         for given in (weight, value):
-            code, parameters = quantize_weight(given, spec)
+            qweight, parameters = quantize_weight(given, spec)
             assert (
-                code.dtype == torch.uint8
-                and code.shape == weight.shape
-                and int(code.max()) < 2**spec.bits
+                qweight.dtype == torch.uint8
+                and qweight.shape == weight.shape
+                and int(qweight.max()) < 2**spec.bits
             ), case
-            assert same_bytes(values(code, parameters, spec.as_dict()), value), case
+            assert same_bytes(values(qweight, parameters, spec.as_dict()), value), case
 
 
 def test_groups_meet_the_law_of_idempotence_however_they_fall_on_the_grid():
@@ -118,7 +118,7 @@ def test_values_of_a_grid_are_exact(bits, symmetric):
     spec = QuantSpec("linear", bits, symmetric, 0)
     for zero in {2 ** (bits - 1) - 1} if symmetric else {0, 1, 2 ** (bits - 1), 2**bits - 1}:
         for scale in torch.tensor([1.0, 0.0123, 0.7, 3e-3]).half().float():
-            weight = ((torch.arange(spec.levels + 1) - zero) * scale)[None]
+            weight = ((torch.arange(spec.quant_max + 1) - zero) * scale)[None]
             assert torch.equal(fake_quantize_weight(weight, spec), weight)
 
 
@@ -131,7 +131,7 @@ def test_scales_are_the_next_float16_above():
             assert (
                 torch.equal(zero.round(), zero)
                 and (zero >= 0).all()
-                and (zero <= spec.levels).all()
+                and (zero <= spec.quant_max).all()
             )
 
 
@@ -169,7 +169,7 @@ def test_a_codebook_is_never_worse_than_the_linear_grid(bits, group):
 def test_more_iterations_of_the_codebook_never_hurt():
     torch.manual_seed(0)
     weight = torch.randn(4, 1000)
-    ordered = codebook.Sorted.of(weight, sparse=False)
+    ordered = codebook.SortedWeights.of(weight, sparse=False)
     centroids, last = ordered.linear(16), torch.inf
     for _ in range(5):
         error = (codebook.nearest_centroid(weight, centroids.float()) - weight).square().sum()
@@ -192,9 +192,9 @@ def test_the_zeros_of_a_sparse_tensor_stay_and_take_no_part_in_its_codebook():
         value = fake_quantize_weight(weight, spec, sparse=True)
         assert torch.equal(value == 0, weight == 0)
         assert same_bytes(fake_quantize_weight(value, spec, sparse=True), value)
-        code, parameters = quantize_weight(weight, spec, sparse=True)
+        qweight, parameters = quantize_weight(weight, spec, sparse=True)
         assert torch.equal(
-            values(code, parameters, spec.as_dict())[weight != 0], value[weight != 0]
+            values(qweight, parameters, spec.as_dict())[weight != 0], value[weight != 0]
         )
     kept = weight[weight != 0][None]
     alone = fake_quantize_weight(kept, QuantSpec("codebook", 2, False, -1))
@@ -247,7 +247,7 @@ def test_some_rows_of_a_table_come_out_as_in_the_whole(method, group):
             if centroids is None or len(centroids) == 1
             else centroids.view(64, -1, 2**bits)[rows].flatten(0, 1)
         )
-        some = fake_quantize_weight(weight[rows], spec, False, own, whole_OI=weight)
+        some = fake_quantize_weight(weight[rows], spec, False, own, table_OI=weight)
         assert same_bytes(some, fake_quantize_weight(weight, spec, False, centroids)[rows])
 
 
@@ -287,7 +287,7 @@ def test_a_group_must_divide_the_width():
         QuantSpec("linear", 4, False, 7).check("here", 24)
 
 
-# ---- rounded inputs
+# ---- quantized inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -373,7 +373,7 @@ def test_a_described_model_takes_the_weights_it_was_described_from():
             f"{name}mlp.up_proj": {"bits": 8, "range": None},
         },
     }
-    modeling.apply(llama, described)
+    modeling.build_compressed_layers(llama, modeling.CompressionConfig.from_json(described))
     first, second = (layer.self_attn.num_key_value_groups for layer in llama.model.layers)
     assert (first, second) == (2, 1)
     with torch.no_grad():
@@ -386,10 +386,8 @@ def test_a_described_model_takes_the_weights_it_was_described_from():
         factors.first, modeling.ActivationQuantLinear
     ) and factors.first.input_range == [-1.0, 2.0]
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8))
-    modeling.apply(
-        gpt2,
-        {"shapes": {"transformer.h.0.mlp.c_fc": [16, 5], "transformer.h.0.mlp.c_proj": [5, 16]}},
-    )
+    shapes = {"transformer.h.0.mlp.c_fc": [16, 5], "transformer.h.0.mlp.c_proj": [5, 16]}
+    modeling.build_compressed_layers(gpt2, modeling.CompressionConfig(shapes=shapes))
     assert (
         gpt2.transformer.h[0].mlp.c_fc.weight.shape == (16, 5)
         and gpt2.transformer.h[0].mlp.c_proj.nf == 16

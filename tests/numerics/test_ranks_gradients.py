@@ -1,4 +1,4 @@
-"""A run on several processes is the run on one: the same gradients, losses and metrics, whoever has which examples."""
+"""A run on several processes is the run on one: the same gradients, losses and metrics."""
 
 import os
 
@@ -9,6 +9,7 @@ import torch
 from distill import data
 from distill.module import Distillation
 from distill.processes import fsdp, ranks
+from distill.processes.strategy import lightning_strategy
 from distill.recipe import config
 from distill.training import loop
 from tests.processes import on_ranks
@@ -26,7 +27,7 @@ TERMS = {
         "heads": 2,
     },
 }
-STILL = {  # models without dropout, and what makes a student of them
+WITHOUT_DROPOUT = {  # and the shape of the student
     False: (
         {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         {"num_hidden_layers": 2},
@@ -51,8 +52,8 @@ CASES = {  # task, examples, micro-batches, terms, validation examples
 WORLDS = (("auto", 2), ("auto", 3), ("fsdp", 2))
 
 
-class Seen(L.Callback):
-    """The gradient and the log of each optimizer step, and the metrics of each look at the validation split."""
+class Recorder(L.Callback):
+    """Collects the gradient of each optimizer step and the metrics of each validation run."""
 
     def __init__(self):
         self.gradients, self.metrics, self.wrapped = [], [], []
@@ -61,12 +62,12 @@ class Seen(L.Callback):
         self.wrapped = sorted(name for name, _ in trainer.strategy.model.named_parameters())
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        found = [
+        gradients = [
             fsdp.full_tensors(parameter.grad)
             for parameter in module.parameters()
             if parameter.grad is not None
         ]
-        self.gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        self.gradients.append(torch.cat([gradient.flatten() for gradient in gradients]))
 
     def on_validation_epoch_end(self, trainer, module):
         self.metrics.append(
@@ -81,11 +82,11 @@ class Seen(L.Callback):
 def trained(case, strategy="auto"):
     changes, examples, accumulate, terms, validation = CASES[case]
     made = world(**changes)
-    still, form = STILL["language" in case]
-    form = form | ({"hidden_size": 32} if case == PROJECTED else {})
+    dropout, shape = WITHOUT_DROPOUT["language" in case]
+    shape = shape | ({"hidden_size": 32} if case == PROJECTED else {})
     teacher, student = (
-        made.model(seed=1, **still).double(),
-        made.model("student", seed=2, **still, **form).double(),
+        made.model(seed=1, **dropout).double(),
+        made.model("student", seed=2, **dropout, **shape).double(),
     )
     module = Distillation(
         made.task,
@@ -98,28 +99,29 @@ def trained(case, strategy="auto"):
     for term in module.terms.values():
         for projection in getattr(term, "projections", {}).values():
             projection.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
-    module.settings.lr = 1e-30  # the weights stay: a step's difference is that of its own gradient
-    cut = {"pad_id": made.pad_id, "rank": ranks.rank(), "world": ranks.world_size()}
+    module.settings.lr = 1e-30  # the weights stay, so that gradients do not depend on earlier steps
+    processes = {"rank": ranks.rank(), "world": ranks.world_size()}
     train = data.make_loader(
         made.examples["train"].select(range(examples)),
         made.task,
-        batch_size=BATCH,
-        accumulate=accumulate,
-        seed=0,
-        **cut,
+        made.pad_id,
+        data.Batching(BATCH, accumulate, seed=0, **processes),
     )
-    look = data.make_loader(
-        made.examples["validation"].select(range(validation)), made.task, batch_size=16, **cut
+    validation_batches = data.make_loader(
+        made.examples["validation"].select(range(validation)),
+        made.task,
+        made.pad_id,
+        data.Batching(16, **processes),
     )
-    seen, written = Seen(), Rows()
+    recorder, written = Recorder(), Rows()
     trainer = L.Trainer(
-        **fsdp.lightning_strategy(config.Trainer(accelerator="cpu", strategy=strategy)),
+        **lightning_strategy(config.Trainer(accelerator="cpu", strategy=strategy)),
         precision="64-true"
         if strategy == "auto"
         else "32-true",  # which leaves the models in float64, as they are
         max_epochs=1,
         accumulate_grad_batches=accumulate,
-        callbacks=[seen],
+        callbacks=[recorder],
         logger=[written],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -129,12 +131,12 @@ def trained(case, strategy="auto"):
         log_every_n_steps=1,
     )
     with loop.silence_lightning():
-        trainer.fit(module, train, look)
-    kept = {name: getattr(seen, name) for name in ("gradients", "metrics", "wrapped")}
-    kept["logged"] = [row for row in written.rows if "train/loss" in row]
-    return kept | {
+        trainer.fit(module, train, validation_batches)
+    results = {name: getattr(recorder, name) for name in ("gradients", "metrics", "wrapped")}
+    results["logged"] = [row for row in written.rows if "train/loss" in row]
+    return results | {
         "steps": trainer.global_step,
-        "own": sorted(name for name, _ in module.named_parameters()),
+        "parameters": sorted(name for name, _ in module.named_parameters()),
     }
 
 
@@ -166,20 +168,20 @@ def together(request, tmp_path_factory):
 def test_gradients_are_those_of_one_process(case, alone, together):
     for rank in together:
         assert rank[case]["steps"] == alone[case]["steps"] == -(-CASES[case][1] // BATCH)
-        for mine, whole in zip(rank[case]["gradients"], alone[case]["gradients"], strict=True):
-            assert mine.dtype == torch.float64
-            assert whole.abs().max() > 1e-3
+        for actual, expected in zip(rank[case]["gradients"], alone[case]["gradients"], strict=True):
+            assert actual.dtype == torch.float64
+            assert expected.abs().max() > 1e-3
             rtol = 1e-6 if case == PROJECTED else 1e-12
             torch.testing.assert_close(
-                mine, whole, rtol=rtol, atol=0.1 * rtol * whole.abs().max().item()
+                actual, expected, rtol=rtol, atol=0.1 * rtol * expected.abs().max().item()
             )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_logged_is_the_whole_batch_s(case, alone, together):
+def test_logged_values_are_those_of_the_whole_batch(case, alone, together):
     for rank in together:
         assert len(rank[case]["logged"]) == rank[case]["steps"]
-        for mine, whole in zip(rank[case]["logged"], alone[case]["logged"], strict=True):
+        for actual, expected in zip(rank[case]["logged"], alone[case]["logged"], strict=True):
             assert (
                 {
                     "train/loss",
@@ -188,21 +190,23 @@ def test_what_is_logged_is_the_whole_batch_s(case, alone, together):
                     "train/grad_norm",
                     "train/lr",
                 }
-                <= mine.keys()
-                == whole.keys()
+                <= actual.keys()
+                == expected.keys()
             )
-            assert mine == pytest.approx(whole, rel=1e-5)
+            assert actual == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_metrics_are_the_whole_split_s_to_the_last_bit(case, alone, together):
+def test_metrics_are_those_of_the_whole_split_to_the_last_bit(case, alone, together):
     assert len(alone[case]["metrics"]) == 1
     for rank in together:
         assert rank[case]["metrics"] == alone[case]["metrics"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_teacher_is_in_nobody_s_replica(case, together):
+def test_no_replica_contains_the_teacher(case, together):
     for rank in together:
-        assert [name.removeprefix("module.") for name in rank[case]["wrapped"]] == rank[case]["own"]
-        assert all(name.startswith(("student.", "terms.")) for name in rank[case]["own"])
+        assert [name.removeprefix("module.") for name in rank[case]["wrapped"]] == rank[case][
+            "parameters"
+        ]
+        assert all(name.startswith(("student.", "terms.")) for name in rank[case]["parameters"])

@@ -1,4 +1,4 @@
-"""A few tokens in place of a distribution: on average they are it, and so is the gradient that comes of them."""
+"""A few tokens in place of a distribution: unbiased, and so is the gradient."""
 
 import math
 
@@ -33,7 +33,7 @@ def gradient(loss, student):
     return torch.autograd.grad(loss(student).sum(), student)[0]
 
 
-def whole_gradient(student, teacher, temperature):
+def full_gradient(student, teacher, temperature):
     return gradient(lambda at: losses.forward_kl(at, teacher, temperature), student)
 
 
@@ -47,7 +47,7 @@ def sparse_gradient(student, teacher, temperature, draws, offset):
 
 @pytest.mark.parametrize("draws", DRAWS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_counts_are_within_one_of_what_is_expected_and_add_up(draws, temperature):
+def test_counts_are_within_one_of_their_expectation_and_add_up(draws, temperature):
     counts, entropy = sparse.sample_counts(logits(1), temperature, draws, uniform(0))
     p = (logits(1) / temperature).softmax(-1)
     assert (counts - draws * p).abs().max() < 1 + 1e-9
@@ -73,10 +73,10 @@ def test_the_mean_over_all_offsets_is_the_distribution(draws, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_expected_gradient_is_the_whole_kl_s(temperature):
-    """Over many seeds the mean comes nearer to it as 1 / sqrt(seeds): there is no bias that would stay."""
+def test_the_expected_gradient_is_that_of_the_full_kl(temperature):
+    """The error of the mean over seeds falls as 1 / sqrt(seeds): there is no bias."""
     student, teacher, seeds = logits(3), logits(4), 900
-    right = whole_gradient(student, teacher, temperature)
+    right = full_gradient(student, teacher, temperature)
     drawn = [
         sparse_gradient(student, teacher, temperature, 20, uniform(seed)) for seed in range(seeds)
     ]
@@ -88,12 +88,12 @@ def test_the_expected_gradient_is_the_whole_kl_s(temperature):
 
 
 def test_the_likeliest_tokens_alone_are_biased():
-    """The law above fails for them: what it asserts is not what any few tokens give."""
+    """The law above fails for them, so that it is no trivial one."""
     student, teacher = logits(3), logits(4, scale=1.5)
     ids, weights = sparse.top_k(teacher, 1.0, 20)
     entropy = torch.special.entr(weights).sum(-1)
     biased = gradient(lambda at: losses.sparse_kl(at, 1.0, ids.long(), weights, entropy), student)
-    right = whole_gradient(student, teacher, 1.0)
+    right = full_gradient(student, teacher, 1.0)
     mean = torch.stack(
         [sparse_gradient(student, teacher, 1.0, 20, uniform(seed)) for seed in range(300)]
     ).mean(0)
@@ -114,7 +114,7 @@ def test_the_value_is_the_kl_on_average():
     assert (error.abs() < 5 * values.std(0) / math.sqrt(len(values))).all()
 
 
-def test_all_tokens_are_the_kl_itself():
+def test_with_all_tokens_it_is_the_kl():
     student, teacher = logits(7, classes=30), logits(8, classes=30)
     ids, weights = sparse.top_k(teacher, 2.0, 99)
     value = losses.sparse_kl(student, 2.0, ids.long(), weights, torch.special.entr(weights).sum(-1))
@@ -123,7 +123,7 @@ def test_all_tokens_are_the_kl_itself():
     )
 
 
-def test_the_likeliest_are_the_likeliest_and_add_up():
+def test_top_k_gives_the_likeliest_tokens_normalized():
     ids, weights = sparse.top_k(logits(9), 2.0, 5)
     p = (logits(9) / 2).softmax(-1)
     assert torch.equal(ids.long(), p.topk(5).indices)
@@ -136,7 +136,7 @@ def test_the_likeliest_are_the_likeliest_and_add_up():
 
 
 @pytest.mark.parametrize("draws", DRAWS)
-def test_what_is_packed_is_unpacked(draws):
+def test_unpacking_inverts_packing(draws):
     counts, _ = sparse.sample_counts(logits(10), 2.0, draws, uniform(1))
     content = sparse.pack_counts(sparse.encode_counts(counts, draws).numpy())
     assert len(content) == sparse.BYTES * counts.count_nonzero()
@@ -166,8 +166,8 @@ def test_certainty_masked_tokens_and_the_ends_of_the_offset_are_no_special_cases
         torch.testing.assert_close(entropy, torch.tensor([0, 0, math.log(3)]))
 
 
-def test_few_draws_of_a_likely_token_vary_less_than_on_their_own():
-    """Why they are evenly spaced: of p = 0.6, say, 50 separate draws would spread by 50 * 0.6 * 0.4 = 12 = 3.5 squared."""
+def test_systematic_draws_vary_less_than_independent_ones():
+    """At p = 0.6, 50 independent draws have a variance of 50 * 0.6 * 0.4 = 12."""
     at = torch.tensor([[0.6, 0.3, 0.1]]).log()
     counts = torch.stack(
         [sparse.sample_counts(at, 1.0, 50, uniform(seed, 1))[0][0] for seed in range(200)]

@@ -1,4 +1,4 @@
-"""Laws of removing neurons, heads and blocks: what is removed answers as what is masked, in every family."""
+"""Laws of structured pruning: removing equals masking, for every model family."""
 
 import copy
 
@@ -99,12 +99,12 @@ def some(found, unequal=True, seed=1):
 
 def cut(made, kind, kept, optimizer=None):
     for groups, mask in zip(groups_of(made, kind), kept, strict=True):
-        structure.remove(groups, mask, optimizer)
+        structure.remove_groups(groups, mask, optimizer)
 
 
 def record(made):
     """The config's account, as the callbacks write it."""
-    shapes = structure.declare(made)
+    shapes = structure.update_config(made)
     made.config.compression = {"shapes": shapes} if shapes else None
     return made
 
@@ -115,7 +115,7 @@ def test_what_is_removed_answers_as_what_is_masked(family, kind, attention):
     made = model(family, attention)
     whole, twin, kept = answers(made), copy.deepcopy(made), some(groups_of(made, kind))
     for groups, mask in zip(groups_of(twin, kind), kept, strict=True):
-        structure.zero(groups, mask)
+        structure.zero_groups(groups, mask)
     cut(made, kind, kept)
     torch.testing.assert_close(
         answers(made), answers(twin), rtol=0, atol=1e-6 * max(1, float(whole.abs().max()))
@@ -134,7 +134,7 @@ def test_removing_nothing_changes_nothing(family, kind):
     cut(
         made, kind, [torch.ones(groups.count, dtype=torch.bool) for groups in groups_of(made, kind)]
     )
-    assert structure.declare(made) == {}
+    assert structure.update_config(made) == {}
     assert all(one is other for one, other in zip(parameters, made.parameters(), strict=True))
     assert torch.equal(answers(made), before)
 
@@ -198,7 +198,7 @@ def test_the_moments_of_what_survives_are_slices_of_the_old_ones(family, kind):
     optimizer, kept = stepped(made), some(groups_of(made, kind))
     marked = {}
     for groups, mask in zip(groups_of(made, kind), kept, strict=True):
-        for part in groups.parts:
+        for part in groups.slices:
             assert part.parameter in optimizer.state
             marked[part.layer, part.name] = (
                 part,
@@ -227,7 +227,7 @@ def test_training_after_a_removal_is_training_of_the_masked_twin(family, kind):
     second = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1)
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for groups, mask in zip(groups_of(twin, kind), kept, strict=True):
-        structure.zero(groups, mask, second)
+        structure.zero_groups(groups, mask, second)
     cut(made, kind, kept, optimizer)
     optimizer.param_groups[0]["params"] = list(made.parameters())
     for _ in range(3):
@@ -237,7 +237,7 @@ def test_training_after_a_removal_is_training_of_the_masked_twin(family, kind):
     for groups, mask in zip(groups_of(twin, kind), kept, strict=True):
         assert all(
             part.parameter.index_select(part.dim, part.indices(~mask)).eq(0).all()
-            for part in groups.parts
+            for part in groups.slices
         )
 
 
@@ -245,8 +245,8 @@ def test_masking_clears_moments_and_gradients_too():
     made = model("bert")
     optimizer = stepped(made)
     groups, mask = groups_of(made, "heads")[0], torch.tensor([True, False, True])
-    structure.zero(groups, mask, optimizer)
-    for part in groups.parts:
+    structure.zero_groups(groups, mask, optimizer)
+    for part in groups.slices:
         moments = optimizer.state[part.parameter]
         for tensor in (
             part.parameter,
@@ -269,7 +269,7 @@ def test_masking_clears_moments_and_gradients_too():
 def test_equal_widths_load_plainly(family, kind, tmp_path):
     made = model(family)
     cut(made, kind, some(groups_of(made, kind), unequal=False))
-    assert structure.declare(made) == {}
+    assert structure.update_config(made) == {}
     made.save_pretrained(tmp_path)
     loaded = type(made).from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(answers(loaded.eval()), answers(made))
@@ -280,7 +280,7 @@ def test_equal_widths_load_plainly(family, kind, tmp_path):
 def test_unequal_widths_are_recorded(family, kind):
     made = model(family)
     cut(made, kind, some(groups_of(made, kind)))
-    shapes, skeleton = structure.declare(made), type(made)(made.config)
+    shapes, skeleton = structure.update_config(made), type(made)(made.config)
     built = {
         name: layer.weight.shape
         for name, layer in skeleton.named_modules()
@@ -301,7 +301,7 @@ def test_unequal_widths_are_recorded(family, kind):
 def test_equal_heads_of_bert_are_recorded_since_its_config_cannot_say_them():
     made = model("bert")
     cut(made, "heads", some(groups_of(made, "heads"), unequal=False))
-    shapes = structure.declare(made)
+    shapes = structure.update_config(made)
     assert len(shapes) == 3 * 4
     assert made.config.num_attention_heads == 3
 
@@ -313,7 +313,7 @@ def test_numbers_of_heads_that_a_family_s_config_refuses_are_recorded(tmp_path):
     ):  # 5 * 2 query heads do not divide 64 features
         made = model(family, hidden_size=64, num_attention_heads=16, num_key_value_heads=8)
         cut(made, "heads", [torch.arange(8) < 5] * 3)
-        assert bool(structure.declare(made)) == recorded
+        assert bool(structure.update_config(made)) == recorded
         assert made.config.num_attention_heads == (16 if recorded else 10)
         made.save_pretrained(tmp_path / family)
 
@@ -321,9 +321,9 @@ def test_numbers_of_heads_that_a_family_s_config_refuses_are_recorded(tmp_path):
 def test_widths_that_become_equal_leave_the_record():
     made = model("distilbert")
     cut(made, "neurons", [torch.arange(20) < count for count in (10, 12, 14)])
-    assert len(structure.declare(made)) == 6
+    assert len(structure.update_config(made)) == 6
     cut(made, "neurons", [torch.arange(count) < 10 for count in (10, 12, 14)])
-    assert structure.declare(made) == {}
+    assert structure.update_config(made) == {}
     assert made.config.hidden_dim == 10
 
 
@@ -336,7 +336,7 @@ def test_blocks_that_stay_answer_in_their_order_and_load_plainly(family, tmp_pat
     kept = [blocks(made)[place] for place in (0, 2)]
     structure.keep_blocks(made, [0, 2])
     assert [*blocks(made)] == kept
-    assert structure.declare(made) == {}
+    assert structure.update_config(made) == {}
     made.save_pretrained(tmp_path)
     loaded = type(made).from_pretrained(tmp_path, attn_implementation="eager")
     assert len(blocks(loaded)) == 2
@@ -396,7 +396,7 @@ def test_magnitude_is_the_norm_of_a_group_s_weights(family, kind):
         alone = torch.arange(groups.count) == place
         weights = [
             part.parameter.index_select(part.dim, part.indices(alone)).flatten()
-            for part in groups.parts
+            for part in groups.slices
             if part.name == "weight"
         ]
         torch.testing.assert_close(scores[place], torch.cat(weights).norm())
@@ -434,7 +434,7 @@ def test_activation_counts_real_tokens_only():
     seen = []
     layer = groups_of(made, "neurons")[0].output.layer
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    observer = Observer(made, {"0": layer}, importance.activation)
+    observer = Observer(made, {"0": layer}, importance.activation_sum)
     made(input_ids=IDS, attention_mask=MASK)
     torch.testing.assert_close(observer.values["0"], (seen[0].abs() * MASK[..., None]).sum((0, 1)))
 
@@ -456,10 +456,10 @@ def test_the_lowest_go_and_what_is_gone_stays_gone():
         torch.tensor([3.0, 1.0, 2.0, 1.0, 9.0]),
         torch.tensor([True, True, True, True, False]),
     )
-    assert importance.lowest(scores, kept, 0).tolist() == [True] * 5
-    assert importance.lowest(scores, kept, 1).tolist() == [True, True, True, True, False]
-    assert importance.lowest(scores, kept, 2).tolist() == [True, False, True, True, False]
-    assert importance.lowest(scores, kept, 4).tolist() == [True, False, False, False, False]
+    assert importance.keep_highest(scores, kept, 0).tolist() == [True] * 5
+    assert importance.keep_highest(scores, kept, 1).tolist() == [True, True, True, True, False]
+    assert importance.keep_highest(scores, kept, 2).tolist() == [True, False, True, True, False]
+    assert importance.keep_highest(scores, kept, 4).tolist() == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.75])
@@ -504,7 +504,7 @@ def test_fused_heads_are_refused():
     made = model("gpt2")
     with pytest.raises(
         UserError,
-        match="the student is a gpt2, but heads can go only where query, key and value are separate",
+        match="the student is a gpt2, but heads can be removed only",
     ):
         structure.heads(made, blocks(made)[0])
 

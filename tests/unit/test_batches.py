@@ -1,4 +1,4 @@
-"""Over any number of ranks an epoch holds every example once, in the same order, and can be taken up at any place."""
+"""Over any number of ranks an epoch has every example once, in one order, and can be resumed."""
 
 import math
 from itertools import product
@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from distill.data import BatchPlan, is_dummy_batch, make_loader
+from distill.data import Batching, BatchPlan, is_dummy_batch, make_loader
 from distill.errors import UserError
 from distill.tasks import SingleLabelClassification
 
@@ -41,7 +41,7 @@ def split_of(count):
 def plans(size, world, seed, grouped):
     count, batch, accumulate = size
     return [
-        BatchPlan(split_of(count), batch, accumulate, seed, grouped, rank, world)
+        BatchPlan(split_of(count), Batching(batch, accumulate, seed, grouped, rank, world))
         for rank in range(world)
     ]
 
@@ -50,7 +50,11 @@ def loader_of(count, batch=8, accumulate=1, seed=0, workers=0, rank=0, world=1):
     task = SingleLabelClassification()
     task.names = ("a", "b")
     return make_loader(
-        split_of(count), task, 0, batch, accumulate, seed, workers=workers, rank=rank, world=world
+        split_of(count),
+        task,
+        0,
+        Batching(batch, accumulate, seed, rank=rank, world=world),
+        workers,
     )
 
 
@@ -85,30 +89,33 @@ def test_every_example_comes_once_per_epoch_over_the_ranks(size, world):
 def test_the_order_is_the_same_for_every_number_of_ranks(size, seed, grouped):
     alone = list(plans(size, 1, seed, grouped)[0])
     for world in WORLDS[1:]:
-        for turn, whole in zip(
+        for turn, complete in zip(
             zip(*plans(size, world, seed, grouped), strict=True), alone, strict=True
         ):
             busy = [micro for micro in turn if not is_dummy_batch(micro)]
             assert [micro.indices for micro in busy] == [
-                whole.indices[rank::world] for rank in range(len(busy))
+                complete.indices[rank::world] for rank in range(len(busy))
             ]
-            assert {(micro.rows, micro.tokens) for micro in busy} == {(whole.rows, whole.tokens)}
+            assert {(micro.rows, micro.tokens) for micro in busy} == {
+                (complete.rows, complete.tokens)
+            }
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_without_a_seed_batches_are_those_of_one_process_dealt_out_in_turn(size):
+def test_without_a_seed_ranks_take_the_batches_of_one_process_in_turn(size):
     count, batch, _ = size
-    alone = list(BatchPlan(split_of(count), batch))
+    alone = list(BatchPlan(split_of(count), Batching(batch)))
     for world in WORLDS:
         shares = [
-            list(BatchPlan(split_of(count), batch, rank=rank, world=world)) for rank in range(world)
+            list(BatchPlan(split_of(count), Batching(batch, rank=rank, world=world)))
+            for rank in range(world)
         ]
         dealt = [micro for turn in zip(*shares, strict=True) for micro in turn]
         assert dealt[: len(alone)] == alone
         assert all(is_dummy_batch(micro) for micro in dealt[len(alone) :])
 
 
-def test_an_idle_micro_batch_is_one_example_that_counts_for_nothing():
+def test_a_dummy_batch_is_one_example_that_adds_zero():
     shares = plans((17, 16, 1), 2, 0, True)
     last = list(shares[1])[-1]
     assert is_dummy_batch(last) and len(last.indices) == 1 and last.rows == last.tokens == math.inf
@@ -116,14 +123,14 @@ def test_an_idle_micro_batch_is_one_example_that_counts_for_nothing():
     assert torch.tensor(3.5) / loader_of(17, 16, rank=1, world=2).dataset[last].rows == 0
 
 
-def test_padding_is_told_of_all_ranks():
-    """More ranks have smaller batches, which pad less; none of them counts alone."""
-    said = {
-        world: {plan.padding() for plan in plans((100, 16, 1), world, 0, False)}
+def test_the_share_of_padding_is_of_all_ranks():
+    """More ranks have smaller batches, which need less padding."""
+    shares_by_world = {
+        world: {plan.padding_share() for plan in plans((100, 16, 1), world, 0, False)}
         for world in (1, 2, 4)
     }
-    assert all(len(shares) == 1 for shares in said.values())
-    one, two, four = (min(shares) for shares in said.values())
+    assert all(len(shares) == 1 for shares in shares_by_world.values())
+    one, two, four = (min(shares) for shares in shares_by_world.values())
     assert one > two > four > 0
 
 
@@ -132,16 +139,16 @@ def test_padding_is_told_of_all_ranks():
 
 @pytest.mark.parametrize("size", [(21, 8, 1), (21, 8, 3), (17, 16, 2)])
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_rest_of_an_epoch_is_its_tail_from_any_place(size, world):
+def test_an_epoch_resumes_from_any_position(size, world):
     for plan in plans(size, world, 5, True):
         for epoch in (0, 2):
             plan.set_epoch(epoch)
             plan.start = 0
-            whole = list(plan)
-            for start in range(len(whole) + 1):
+            complete = list(plan)
+            for start in range(len(complete) + 1):
                 plan.start = start
-                assert list(plan) == list(plan) == whole[start:]
-            assert len(plan) == len(whole)
+                assert list(plan) == list(plan) == complete[start:]
+            assert len(plan) == len(complete)
 
 
 def ids(batches):
@@ -149,38 +156,38 @@ def ids(batches):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cut", [0, 1, 4, 6])
-def test_a_loader_goes_on_where_its_state_was_taken(workers, cut):
-    """Six micro-batches an epoch: from the start, from within, from the edge; and the epochs after it are whole."""
+@pytest.mark.parametrize("stop", [0, 1, 4, 6])
+def test_a_loader_resumes_where_its_state_was_saved(workers, stop):
+    """From the start, the middle and the end of six micro-batches; later epochs are complete."""
     size = {"count": 43, "batch": 16, "accumulate": 2, "workers": workers}
-    whole = []
+    complete = []
     for epoch in (0, 1, 2):
         reference = loader_of(**size)
         reference.plan.set_epoch(epoch)
-        whole.append(ids(reference))
-    assert {len(epoch) for epoch in whole} == {6}
+        complete.append(ids(reference))
+    assert {len(epoch) for epoch in complete} == {6}
     interrupted = loader_of(**size)
     for place, _ in enumerate(interrupted, 1):
-        if place == cut:
+        if place == stop:
             break
-    state = interrupted.state_dict() if cut else loader_of(**size).state_dict()
-    assert state["position"] == cut
+    state = interrupted.state_dict() if stop else loader_of(**size).state_dict()
+    assert state["position"] == stop
     resumed = loader_of(**size)
     resumed.load_state_dict(state)
     assert resumed.state_dict() in (
         state,
         state | {"epoch": 1, "position": 0},
     )  # the edge of an epoch is the next one's start
-    rest = whole[0][cut:] or whole[1]
+    rest = complete[0][stop:] or complete[1]
     assert ids(resumed) == rest
     for epoch in range(resumed.plan.epoch + 1, 3):
         resumed.plan.set_epoch(epoch)
-        assert ids(resumed) == whole[epoch]
+        assert ids(resumed) == complete[epoch]
 
 
-def test_an_iterator_keeps_the_place_that_it_was_made_for():
-    """Lightning may set the epoch, or workers ask twice, before the first batch is taken."""
-    plan = BatchPlan(split_of(40), 8, seed=0)
+def test_an_iterator_keeps_the_position_that_it_was_made_for():
+    """Lightning may set the epoch, and workers may iterate twice, before the first batch."""
+    plan = BatchPlan(split_of(40), Batching(8, seed=0))
     expected = list(plan)[2:]
     plan.start = 2
     first, second = iter(plan), iter(plan)
@@ -188,7 +195,7 @@ def test_an_iterator_keeps_the_place_that_it_was_made_for():
     assert list(first) == list(second) == expected
 
 
-def test_a_state_serves_any_number_of_ranks():
+def test_a_state_fits_any_number_of_ranks():
     state = None
     for world in (1, 2, 3):
         shares = [loader_of(43, 16, 2, rank=rank, world=world) for rank in range(world)]

@@ -1,4 +1,4 @@
-"""Sources of every kind become the same three splits; what is wrong with them is named; tokenising happens once."""
+"""Sources of every kind give the same splits, defects are reported, texts are tokenized once."""
 
 import errno
 import logging
@@ -13,11 +13,12 @@ from datasets.exceptions import DatasetGenerationError
 from distill import corpora, store
 from distill import data as pipeline
 from distill.data import encoding
-from distill.data.splits import largest_remainder
+from distill.data.holdout import largest_remainder
 from distill.errors import UserError
 from distill.models.tokenizers import train_tokenizer
 from distill.recipe.config import Data
 from distill.tasks import (
+    LANGUAGE_TOKENS,
     CausalLanguageModelling,
     MultiLabelClassification,
     Regression,
@@ -60,11 +61,16 @@ def write(split: Dataset, path) -> None:
         path.write_text("\n".join(split["text"]))
 
 
-def load(source, task=None, seed=0, **keys) -> DatasetDict:
+def load_bound(source, task=None, seed=0, **keys):
+    """The splits, and the task bound to their labels."""
     keys = {"validation": None, "test": None} | keys
     return pipeline.load(
         Data(source=str(source), **keys), task or SingleLabelClassification(), seed
     )
+
+
+def load(source, task=None, seed=0, **keys) -> DatasetDict:
+    return load_bound(source, task, seed, **keys)[0]
 
 
 # ---- sources
@@ -99,7 +105,7 @@ def test_a_folder_holds_a_file_for_each_split(suffix, tmp_path):
     }
 
 
-def test_a_file_is_known_by_its_content_not_by_its_name_and_time(tmp_path):
+def test_a_file_is_cached_by_content_and_not_by_name_and_time(tmp_path):
     file = tmp_path / "rows.csv"
     for word in ("old", "new"):
         file.write_text(f"text,label\n{word},a\n")
@@ -107,7 +113,7 @@ def test_a_file_is_known_by_its_content_not_by_its_name_and_time(tmp_path):
         assert pipeline.open_source(str(file))["train"]["text"][:] == [word]
 
 
-def test_a_folder_laid_out_as_on_the_hub_is_known_by_its_content(tmp_path):
+def test_a_folder_laid_out_as_on_the_hub_is_cached_by_content(tmp_path):
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "train.csv"
     for word in ("old", "new"):
@@ -123,7 +129,9 @@ def test_a_folder_laid_out_as_on_the_hub_is_known_by_its_content(tmp_path):
         PermissionError(errno.EACCES, "denied", "/elsewhere/x"),
     ],
 )
-def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_source(error, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_not_reported_as_an_error_of_the_source(
+    error, tmp_path, monkeypatch
+):
     def fail(*_, **__):
         raise DatasetGenerationError("generating") from error
 
@@ -135,18 +143,18 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_source(error, tmp_p
         pipeline.open_source(str(tmp_path / "rows.csv"))
 
 
-def test_a_cache_that_is_no_folder_is_named(tmp_path, monkeypatch):
+def test_a_cache_that_is_a_file_is_reported(tmp_path, monkeypatch):
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "rows.csv"))
     (tmp_path / "more.csv").write_text("text,label\na,b\n")
     with pytest.raises(
         UserError,
-        match=r"rows\.csv cannot be written \(.*but what is read from .*more\.csv is kept there",
+        match=r"rows\.csv cannot be written \(.*more\.csv",
     ):
         pipeline.open_source(str(tmp_path / "more.csv"))
 
 
-def test_a_source_that_the_system_refuses_is_blamed(tmp_path, monkeypatch):
+def test_an_unreadable_source_is_reported(tmp_path, monkeypatch):
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
 
     def refuse(path):
@@ -198,16 +206,14 @@ def test_a_function_by_its_dotted_path():
         ),
     ],
 )
-def test_a_source_that_is_not_there_is_named(source, message):
+def test_a_missing_source_is_refused(source, message):
     with pytest.raises(UserError, match=message):
         pipeline.open_source(source)
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
+def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "news.xlsx").write_text("?")
-    with pytest.raises(
-        UserError, match=r"news\.xlsx, but files are read by their suffix, one of \.csv"
-    ):
+    with pytest.raises(UserError, match=r"news\.xlsx, but .* \.csv"):
         pipeline.open_source(str(tmp_path / "news.xlsx"))
     (tmp_path / "news.csv").write_text("")
     with pytest.raises(UserError, match=r"news\.csv is empty, but it must hold examples"):
@@ -217,7 +223,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         pipeline.open_source(str(tmp_path / "news.jsonl"))
 
 
-def test_folders_that_cannot_be_read_are_named(tmp_path):
+def test_unreadable_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
         pipeline.open_source(str(tmp_path))
     for suffix in (".csv", ".jsonl"):
@@ -229,19 +235,19 @@ def test_folders_that_cannot_be_read_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["owner/news", "news"])
-def test_an_unreachable_hub_is_one_sentence(source, monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_sentence(source, monkeypatch):
     def unreachable(*_):
         raise ConnectionError(f"Couldn't reach '{source}' on the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
         UserError,
-        match=rf"{source} \(small\), but it could not be read .*\(Couldn't reach '{source}' on the Hub\): .* local file",
+        match=rf"data.source is {source} \(small\), but .*Couldn't reach '{source}' on the Hub",
     ):
         pipeline.open_source(source, "small")
 
 
-def test_a_configuration_of_something_that_has_none_is_refused(tmp_path):
+def test_a_configuration_of_a_source_without_configurations_is_refused(tmp_path):
     write(Dataset.from_dict(ROWS), tmp_path / "train.csv")
     made().save_to_disk(tmp_path / "saved")
     for source in (tmp_path / "train.csv", tmp_path / "saved", f"{HERE}.made"):
@@ -254,7 +260,7 @@ def test_a_configuration_of_something_that_has_none_is_refused(tmp_path):
 # ---- columns, cells and texts
 
 
-def test_words_that_other_readers_take_for_empty_are_kept(tmp_path):
+def test_words_that_pandas_reads_as_missing_are_texts(tmp_path):
     texts, labels = ["NA", "None", "null", "nan"] * 5, ["None", "NA"] * 10
     write(Dataset.from_dict({"text": texts, "label": labels}), tmp_path / "words.csv")
     splits = load(tmp_path / "words.csv")
@@ -267,8 +273,7 @@ def test_numbers_with_empty_cells_stay_labels(tmp_path):
         "text,label\n"
         + "".join(f"text {row},{'' if row % 3 == 0 else row % 2}\n" for row in range(30))
     )
-    task = SingleLabelClassification()
-    splits = load(tmp_path / "numbers.csv", task)
+    splits, task = load_bound(tmp_path / "numbers.csv")
     assert task.names == ("0", "1")
     assert set(splits["train"]["label"]) == {"0", "1", None}
     assert None not in splits["test"]["label"][:]
@@ -279,15 +284,15 @@ def test_numbers_with_empty_cells_stay_labels(tmp_path):
     [
         (
             {"text": ["body"]},
-            "data.text is body, but split train of .* has the columns text, label: name one of them",
+            "data.text is body, but .* text, label",
         ),
         (
             {"label": "topic"},
-            "data.label is topic, but split train of .* has the columns text, label: name one of them",
+            "data.label is topic, but .* text, label",
         ),
         (
             {"train": "training"},
-            "data.train is training, but .* has the splits train, validation, texts: name one of them",
+            "data.train is training, but .* train, validation, texts",
         ),
         (
             {"test": "test"},
@@ -295,7 +300,7 @@ def test_numbers_with_empty_cells_stay_labels(tmp_path):
         ),
         (
             {"labels": ["up", "left"]},
-            "column 'label' of split train of .* is 'down' in row 1, but the labels are up, left: correct it",
+            "column 'label' of split train of .* is 'down' in row 1, but .* up, left",
         ),
         (
             {"validation": "texts"},
@@ -303,12 +308,12 @@ def test_numbers_with_empty_cells_stay_labels(tmp_path):
         ),
     ],
 )
-def test_what_the_source_lacks_is_named(keys, message):
+def test_missing_splits_columns_and_labels_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
         load(f"{HERE}.made", **keys)
 
 
-def test_names_that_no_example_has_are_said(caplog):
+def test_labels_without_examples_are_logged(caplog):
     load(f"{HERE}.made", labels=["up", "left", "down"])
     assert (
         f"no training example of {HERE}.made is labelled left: the model cannot learn it"
@@ -337,7 +342,8 @@ def test_empty_texts_are_dropped_and_counted_once(tmp_path, caplog):
         ROWS["text"]
     )
     assert [record.getMessage() for record in caplog.records] == [
-        f"3 of 23 examples in split train of {tmp_path}/gaps.jsonl are empty: dropped, the first in row 20"
+        f"3 of 23 examples in split train of {tmp_path}/gaps.jsonl are empty and are dropped, "
+        "the first in row 20"
     ]
 
 
@@ -348,13 +354,15 @@ def test_pairs_with_one_empty_side_are_kept_and_counted_once(tmp_path, tokenizer
         "label": [*ROWS["label"], "up", "up", "up"],
     }
     write(Dataset.from_dict(rows), tmp_path / "pairs.jsonl")
-    task, keys = SingleLabelClassification(), {"text": ["a", "b"], "validation": None, "test": None}
+    keys = {"text": ["a", "b"], "validation": None, "test": None}
     with caplog.at_level(logging.INFO, logger="distill"):
-        splits = load(tmp_path / "pairs.jsonl", task, **keys)
+        splits, task = load_bound(tmp_path / "pairs.jsonl", **keys)
     assert sum(map(len, splits.values())) == 22
     assert [record.getMessage() for record in caplog.records] == [
-        f"2 of 23 pairs in split train of {tmp_path}/pairs.jsonl have one empty side: kept, the first in row 20",
-        f"1 of 23 examples in split train of {tmp_path}/pairs.jsonl are empty: dropped, the first in row 22",
+        f"2 of 23 pairs in split train of {tmp_path}/pairs.jsonl have one empty side and are kept, "
+        "the first in row 20",
+        f"1 of 23 examples in split train of {tmp_path}/pairs.jsonl are empty and are dropped, "
+        "the first in row 22",
     ]
     assert (
         sum(
@@ -364,13 +372,13 @@ def test_pairs_with_one_empty_side_are_kept_and_counted_once(tmp_path, tokenizer
     )
 
 
-def test_nothing_but_empty_texts_is_refused(tmp_path):
+def test_a_split_of_empty_texts_is_refused(tmp_path):
     write(Dataset.from_dict({"text": ["", " "], "label": ["a", "b"]}), tmp_path / "gaps.jsonl")
     with pytest.raises(UserError, match=r"has 2 rows, but none of them has a text"):
         load(tmp_path / "gaps.jsonl")
 
 
-def test_a_held_back_test_split_cannot_test(tmp_path):
+def test_a_test_split_without_labels_is_refused(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
     splits = DatasetDict(
         train=Dataset.from_dict({"text": ROWS["text"], "label": [0, 1] * 10}, features=features),
@@ -380,7 +388,7 @@ def test_a_held_back_test_split_cannot_test(tmp_path):
     assert set(load(tmp_path)["test"]["label"]) <= {"a", "b"}
     with pytest.raises(
         UserError,
-        match=r"data.test is test, but none of its examples has a label: name another split, or null",
+        match=r"data.test is test, but none of its examples has a label",
     ):
         load(tmp_path, test="test")
 
@@ -411,16 +419,16 @@ def test_labels_of_other_tasks(task, cells, tmp_path):
 
 
 @pytest.mark.parametrize("labels", [None, ["a", "b"]])
-def test_several_labels_in_a_string_are_answered_by_the_formats_that_have_lists(labels, tmp_path):
+def test_several_labels_in_a_string_are_refused(labels, tmp_path):
     write(Dataset.from_dict({"text": ROWS["text"], "label": ["a;b"] * 20}), tmp_path / "rows.csv")
     with pytest.raises(UserError, match=r"JSON lines and Parquet can hold lists, CSV cannot"):
         load(tmp_path / "rows.csv", MultiLabelClassification(), labels=labels)
 
 
-def test_labels_that_yaml_takes_for_truth_values_are_to_be_quoted():
+def test_labels_that_yaml_reads_as_booleans_are_refused_with_a_hint():
     with pytest.raises(
         UserError,
-        match=r"is 'up' in row 0, but the labels are False, True: .* data.labels, 'yes' and 'no' in quotes$",
+        match=r"is 'up' in row 0, but .* False, True: .* data.labels, .* in quotes$",
     ):
         load(f"{HERE}.made", labels=["False", "True"])
 
@@ -428,7 +436,7 @@ def test_labels_that_yaml_takes_for_truth_values_are_to_be_quoted():
 # ---- splits and labels
 
 
-def test_held_out_splits_do_not_depend_on_the_seed_and_share_nothing():
+def test_held_out_splits_do_not_depend_on_the_seed_and_do_not_overlap():
     first, second = (load(f"{HERE}.made", seed=seed, labelled=4) for seed in (0, 1))
     for name in ("validation", "test"):
         assert first[name].to_dict() == second[name].to_dict()
@@ -446,7 +454,7 @@ def test_held_out_splits_do_not_depend_on_the_seed_and_share_nothing():
     [
         (
             {"validation": "train"},
-            "data.validation is train, but data.train is that split too: name another, or set data.validation to null",
+            "data.validation is train, but data.train is that split too",
         ),
         ({"test": "train"}, "data.test is train, but data.train is that split too"),
         (
@@ -465,7 +473,7 @@ def test_a_split_has_one_use(keys, message):
         load(f"{HERE}.made", **keys)
 
 
-def test_texts_that_are_trained_on_and_measured_on_are_said(tmp_path, caplog):
+def test_texts_in_the_training_split_and_in_another_are_logged(tmp_path, caplog):
     splits = {
         "train": ROWS,
         "validation": MORE,
@@ -510,7 +518,7 @@ def test_too_few_examples_to_hold_out_are_refused(tmp_path):
         load(tmp_path / "few.csv")
 
 
-def test_labels_are_taken_away_class_by_class():
+def test_labels_are_removed_class_by_class():
     one, same, other = (
         load(f"{HERE}.made", seed=seed, validation="validation", labelled=6)["train"]
         for seed in (3, 3, 4)
@@ -519,9 +527,10 @@ def test_labels_are_taken_away_class_by_class():
     assert one.to_dict() == same.to_dict()
     assert one["label"][:] != other["label"][:]
     assert one["text"][:] == other["text"][:]
-    whole = dict(zip(ROWS["text"], ROWS["label"], strict=True))
+    expected = dict(zip(ROWS["text"], ROWS["label"], strict=True))
     assert all(
-        label in (None, whole[text]) for text, label in zip(one["text"], one["label"], strict=True)
+        label in (None, expected[text])
+        for text, label in zip(one["text"], one["label"], strict=True)
     )
 
 
@@ -540,7 +549,7 @@ def test_quotas_are_in_proportion_and_leave_no_class_out(total):
         (
             1,
             None,
-            "data.labelled is 1, but each of the 2 classes needs a labelled example: keep at least 2",
+            "data.labelled is 1, but each of the 2 classes needs a labelled example",
         ),
         (99, None, "data.labelled is 99, but only 16 training examples have a label"),
         (
@@ -550,7 +559,7 @@ def test_quotas_are_in_proportion_and_leave_no_class_out(total):
         ),
     ],
 )
-def test_labels_that_cannot_be_kept_are_refused(labelled, task, message):
+def test_a_number_of_labels_that_the_data_lack_is_refused(labelled, task, message):
     with pytest.raises(UserError, match=message):
         load(f"{HERE}.made", task, labelled=labelled)
 
@@ -568,9 +577,8 @@ def test_unlabelled_texts_join_the_training_split(tmp_path):
     ].column_names == ["text"]
 
 
-def test_texts_alone_train_a_student_that_has_names():
-    task = SingleLabelClassification()
-    splits = load(f"{HERE}.made", task, label=None, labels=["up", "down"])
+def test_data_without_labels_take_the_names_of_the_recipe():
+    splits, task = load_bound(f"{HERE}.made", label=None, labels=["up", "down"])
     assert splits["train"].column_names == ["text"]
     assert task.names == ("up", "down")
 
@@ -580,26 +588,26 @@ def test_texts_alone_train_a_student_that_has_names():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(ROWS["text"], 300, classification=True)
+    return train_tokenizer(ROWS["text"], 300)
 
 
 @pytest.fixture(scope="module")
-def endless():
-    """A tokenizer with no token to begin or end a text: the first of its own is context only."""
-    tokenizer = train_tokenizer(ROWS["text"], 300, classification=False)
+def without_special_tokens():
+    """A tokenizer without a begin or end token: the first token of a text is context only."""
+    tokenizer = train_tokenizer(ROWS["text"], 300, LANGUAGE_TOKENS)
     tokenizer.eos_token = None
     return tokenizer
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """How often a text is tokenised."""
+def encoded_sizes(monkeypatch):
+    """The sizes of the batches that are tokenized."""
     calls = []
-    whole = SingleLabelClassification.encode
+    original = SingleLabelClassification.encode
 
     def encode(self, examples, tokenizer, data):
         calls.append(len(examples["text"]))
-        return whole(self, examples, tokenizer, data)
+        return original(self, examples, tokenizer, data)
 
     monkeypatch.setattr(SingleLabelClassification, "encode", encode)
     return calls
@@ -609,22 +617,23 @@ def encoded(tokenizer, task=None, seed=0, **keys) -> DatasetDict:
     task = task or SingleLabelClassification()
     keys = {"validation": "validation", "test": None} | keys
     data = Data(source=f"{HERE}.made", **keys)
-    return pipeline.encode(pipeline.load(data, task, seed), task, tokenizer, data)
+    raw, task = pipeline.load(data, task, seed)
+    return pipeline.encode(raw, task, tokenizer, data)
 
 
 def entries(file="*") -> list:
     return [*(store.cache_root() / "examples").glob(f"*/{file}")]
 
 
-def test_texts_are_tokenised_once_and_kept(tokenizer, counted):
+def test_texts_are_tokenized_once_and_stored(tokenizer, encoded_sizes):
     first = encoded(tokenizer)
-    assert sum(counted) >= 28
-    counted.clear()
+    assert sum(encoded_sizes) >= 28
+    encoded_sizes.clear()
     tokenizer(
         "the last use", truncation=True, max_length=3, padding="max_length"
     )  # leaves its mark on the tokenizer's state
     again = encoded(tokenizer)
-    assert counted == []
+    assert encoded_sizes == []
     assert {name: split.to_dict() for name, split in first.items()} == {
         name: split.to_dict() for name, split in again.items()
     }
@@ -638,24 +647,24 @@ def test_texts_are_tokenised_once_and_kept(tokenizer, counted):
 
 
 @pytest.mark.parametrize("change", ["max_length", "tokenizer", "labels", "texts", "version"])
-def test_a_changed_ingredient_is_a_new_file(change, tokenizer, counted, monkeypatch):
+def test_a_changed_input_is_a_new_file(change, tokenizer, encoded_sizes, monkeypatch):
     encoded(tokenizer)
-    counted.clear()
+    encoded_sizes.clear()
     if change == "version":
         monkeypatch.setattr(encoding, "VERSION", -1)
     changed = {
         "max_length": lambda: encoded(tokenizer, SingleLabelClassification(max_length=64)),
-        "tokenizer": lambda: encoded(train_tokenizer(ROWS["text"], 280, classification=True)),
+        "tokenizer": lambda: encoded(train_tokenizer(ROWS["text"], 280)),
         "labels": lambda: encoded(tokenizer, labels=["up", "down"]),
         "texts": lambda: encoded(tokenizer, labelled=4),
         "version": lambda: encoded(tokenizer),
     }
     changed[change]()
-    assert counted
+    assert encoded_sizes
 
 
-def test_a_run_interrupted_midway_is_made_up_for(tokenizer, tmp_path, monkeypatch):
-    whole = encoded(tokenizer)["train"].to_dict()
+def test_an_interrupted_run_is_repeated(tokenizer, tmp_path, monkeypatch):
+    expected = encoded(tokenizer)["train"].to_dict()
     texts = load(f"{HERE}.made", validation="validation")["train"]["text"][:]
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(encoding, "CHUNK", 5)
@@ -671,12 +680,12 @@ def test_a_run_interrupted_midway_is_made_up_for(tokenizer, tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             encoded(tokenizer)
     assert not entries()
-    assert encoded(tokenizer)["train"].to_dict() == whole
+    assert encoded(tokenizer)["train"].to_dict() == expected
 
 
 @pytest.mark.parametrize("damage", ["shortened", "overwritten"])
-def test_a_damaged_file_is_made_again(damage, tokenizer, counted, caplog):
-    whole = encoded(tokenizer)["train"].to_dict()
+def test_a_damaged_file_is_made_again(damage, tokenizer, encoded_sizes, caplog):
+    expected = encoded(tokenizer)["train"].to_dict()
     for file in entries(encoding.FILE):
         content = file.read_bytes()
         middle = len(content) // 2
@@ -685,33 +694,37 @@ def test_a_damaged_file_is_made_again(damage, tokenizer, counted, caplog):
             if damage == "shortened"
             else content[: middle - 200] + bytes(400) + content[middle + 200 :]
         )
-    counted.clear()
-    assert encoded(tokenizer)["train"].to_dict() == whole
-    assert counted
-    assert "is damaged (examples.arrow): it is made again" in caplog.text
+    encoded_sizes.clear()
+    assert encoded(tokenizer)["train"].to_dict() == expected
+    assert encoded_sizes
+    assert "is damaged (examples.arrow): it is computed again" in caplog.text
 
 
-def test_texts_that_are_shortened_are_counted(tokenizer, caplog):
+def test_truncated_texts_are_counted(tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="distill"):
         encoded(tokenizer, SingleLabelClassification(max_length=4))
     assert (
-        "18 of 18 texts of the train split are longer than task.max_length, 4 tokens: shortened to it"
+        "18 of 18 texts of the train split are longer than task.max_length, 4 tokens: truncated"
         in caplog.text
     )
 
 
-def test_texts_without_anything_to_predict_are_refused(endless):
+def test_texts_without_anything_to_predict_are_refused(without_special_tokens):
     raw = DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}))
     with pytest.raises(
-        UserError, match=r"the train split has 2 texts, but none of them holds a token to predict"
+        UserError, match=r"the train split has 2 texts, but none of them has a token to predict"
     ):
-        pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"))
+        pipeline.encode(raw, CausalLanguageModelling(), without_special_tokens, Data(source="none"))
 
 
-def test_texts_that_give_no_window_first_do_not_hide_those_that_do(endless, monkeypatch):
+def test_a_first_batch_without_windows_does_not_hide_later_ones(
+    without_special_tokens, monkeypatch
+):
     monkeypatch.setattr(encoding, "CHUNK", 2)
     raw = DatasetDict(train=Dataset.from_dict({"text": ["a", "b", "c", "d", "long enough"]}))
-    split = pipeline.encode(raw, CausalLanguageModelling(), endless, Data(source="none"))["train"]
+    split = pipeline.encode(
+        raw, CausalLanguageModelling(), without_special_tokens, Data(source="none")
+    )["train"]
     assert len(split) == 1
 
 
@@ -737,7 +750,7 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
 
 
 @pytest.mark.parametrize("task", [SingleLabelClassification, MultiLabelClassification, Regression])
-def test_labelled_only_leaves_out_what_has_no_label(task, tokenizer):
+def test_only_labelled_leaves_out_examples_without_a_label(task, tokenizer):
     cells = {
         SingleLabelClassification: ["a", None, "b"],
         MultiLabelClassification: [["a"], None, []],
@@ -759,7 +772,7 @@ def test_nothing_labelled_is_refused(task, tokenizer):
     split = pipeline.encode(DatasetDict(train=raw), it, tokenizer, Data(source="none"))["train"]
     with pytest.raises(
         UserError,
-        match=r"0 of 2 training examples have a label, but .* data.label, or a source that has them",
+        match=r"0 of 2 training examples have a label, but .* data.label",
     ):
         pipeline.only_labelled(split, it)
 
@@ -769,9 +782,8 @@ def test_the_default_recipe_data_load():
         corpora.bbc_news()
     except UserError:
         pytest.skip("the extra `demo` is not installed")
-    task = SingleLabelClassification()
-    splits = load(
-        "distill.corpora.bbc_news", task, validation="validation", test="test", labelled=100
+    splits, task = load_bound(
+        "distill.corpora.bbc_news", validation="validation", test="test", labelled=100
     )
     assert len(task.names) == 5
     assert sum(label is not None for label in splits["train"]["label"]) == 100

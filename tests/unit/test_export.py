@@ -2,24 +2,26 @@
 
 import json
 import os
-import subprocess
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
 from distill import export, isolated, packing
 from distill.errors import RunFailed
-from distill.export import comparison, proof
+from distill.export import command
 from distill.export.card import card
-from distill.recipe import compose, config
-from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression
+from distill.export.proof_record import Proof
+from distill.prepare import Prepared
+from distill.recipe import capabilities, compose, config
+from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression, serving
 from tests.unit import tiny_runs
-from tests.unit.tiny_runs import classifier, made
+from tests.unit.tiny_runs import classifier, exported, made
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def ready(tmp_path):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    monkeypatch.setattr(isolated, "run_isolated", tiny_runs.ask_here)
+    monkeypatch.setattr(isolated, "run_isolated", tiny_runs.run_here)
 
 
 @pytest.fixture
@@ -39,8 +41,8 @@ def tampered(monkeypatch):
     def tamper(change):
         write = packing.write_format
 
-        def changed(run, task, tokenizer, student, draft):
-            write(run, task, tokenizer, student, draft)
+        def changed(spec, student, draft):
+            write(spec, student, draft)
             change(draft)
 
         monkeypatch.setattr(packing, "write_format", changed)
@@ -54,7 +56,7 @@ def left(folder):
 
 def refused(ready, match):
     with pytest.raises(RunFailed, match=match) as error:
-        export.export(*ready)
+        exported(*ready)
     assert error.value.exit_code == 1
     assert left(ready[4]) == ["student", "teacher"]
     assert "\n" not in str(error.value)
@@ -136,17 +138,17 @@ def test_a_tampered_export_is_refused_and_leaves_nothing(
 def test_a_faster_dtype_is_named_where_it_is_faster_and_agrees(
     ready, monkeypatch, seconds, flipped, named
 ):
-    def asked(script, question):
-        told = tiny_runs.ask_here(script, question)
-        for form, answers in told["answers"].items():
+    def run_and_time(script, request):
+        response = tiny_runs.run_here(script, request)
+        for form, answers in response["outputs"].items():
             for answer in answers:
                 answer["seconds"] = 1.0 if form == "stored" else seconds
                 if form == "bfloat16" and flipped:
                     answer["logits"] = {name: -logit for name, logit in answer["logits"].items()}
-        return told
+        return response
 
-    monkeypatch.setattr(isolated, "run_isolated", asked)
-    folder = export.export(*ready)
+    monkeypatch.setattr(isolated, "run_isolated", run_and_time)
+    folder = exported(*ready)
     assert folder is not None
     proof, card = (
         json.loads((folder / "proof.json").read_text()),
@@ -166,11 +168,11 @@ def test_a_teacher_stored_without_safetensors_is_weighed_too(ready, in_process):
     weights = ready[4] / "teacher" / "model.safetensors"
     torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
     weights.unlink()
-    assert json.loads((export.export(*ready) / "proof.json").read_text())["ratio"] < 1
+    assert json.loads((exported(*ready) / "proof.json").read_text())["ratio"] < 1
 
 
 @pytest.mark.parametrize(
-    ("task", "student", "told", "agreed"),
+    ("task", "student", "exported_logits", "agreed"),
     [
         (classifier("a", "b", "c"), [9.0, 9.0001, 0.0], [9.0001, 9.0, 0.0], True),
         (classifier("a", "b", "c"), [9.0, 9.01, 0.0], [9.01, 9.0, 0.0], False),
@@ -179,15 +181,15 @@ def test_a_teacher_stored_without_safetensors_is_weighed_too(ready, in_process):
         (classifier("a", "b", kind=MultiLabelClassification), [9.0, 1e-2], [9.0, -1e-2], False),
     ],
 )
-def test_predictions_of_near_ties_are_equal(task, student, told, agreed):
-    student_1C, told_1C = torch.tensor([student]), torch.tensor([told])
-    tied = comparison.break_ties(student_1C, told_1C, comparison.NEAR * 9 / 2)
-    assert task.agreement(told_1C, student_1C).item() == 0
-    assert task.agreement(told_1C, tied).item() == agreed
+def test_predictions_of_near_ties_are_equal(task, student, exported_logits, agreed):
+    student_1C, export_1C = torch.tensor([student]), torch.tensor([exported_logits])
+    tied = serving.break_ties(student_1C, export_1C, serving.NEAR * 9 / 2)
+    assert task.agreement(export_1C, student_1C).item() == 0
+    assert task.agreement(export_1C, tied).item() == agreed
 
 
 @pytest.mark.parametrize(
-    ("given", "shown"),
+    ("name", "shown"),
     [
         ("/home/me/secret/bert", "bert"),
         ("./secret/bert", "bert"),
@@ -197,72 +199,75 @@ def test_predictions_of_near_ties_are_equal(task, student, told, agreed):
         ("package:models/bert", "package:models/bert"),
     ],
 )
-def test_the_card_tells_no_path_of_this_machine(ready, given, shown):
+def test_the_card_has_no_path_of_this_machine(ready, name, shown):
     run, task, *_ = ready
     run = replace(
         run,
-        data=replace(run.data, source=given),
-        teacher=config.Teacher(model=given),
-        student=config.Student(model=given),
+        data=replace(run.data, source=name),
+        teacher=config.Teacher(model=name),
+        student=config.Student(model=name),
     )
-    proof = {
-        "bytes": 1,
-        "teacher_bytes": None,
-        "texts": 1,
-        "agreement": 1,
-        "max_difference": 0,
-        "dtype": "float32",
-        "threads": 1,
-    }
-    proof |= {
-        "format": "dense",
-        "quantize": None,
-        "code": False,
-        "bits_per_weight": 32,
-        "latency_p50_ms": 1,
-        "device": "cpu",
-        "versions": {},
-    }
-    told = card(run, task.pipeline, ["a"], proof, None)
-    assert "secret" not in told
-    assert told.count(shown) >= 5
+    proof = Proof(
+        texts=1,
+        rows=1,
+        agreement=1,
+        max_difference=0,
+        tolerance=None,
+        max_logit=1,
+        bytes=1,
+        teacher_bytes=None,
+        ratio=None,
+        bits_per_weight=32,
+        latency_p50_ms=1,
+        format="dense",
+        dtype="float32",
+        quantize=None,
+        code=False,
+        threads=1,
+        device="cpu",
+        versions={},
+    )
+    assert Proof.from_json(json.loads(json.dumps(proof.to_json()))) == proof
+    text = card(run, task, proof, None)
+    assert "secret" not in text
+    assert text.count(shown) >= 5
 
 
 def test_without_a_teacher_there_is_nothing_to_be_smaller_than(tmp_path, in_process):
     run, *rest = made(tmp_path, classifier("no", "yes"), teacher_layers=1)
-    folder = export.export(replace(run, teacher=None), *rest)
+    folder = exported(replace(run, teacher=None), *rest)
     assert json.loads((folder / "proof.json").read_text())["teacher_bytes"] is None
 
 
 def test_an_interrupted_export_leaves_nothing(ready, monkeypatch):
-    def interrupted(script, question):
+    def interrupted(script, request):
         assert len(left(ready[4])) == 3
         raise KeyboardInterrupt
 
     monkeypatch.setattr(isolated, "run_isolated", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export.export(*ready)
+        exported(*ready)
     assert left(ready[4]) == ["student", "teacher"]
 
 
 def test_an_earlier_export_stays_until_a_new_one_is_proven(ready, in_process, tampered):
-    final = export.export(*ready)
+    final = exported(*ready)
     (final / "mark").write_text("earlier")
     tampered(one_weight)
     with pytest.raises(RunFailed, match="not equal"):
-        export.export(*ready)
+        exported(*ready)
     assert (final / "mark").read_text() == "earlier"
 
 
 def test_a_new_export_takes_the_place_of_an_earlier_one(ready, in_process):
-    (export.export(*ready) / "mark").write_text("earlier")
-    final = export.export(*ready)
+    (exported(*ready) / "mark").write_text("earlier")
+    final = exported(*ready)
     assert not (final / "mark").exists()
     assert left(ready[4]) == ["export", "student", "teacher"]
 
 
 def test_an_earlier_export_comes_back_when_renaming_fails(ready, in_process, monkeypatch):
-    final = export.export(*ready)
+    final = exported(*ready)
     (final / "mark").write_text("earlier")
     real = os.replace
 
@@ -273,23 +278,23 @@ def test_an_earlier_export_comes_back_when_renaming_fails(ready, in_process, mon
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="disk gone"):
-        export.export(*ready)
+        exported(*ready)
     assert (final / "mark").read_text() == "earlier"
     assert left(ready[4]) == ["export", "student", "teacher"]
 
 
 def test_no_export_where_the_recipe_wants_none(ready):
     run, *rest = ready
-    assert export.export(replace(run, export=config.Export(format=None)), *rest) is None
+    assert exported(replace(run, export=config.Export(format=None)), *rest) is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_the_bits_keep_the_predictions_and_halve_the_bytes(tmp_path, in_process, dtype):
     ready = made(tmp_path, classifier("no", "perhaps", "yes"), dtype=dtype)
-    found = json.loads((export.export(*ready) / "proof.json").read_text())
-    assert found["agreement"] >= 0.99
-    assert found["tolerance"] is None
-    assert 1e-6 < found["max_difference"] < 0.5
+    proof = json.loads((exported(*ready) / "proof.json").read_text())
+    assert proof["agreement"] >= 0.99
+    assert proof["tolerance"] is None
+    assert 1e-6 < proof["max_difference"] < 0.5
     weights = (tmp_path / "export" / "model.safetensors").stat().st_size
     assert weights < 0.6 * (tmp_path / "student" / "model.safetensors").stat().st_size
 
@@ -309,18 +314,16 @@ def test_prompts_of_a_language_model_are_proven(tmp_path, in_process):
         tmp_path, CausalLanguageModelling(max_length=16), "gpt2", columns=("prompt", "answer")
     )
     raw = Dataset.from_dict({"prompt": [*raw["prompt"][:3], None], "answer": raw["answer"][:4]})
-    found = json.loads(
-        (export.export(run, task, raw, tokenizer, folder) / "proof.json").read_text()
-    )
-    assert (found["texts"], found["agreement"]) == (4, 1)
+    proof = json.loads((exported(run, task, raw, tokenizer, folder) / "proof.json").read_text())
+    assert (proof["texts"], proof["agreement"]) == (4, 1)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta"])
 def test_pairs_of_texts_are_proven_as_pairs(tmp_path, in_process, model_type):
     ready = made(tmp_path, classifier("no", "yes"), model_type, columns=("premise", "hypothesis"))
-    found = export.export(*ready)
-    assert json.loads((found / "proof.json").read_text())["max_difference"] < 1e-5
-    assert '"text_pair"' in (found / "README.md").read_text()
+    folder = exported(*ready)
+    assert json.loads((folder / "proof.json").read_text())["max_difference"] < 1e-5
+    assert '"text_pair"' in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -329,16 +332,16 @@ def test_pairs_of_texts_are_proven_as_pairs(tmp_path, in_process, model_type):
     ids=["several", "number"],
 )
 def test_other_classifiers_are_proven_too(tmp_path, in_process, task):
-    found = json.loads((export.export(*made(tmp_path, task)) / "proof.json").read_text())
-    assert found["agreement"] == 1
-    assert found["max_difference"] < 1e-5
+    proof = json.loads((exported(*made(tmp_path, task)) / "proof.json").read_text())
+    assert proof["agreement"] == 1
+    assert proof["max_difference"] < 1e-5
 
 
 def test_language_models_are_proven_token_by_token(tmp_path, in_process):
     ready = made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2")
-    found = json.loads((export.export(*ready) / "proof.json").read_text())
-    assert found["agreement"] == 1
-    assert found["rows"] > 3 * found["texts"]
+    proof = json.loads((exported(*ready) / "proof.json").read_text())
+    assert proof["agreement"] == 1
+    assert proof["rows"] > 3 * proof["texts"]
 
 
 def test_a_tampered_language_model_is_refused(tmp_path, in_process, tampered):
@@ -358,25 +361,23 @@ def test_texts_longer_than_the_model_are_cut_as_in_training(tmp_path, in_process
     ready = made(tmp_path, classifier("no", "yes"))
     run, task, _, tokenizer, folder = ready
     long = Dataset.from_dict({"text": ["the cat sees " * 50, "a dog"]})
-    found = json.loads(
-        (export.export(run, task, long, tokenizer, folder) / "proof.json").read_text()
-    )
-    assert found["max_difference"] < 1e-5
-    assert found["texts"] == 2
+    proof = json.loads((exported(run, task, long, tokenizer, folder) / "proof.json").read_text())
+    assert proof["max_difference"] < 1e-5
+    assert proof["texts"] == 2
 
 
 def test_the_number_of_texts_is_the_recipes(tmp_path, in_process):
     ready = made(tmp_path, classifier("no", "yes"), examples=5)
-    assert json.loads((export.export(*ready) / "proof.json").read_text())["texts"] == 5
+    assert json.loads((exported(*ready) / "proof.json").read_text())["texts"] == 5
 
 
 def test_the_export_stands_alone(ready, tmp_path):
     """End to end, with the proof in its own process."""
-    final = export.export(*ready, metrics=None)
-    found = json.loads((final / "proof.json").read_text())
-    assert found["agreement"] == 1
-    assert found["ratio"] < 1
-    assert found["versions"]["torch"] == torch.__version__
+    final = exported(*ready, metrics=None)
+    proof = json.loads((final / "proof.json").read_text())
+    assert proof["agreement"] == 1
+    assert proof["ratio"] < 1
+    assert proof["versions"]["torch"] == torch.__version__
     stored = {path.name: path.read_bytes() for path in final.iterdir()}
     assert {
         "model.safetensors",
@@ -397,21 +398,9 @@ def test_the_export_stands_alone(ready, tmp_path):
     assert len({path.stat().st_mode for path in final.iterdir()}) == 1
 
 
-def test_the_blocked_library_cannot_be_imported(tmp_path):
-    code = (
-        f"import runpy, sys; sys.path.insert(0, {str(Path(export.__file__).parents[2])!r})\n"
-        f"sys.meta_path.insert(0, runpy.run_path({proof.__file__!r})['Blocked']('distill'))\nimport json\nimport distill.errors"
-    )
-    said = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert said.returncode == 1
-    assert "distill is blocked" in said.stderr
-
-
 @pytest.mark.slow
 def test_language_models_stand_alone(tmp_path):
-    final = export.export(*made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2"))
+    final = exported(*made(tmp_path, CausalLanguageModelling(max_length=16), "gpt2"))
     assert json.loads((final / "proof.json").read_text())["agreement"] == 1
 
 
@@ -423,24 +412,26 @@ def run_main(monkeypatch, *arguments):
 def test_the_command_line_exports_a_run_folder(ready, in_process, monkeypatch, capsys):
     run, task, raw, tokenizer, folder = ready
     compose.save_recipe(run, folder / "recipe.yaml")
-    monkeypatch.setattr(export, "prepared", lambda run, folder: (task, raw, tokenizer))
+    prepared = Prepared(task, tokenizer, DatasetDict(train=raw, test=raw), DatasetDict())
+    monkeypatch.setattr(command, "prepared", lambda *_: prepared)
     run_main(monkeypatch, f"run={folder}", "dtype=bfloat16", "examples=3")
     assert f"export: {folder / 'export'}" in capsys.readouterr().out
-    found = json.loads((folder / "export" / "proof.json").read_text())
-    assert (found["dtype"], found["texts"]) == ("bfloat16", 3)
+    proof = json.loads((folder / "export" / "proof.json").read_text())
+    assert (proof["dtype"], proof["texts"]) == ("bfloat16", 3)
 
 
 def test_damaged_metrics_are_left_out_of_the_card(ready, in_process, monkeypatch, capsys):
     run, task, raw, tokenizer, folder = ready
     compose.save_recipe(run, folder / "recipe.yaml")
     (folder / "metrics.json").write_text('{"student": ')
-    monkeypatch.setattr(export, "prepared", lambda run, folder: (task, raw, tokenizer))
+    prepared = Prepared(task, tokenizer, DatasetDict(train=raw, test=raw), DatasetDict())
+    monkeypatch.setattr(command, "prepared", lambda *_: prepared)
     run_main(monkeypatch, f"run={folder}")
     assert "Not measured." in (folder / "export" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "run is not given"),
         (["run=nowhere"], "run is nowhere, but there is no such folder"),
@@ -448,12 +439,19 @@ def test_damaged_metrics_are_left_out_of_the_card(ready, in_process, monkeypatch
     ],
 )
 def test_a_wrong_command_line_is_answered_in_one_sentence(
-    arguments, said, tmp_path, monkeypatch, capsys
+    arguments, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         run_main(monkeypatch, *arguments)
     error = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_readme_lists_every_format_and_key():
+    readme = (Path(command.__file__).parent / "README.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE)) >= {*capabilities.FORMATS}
+    for options in re.findall(r"^python -m distill\.export (.*)$", readme, re.MULTILINE):
+        assert {part.split("=")[0] for part in options.split()} <= {*vars(command.Options())}

@@ -1,4 +1,4 @@
-"""Factorization while a student trains: what becomes factors, what stays whole, and that training goes on as if nothing had been."""
+"""Factorization during training: which layers become factors, and that training continues."""
 
 import logging
 
@@ -10,16 +10,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from distill.callbacks import factorize
-from distill.callbacks.base import compression_config
 from distill.callbacks.factorize import Factorize
 from distill.compress import low_rank
 from distill.errors import UserError
 from distill.models import logits
 from distill.module import Distillation
 from distill.recipe import config
-from distill.remote_code.modeling import LowRank
+from distill.remote_code.modeling import CompressionConfig, LowRank
 from distill.training import loop
 from tests.worlds import LANGUAGE, STILL, few, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 EPOCH = 4  # steps
 
@@ -60,7 +61,7 @@ def layers_of(student):
 
 
 class Around(L.Callback):
-    """What the student and its optimizer were right before and right after the step at which it is factorized."""
+    """Student and optimizer state right before and after the step of factorization."""
 
     def __init__(self, step):
         self.step, self.before, self.after = step, None, None
@@ -93,7 +94,7 @@ def test_all_layers_of_the_blocks_become_factors(made, weighted):
     found = layers_of(module.student)
     per_block = 6 if made.run.teacher.config["model_type"] == "bert" else 4
     assert len(found) == 3 * per_block
-    assert compression_config(module.student)["low_rank"] == dict.fromkeys(found, 3)
+    assert CompressionConfig.from_config(module.student.config).low_rank == dict.fromkeys(found, 3)
     assert not any(isinstance(layer, Conv1D) for layer in module.student.modules())
     for layer in found.values():
         assert layer.first.weight.shape == (3, layer.in_features)
@@ -104,7 +105,7 @@ def test_all_layers_of_the_blocks_become_factors(made, weighted):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_full_rank_answers_as_before(made, weighted, monkeypatch):
     """Nothing is gained then, so that it takes a lie to bring it about."""
-    monkeypatch.setattr(low_rank, "worthwhile", lambda *_: True)
+    monkeypatch.setattr(low_rank, "saves_parameters", lambda *_: True)
     batch = next(iter(made.loader()))
     module = module_of(made)
     with torch.no_grad():
@@ -124,7 +125,7 @@ def test_everything_else_keeps_its_values_and_moments(made):
     before, after = Before(4), Around(4)
     module = trained(made, before, Factorize(rank=3, start=4), after)
     (weights, moments), (now, moments_now) = before.before, after.after
-    layers = compression_config(module.student)["low_rank"]
+    layers = CompressionConfig.from_config(module.student.config).low_rank
     gone = {f"{name}.weight" for name in layers}
     renamed = {name: name for name in weights if name not in gone} | {
         f"{name}.bias": f"{name}.second.bias" for name in layers
@@ -183,7 +184,7 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_with_the_same_bytes(
 
 
 def test_weighting_keeps_what_the_inputs_need(bert):
-    """Of layers whose inputs have few directions, the outputs are disturbed less than by the plain SVD."""
+    """Weighted factors change the outputs of low-rank inputs less than the plain SVD does."""
 
     class Outputs(L.Callback):
         def on_fit_start(self, trainer, module):
@@ -213,20 +214,16 @@ def test_layers_that_would_not_be_smaller_are_left_and_named_once(bert, caplog):
     found = layers_of(module.student)
     assert len(found) == 6
     assert all({layer.in_features, layer.out_features} == {16, 32} for layer in found.values())
-    said = [
-        compression_config.message
-        for compression_config in caplog.records
-        if "left whole" in compression_config.message
-    ]
-    assert len(said) == 1
-    assert "12 layers" in said[0]
-    assert "attention.self.query" in said[0]
+    messages = [each.message for each in caplog.records if "unchanged" in each.message]
+    assert len(messages) == 1
+    assert "12 layers" in messages[0]
+    assert "attention.self.query" in messages[0]
 
 
 def test_energy_that_nothing_can_keep_leaves_the_student_alone(bert):
     module = trained(bert, Factorize(energy=1.0, start=2))
     assert not layers_of(module.student)
-    assert "low_rank" not in compression_config(module.student)
+    assert not CompressionConfig.from_config(module.student.config).low_rank
 
 
 def test_chosen_layers_only(bert):
@@ -246,7 +243,7 @@ def test_two_in_one_recipe_do_not_factorize_factors(bert, tmp_path):
     module = trained(bert, *both(), kept)
     resumed = trained(bert, *both(), module=module_of(bert), resume=tmp_path / f"step={EPOCH}.ckpt")
     for each in (module, resumed):
-        ranks = compression_config(each.student)["low_rank"]
+        ranks = CompressionConfig.from_config(each.student.config).low_rank
         assert sorted(ranks.values()) == [2] * 3 + [3] * 15
         assert not any("first" in name for name in ranks)
 
@@ -279,52 +276,42 @@ def test_a_layer_replaced_while_it_is_watched_is_watched_on(bert):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "refused"),
     [
-        ({}, "rank is None and energy is None, but exactly one is needed"),
-        ({"rank": 4, "energy": 0.5}, "rank is 4 and energy is 0.5, but exactly one is needed"),
-        ({"rank": 0}, "rank is 0, but it must be a whole number from 1"),
+        ({}, "rank is None and energy is None"),
+        ({"rank": 4, "energy": 0.5}, "rank is 4 and energy is 0.5"),
+        ({"rank": 0}, "rank is 0"),
         ({"rank": 2.5}, "rank is 2.5"),
-        ({"energy": 0}, r"energy is 0, but it must lie in \(0, 1\]"),
+        ({"energy": 0}, "energy is 0"),
         ({"energy": 1.5}, "energy is 1.5"),
         ({"energy": "most"}, "energy is most"),
         ({"rank": 4, "start": -1}, "start is -1"),
     ],
 )
-def test_wrong_arguments_are_refused_when_the_recipe_is_read(arguments, said):
-    with pytest.raises(UserError, match=f"^Factorize: {said}"):
+def test_wrong_arguments_are_refused_when_the_recipe_is_read(arguments, refused):
+    with pytest.raises(UserError) as error:
         Factorize(**arguments)
+    assert str(error.value).startswith(f"Factorize: {refused}, but ")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "refused"),
     [
-        (
-            {"rank": 11},
-            "rank is 11, but from 11 on factors make no layer smaller: set rank to 10 or less",
-        ),
-        ({"rank": 8, "layers": ["*.query"]}, "from 8 on .* set rank to 7 or less"),
-        (
-            {"rank": 2, "layers": ["*.nothing"]},
-            r"layers has \*\.nothing, but the student has no such layer",
-        ),
-        (
-            {"rank": 2, "weighted": True, "start": 0},
-            "start is 0, but weighted needs inputs seen in training",
-        ),
-        ({"rank": 2, "weighted": True, "start": 0.01}, "start is 0"),
-        ({"rank": 2, "start": 9}, "the schedule ends at step 9, but the training has 8"),
+        ({"rank": 11}, "rank is 11, but .* set rank to 10 or less$"),
+        ({"rank": 8, "layers": ["*.query"]}, "rank is 8, but .* set rank to 7 or less$"),
+        ({"rank": 2, "layers": ["*.nothing"]}, r"layers has \*\.nothing, but "),
+        ({"rank": 2, "weighted": True, "start": 0}, "start is 0, but weighted needs"),
+        ({"rank": 2, "weighted": True, "start": 0.01}, "start is 0, but weighted needs"),
+        ({"rank": 2, "start": "9 steps"}, "the schedule ends at step 9, but the training has 8"),
     ],
 )
-def test_what_the_student_cannot_do_is_refused_before_the_first_step(bert, arguments, said):
-    with pytest.raises(UserError, match=f"^Factorize: .*{said}"):
+def test_what_does_not_fit_the_student_is_refused_before_the_first_step(bert, arguments, refused):
+    with pytest.raises(UserError, match=f"^Factorize: {refused}"):
         trained(bert, Factorize(**arguments))
 
 
-def test_the_head_over_the_vocabulary_stays_whole(gpt2):
-    with pytest.raises(
-        UserError, match=r"^Factorize: layers has lm_head, but that is the head over the vocabulary"
-    ):
+def test_the_output_layer_over_the_vocabulary_is_refused(gpt2):
+    with pytest.raises(UserError, match="^Factorize: layers has lm_head, but "):
         trained(gpt2, Factorize(rank=2, layers=["lm_head"]))
 
 

@@ -1,4 +1,4 @@
-"""Laws of cutting a student from its teacher, and of finding layers."""
+"""Students of a teacher's layers, and the layout of model families."""
 
 import pytest
 import torch
@@ -77,24 +77,24 @@ CASES += [
 
 @pytest.mark.parametrize(("family", "task"), CASES)
 class TestSameArchitecture:
-    def test_a_student_with_all_layers_answers_exactly_as_its_teacher(
+    def test_a_student_with_all_layers_has_the_logits_of_its_teacher(
         self, family: str, task: Task
     ) -> None:
         teacher = random(family, task)
-        student, account = models.select_layers(teacher, [0, 1, 2], None, task)
+        student, report = models.select_layers(teacher, [0, 1, 2], None, task)
         inputs = batch(teacher.config.pad_token_id)
         with torch.no_grad():
             assert torch.equal(models.logits(student, inputs), models.logits(teacher, inputs))
         assert type(student) is type(teacher)
         assert models.fingerprint(student) == models.fingerprint(teacher)
-        assert not account.initialised
-        assert not account.dropped
+        assert not report.initialized
+        assert not report.dropped
 
-    def test_every_tensor_is_accounted_for(self, family: str, task: Task) -> None:
+    def test_every_tensor_is_in_the_report(self, family: str, task: Task) -> None:
         teacher = random(family, task)
-        student, account = models.select_layers(teacher, [0, 2], None, task)
-        assert_accounted(account, student, teacher)
-        assert len(account.dropped) == len(models.blocks(teacher)[1].state_dict())
+        student, report = models.select_layers(teacher, [0, 2], None, task)
+        assert_complete(report, student, teacher)
+        assert len(report.dropped) == len(models.blocks(teacher)[1].state_dict())
 
     def test_layers_hold_the_weights_of_those_named_in_their_order(
         self, family: str, task: Task
@@ -112,11 +112,11 @@ class TestSameArchitecture:
         teacher = random(family, task)
         before = models.fingerprint(teacher)
         student, _ = models.select_layers(teacher, [0, 2], None, task)
-        ours, theirs = (
+        actual, expected = (
             {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
             for model in (student, teacher)
         )
-        assert not ours & theirs
+        assert not actual & expected
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.zero_()
@@ -125,7 +125,7 @@ class TestSameArchitecture:
         assert teacher.config.id2label
         assert teacher.config.num_hidden_layers == 3
 
-    def test_a_saved_student_loads_strictly_and_answers_the_same(
+    def test_a_saved_student_loads_strictly_with_the_same_logits(
         self, family: str, task: Task, tmp_path
     ) -> None:
         student, _ = models.select_layers(random(family, task), [0, 2], None, task)
@@ -138,13 +138,13 @@ class TestSameArchitecture:
         assert again.config.id2label == student.config.id2label
 
 
-def assert_accounted(
-    account: models.TensorReport, student: PreTrainedModel, teacher: PreTrainedModel
+def assert_complete(
+    report: models.TensorReport, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
-    """Copied + initialised = the student; sources + dropped = the teacher; nothing twice."""
-    sources = {source for names in account.copied.values() for source in names}
-    assert sorted([*account.copied, *account.initialised]) == sorted(student.state_dict())
-    assert sorted([*sources, *account.dropped]) == sorted(teacher.state_dict())
+    """Copied + initialized = the student; sources + dropped = the teacher; nothing twice."""
+    sources = {source for names in report.copied.values() for source in names}
+    assert sorted([*report.copied, *report.initialized]) == sorted(student.state_dict())
+    assert sorted([*sources, *report.dropped]) == sorted(teacher.state_dict())
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -170,27 +170,27 @@ def test_a_language_model_does_not_see_what_it_predicts(family: str) -> None:
 
 
 class TestBertToDistilBert:
-    def test_the_encoder_of_all_layers_answers_as_the_teachers(self) -> None:
+    def test_the_encoder_of_all_layers_has_the_outputs_of_the_teacher(self) -> None:
         task = classification()
         teacher = random("bert", task)
-        student, account = models.select_layers(teacher, [0, 1, 2], "distilbert", task)
+        student, report = models.select_layers(teacher, [0, 1, 2], "distilbert", task)
         inputs = batch(0, rows=4)
         with torch.no_grad():
-            theirs = teacher.base_model(**inputs).last_hidden_state
-            ours = student.base_model(**inputs).last_hidden_state
+            expected = teacher.base_model(**inputs).last_hidden_state
+            actual = student.base_model(**inputs).last_hidden_state
         real = inputs["attention_mask"] == 1
-        assert (ours - theirs)[real].abs().max() < 1e-5
+        assert (actual - expected)[real].abs().max() < 1e-5
         assert student.config.model_type == "distilbert"
-        assert_accounted(account, student, teacher)
+        assert_complete(report, student, teacher)
 
     def test_the_token_type_table_is_folded_into_the_positions(self) -> None:
         task = classification()
         teacher = random("bert", task)
-        student, account = models.select_layers(teacher, [1], "distilbert", task)
+        student, report = models.select_layers(teacher, [1], "distilbert", task)
         tables = teacher.bert.embeddings
         expected = tables.position_embeddings.weight + tables.token_type_embeddings.weight[0]
         assert torch.equal(student.distilbert.embeddings.position_embeddings.weight, expected)
-        assert len(account.copied["distilbert.embeddings.position_embeddings.weight"]) == 2
+        assert len(report.copied["distilbert.embeddings.position_embeddings.weight"]) == 2
 
     def test_config_and_labels_follow_the_teacher(self) -> None:
         task = classification("a", "b")
@@ -214,7 +214,7 @@ class TestBertToDistilBert:
         ("change", "key"),
         [({"layer_norm_eps": 1e-5}, "layer_norm_eps"), ({"is_decoder": True}, "is_decoder")],
     )
-    def test_what_distilbert_cannot_vary_is_refused(self, change: dict, key: str) -> None:
+    def test_config_values_that_distilbert_fixes_are_refused(self, change: dict, key: str) -> None:
         task = classification()
         with pytest.raises(UserError, match=f"teacher's {key} is .* but a distilbert student"):
             models.select_layers(random("bert", task, **change), [0], "distilbert", task)
@@ -232,7 +232,7 @@ class TestBertToDistilBert:
             )
 
 
-def test_what_is_initialised_depends_on_the_seed_alone() -> None:
+def test_initialized_tensors_depend_on_the_seed_alone() -> None:
     task = classification()
     teacher = random("bert", task)
     teacher.classifier = nn.Linear(16, 5)  # a head that does not fit
@@ -240,7 +240,7 @@ def test_what_is_initialised_depends_on_the_seed_alone() -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         students.append(models.select_layers(teacher, [0], None, task))
-    assert students[0][1].initialised == ["classifier.weight", "classifier.bias"]
+    assert students[0][1].initialized == ["classifier.weight", "classifier.bias"]
     prints = [models.fingerprint(student) for student, _ in students]
     assert prints[0] == prints[1] != prints[2]
 
@@ -265,7 +265,7 @@ def test_settings_listed_by_layer_follow_the_layers() -> None:
     ("layers", "message"),
     [
         ([], r"student.layers is \[\], but"),
-        ([0, 3], "student.layers has 3, but the teacher has 3 layers: name layers from 0 to 2"),
+        ([0, 3], "student.layers has 3, .* 3 layers: .* 0 to 2"),
         ([-1], "student.layers has -1, but"),
         ([0, 1, 0], r"student.layers is \[0, 1, 0\], but each layer"),
     ],
@@ -284,12 +284,12 @@ def test_an_architecture_that_is_no_subset_is_refused(family: str, target: str) 
     task = classification()
     with pytest.raises(
         UserError,
-        match=f"student.architecture is {target}, but layers of a {family} teacher fit only into {family}",
+        match=f"student.architecture is {target}, but .* {family}",
     ):
         models.select_layers(random(family, task), [0], target, task)
 
 
-def test_a_gpt2_whose_blocks_depend_on_their_place_is_cut_only_whole() -> None:
+def test_a_gpt2_whose_blocks_depend_on_their_place_keeps_all_layers() -> None:
     task = CausalLanguageModelling()
     teacher = random("gpt2", task, scale_attn_by_inverse_layer_idx=True)
     models.select_layers(teacher, [0, 1, 2], None, task)
@@ -297,12 +297,12 @@ def test_a_gpt2_whose_blocks_depend_on_their_place_is_cut_only_whole() -> None:
         models.select_layers(teacher, [0, 2], None, task)
 
 
-def test_the_account_names_every_tensor_once() -> None:
+def test_the_report_names_every_tensor_once() -> None:
     task = classification()
     text = str(models.select_layers(random("bert", task), [0, 2], "distilbert", task)[1])
     assert (
-        "distilbert.transformer.layer.{0,1}.ffn.lin1.weight <- bert.encoder.layer.{0,2}.intermediate.dense.weight"
-        in text
+        "distilbert.transformer.layer.{0,1}.ffn.lin1.weight"
+        " <- bert.encoder.layer.{0,2}.intermediate.dense.weight" in text
     )
     assert "position_embeddings.weight + bert.embeddings.token_type_embeddings.weight" in text
     assert "dropped: bert.encoder.layer.{1}.attention.self.query.weight" in text
@@ -356,7 +356,7 @@ class TestArchitectures:
         ):
             with pytest.raises(
                 UserError,
-                match="the architecture is electra, but layers can be found only in bert, roberta",
+                match="the architecture is electra, but .* bert, roberta",
             ):
                 refused(model)
 
@@ -367,7 +367,7 @@ class TestArchitectures:
 
 
 def test_one_model_class_serves_transformers_alone() -> None:
-    """What is cut is a plain model of transformers: no class of ours is inside."""
+    """A student of layers is a plain model of transformers, without classes of this library."""
     student, _ = models.select_layers(
         random("bert", classification()), [0], "distilbert", classification()
     )

@@ -1,4 +1,4 @@
-"""Which models' logits can be formed from their hidden states, and that they are the same."""
+"""Models whose logits are computed from hidden states: detected, with the same logits."""
 
 import pytest
 import torch
@@ -46,20 +46,20 @@ def flat(places):
 def test_factors_give_the_logits(family, classes):
     model = random(family, TASK)
     assert models.has_linear_head(model)
-    whole, factors = (
+    expected, factors = (
         models.logit_rows(model, INPUTS, flat, classes, factors=factors)
         for factors in (False, True)
     )
     assert isinstance(factors, chunked.FactoredLogits)
     assert factors.hidden_ND.shape[0] == 18
-    torch.testing.assert_close(factors.logits(), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(factors.logits(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(
-        models.logit_rows(model, INPUTS, flat, classes, factors=False), whole
+        models.logit_rows(model, INPUTS, flat, classes, factors=False), expected
     )  # nothing of it stays
 
 
 @pytest.mark.parametrize("family", AFTERWARDS)
-def test_what_follows_a_head_is_noticed(family):
+def test_logits_that_are_changed_after_the_head_are_detected(family):
     assert not models.has_linear_head(made(family))
 
 
@@ -67,7 +67,7 @@ def test_what_follows_a_head_is_noticed(family):
     ("family", "changes"),
     [("gemma2", {"final_logit_softcapping": None}), ("granite", {"logits_scaling": 1.0})],
 )
-def test_what_is_turned_off_is_not_in_the_way(family, changes):
+def test_disabled_changes_of_the_logits_do_not_matter(family, changes):
     assert models.has_linear_head(made(family, **changes))
 
 
@@ -78,7 +78,7 @@ def test_a_classifier_has_no_such_head():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_that_is_quantized_or_factorized_meanwhile_gives_logits(tied):
+def test_a_quantized_or_factorized_head_gives_logits(tied):
     model = random("llama", TASK, tie_word_embeddings=tied)
     if tied:
         fake_quant.attach_fake_quant(
@@ -101,7 +101,7 @@ def test_an_error_leaves_the_head_as_it_was():
     assert model(**INPUTS).logits.shape[-1] == 50
 
 
-def test_to_look_draws_no_random_numbers_and_leaves_no_gradient():
+def test_the_check_of_a_head_draws_no_random_numbers_and_leaves_no_gradient():
     model = random("gpt2", TASK)
     state = torch.get_rng_state()
     models.has_linear_head(model)

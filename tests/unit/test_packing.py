@@ -1,4 +1,4 @@
-"""What is packed comes back bit for bit, takes the bytes that the arithmetic says, and is refused where it was changed."""
+"""Packed weights are restored bit for bit, have the computed size, and damage is detected."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from distill.errors import RunFailed, UserError
 from distill.packing import packed
 from distill.recipe import config
 from distill.remote_code import container, modeling
+from distill.remote_code.modeling import CompressionConfig
 from distill.tasks import CausalLanguageModelling, MultiLabelClassification
 from tests.unit import tiny_runs
 from tests.unit.tiny_runs import classifier, made, quantized
@@ -29,7 +30,8 @@ SPECS = [
     *(quantizer.QuantSpec("codebook", bits, group=-1) for bits in (2, 3, 4)),
     quantizer.QuantSpec("nf4", 4, group=7),
 ]
-RESHAPED = {  # what a removed neuron or head, a factorised layer, rounded inputs leave in the record
+# what a removed neuron or head, a factorised layer, rounded inputs leave in the record
+RESHAPED = {
     "shapes": {
         "shapes": {
             "distilbert.transformer.layer.0.ffn.lin1": [16, 20],
@@ -50,7 +52,7 @@ RESHAPED = {  # what a removed neuron or head, a factorised layer, rounded input
 
 @pytest.fixture
 def in_process(monkeypatch):
-    monkeypatch.setattr(isolated, "run_isolated", tiny_runs.ask_here)
+    monkeypatch.setattr(isolated, "run_isolated", tiny_runs.run_here)
 
 
 def spread(*shape, seed=0):
@@ -89,7 +91,10 @@ def test_quantized_weights_come_back_bit_for_bit(spec, turned, sparse):
     weight = weight_OI.T.contiguous() if turned else weight_OI
     record = {"weights": {"w": spec.as_dict()}, "sparse": ["w"] if sparse else []}
     tensors, metadata = packed.pack(
-        {"w": weight}, record, {"w"} if turned else set(), torch.float32
+        {"w": weight},
+        CompressionConfig.from_json(record),
+        {"w"} if turned else set(),
+        torch.float32,
     )
     assert torch.equal(container.unpack(tensors, metadata)["w"], weight)
     stored = packed.pack_tensor(weight_OI, spec.as_dict(), sparse, torch.float32)
@@ -118,7 +123,7 @@ def size(tensors):
 def test_pruned_weights_are_stored_without_their_zeros(dtype, share):
     weight = spread(33, 17).to(dtype)
     weight.flatten()[: round(share * weight.numel())] = 0
-    tensors, metadata = packed.pack({"w": weight}, {"sparse": ["w"]}, set(), dtype)
+    tensors, metadata = packed.pack({"w": weight}, CompressionConfig(sparse=["w"]), set(), dtype)
     assert torch.equal(container.unpack(tensors, metadata)["w"], weight)
     stored = packed.pack_tensor(weight, None, True, dtype)
     kept, mask = int((weight != 0).sum()) * weight.element_size(), math.ceil(weight.numel() / 8)
@@ -128,8 +133,8 @@ def test_pruned_weights_are_stored_without_their_zeros(dtype, share):
 
 def test_bytes_are_deflated_only_where_that_makes_them_fewer():
     part = torch.zeros(1000, dtype=torch.uint8)
-    assert len(container.deflated(part)) < 30
-    assert torch.equal(container.inflated(container.deflated(part)), part)
+    assert len(container.deflate(part)) < 30
+    assert torch.equal(container.inflate(container.deflate(part)), part)
     noise = torch.randint(
         0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -144,7 +149,7 @@ def test_other_tensors_are_stored_as_they_are():
         "empty": torch.zeros(0, 3),
         "void": torch.zeros(0, 3),
     }
-    tensors, metadata = packed.pack(weights, {}, set(), torch.float32)
+    tensors, metadata = packed.pack(weights, CompressionConfig(), set(), torch.float32)
     unpacked = container.unpack(tensors, metadata)
     assert unpacked.keys() == weights.keys()
     assert all(
@@ -159,7 +164,7 @@ def test_tied_tensors_are_stored_once_whichever_name_is_in_the_record():
     for name in ("embedding", "head"):
         tensors, _ = packed.pack(
             {"embedding": weight, "head": weight},
-            {"weights": {name: spec.as_dict()}},
+            CompressionConfig(weights={name: spec.as_dict()}),
             set(),
             torch.float32,
         )
@@ -171,18 +176,17 @@ def test_weights_that_are_on_no_grid_are_refused():
     with pytest.raises(
         RunFailed, match=r"^w unpacks to weights that differ by up to 0\.\d+, but"
     ) as error:
-        packed.pack({"w": spread(8, 6)}, record, set(), torch.float32)
+        packed.pack({"w": spread(8, 6)}, CompressionConfig.from_json(record), set(), torch.float32)
     assert "\n" not in str(error.value)
 
 
 def shipped(tmp_path, ready, **settings):
     """The folder that ships, and the student in this process."""
-    run, task, _, tokenizer, folder = ready
+    run, *rest = ready
     target = tmp_path / "shipped"
     target.mkdir()
-    packing.write_artefact(
-        replace(run, export=config.Export(**settings)), task, tokenizer, folder / "student", target
-    )
+    spec = tiny_runs.spec_of((replace(run, export=config.Export(**settings)), *rest))
+    packing.write_artefact(spec, rest[-1] / "student", target)
     return target
 
 
@@ -200,10 +204,10 @@ def plainly(folder, task, **options):
         else {}
     )
     auto = getattr(transformers, task.auto_class)
-    model, found = auto.from_pretrained(
+    model, info = auto.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager", **options
     )
-    assert not any(found.values()), found
+    assert not any(info.values()), info
     return model.eval()
 
 
@@ -308,7 +312,7 @@ def reshaped(ready, record):
     """The student of a run folder in another form, with weights of its own."""
     _, task, _, tokenizer, folder = ready
     student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True)
-    modeling.apply(student, record)
+    modeling.build_compressed_layers(student, CompressionConfig.from_json(record))
     torch.manual_seed(1)
     for module in student.modules():
         if isinstance(module, nn.Linear):
@@ -334,7 +338,8 @@ def test_a_compressed_student_of_another_task_is_refused(tmp_path):
     target = shipped(tmp_path, ready, format="packed")
     with pytest.raises(
         UserError,
-        match="it is compressed as a BertForSequenceClassification, and the task needs a BertLMHeadModel",
+        match="it is compressed as a BertForSequenceClassification, and the task needs a "
+        "BertLMHeadModel",
     ):
         models.load(str(target), None, KINDS["gpt2"], "student", strict=True)
 
@@ -357,11 +362,11 @@ def test_a_plain_student_stays_plain(tmp_path, spec):
 def test_weights_in_half_the_bits_are_no_longer_called_quantized(tmp_path):
     ready = made(tmp_path, KINDS["bert"])
     quantized(ready[4], ready[1], ready[3], sparse=0.5, bits=8)
-    said = json.loads((shipped(tmp_path, ready, dtype="bfloat16") / "config.json").read_text())[
-        "compression"
-    ]
-    assert "weights" not in said
-    assert "sparse" in said
+    compression = json.loads(
+        (shipped(tmp_path, ready, dtype="bfloat16") / "config.json").read_text()
+    )["compression"]
+    assert "weights" not in compression
+    assert "sparse" in compression
 
 
 @pytest.mark.parametrize(("form", "code"), [(None, False), ("low_rank", True)])
@@ -406,7 +411,7 @@ def newer(tensors, metadata):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (changed_code, "is damaged, its bytes are not those that were written"),
         (changed_spec, "is damaged"),
@@ -416,7 +421,7 @@ def newer(tensors, metadata):
     ],
     ids=["code", "bits", "no scale", "newer", "no metadata"],
 )
-def test_a_changed_container_is_refused_in_a_sentence(tmp_path, change, said):
+def test_a_changed_container_is_refused(tmp_path, change, message):
     _, task, _, tokenizer, _ = ready = made(tmp_path, KINDS["distilbert"], "distilbert")
     quantized(ready[4], task, tokenizer, bits=4)
     target = shipped(tmp_path, ready, format="packed")
@@ -425,13 +430,13 @@ def test_a_changed_container_is_refused_in_a_sentence(tmp_path, change, said):
     tensors = load_file(target / container.FILE)
     change(tensors, metadata)
     save_file(tensors, target / container.FILE, metadata)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         models.load(str(target), None, task, "student", tokenizer, strict=True)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("left", [0, 9, 5000])
-def test_a_truncated_container_is_refused_in_a_sentence(tmp_path, left):
+def test_a_truncated_container_is_refused(tmp_path, left):
     _, task, _, tokenizer, _ = ready = made(tmp_path, KINDS["distilbert"], "distilbert")
     quantized(ready[4], task, tokenizer, bits=4)
     file = shipped(tmp_path, ready, format="packed") / container.FILE
@@ -447,9 +452,9 @@ def test_a_container_without_a_tensor_of_the_model_is_refused(tmp_path):
     file = shipped(tmp_path, ready, format="packed") / container.FILE
     weights = {name: tensor for name, tensor in container.read(file).items() if "lin1" not in name}
     save_file(
-        *packed.pack(weights, {}, set(), torch.float32)[:1],
+        *packed.pack(weights, CompressionConfig(), set(), torch.float32)[:1],
         file,
-        packed.pack(weights, {}, set(), torch.float32)[1],
+        packed.pack(weights, CompressionConfig(), set(), torch.float32)[1],
     )
     with pytest.raises(UserError, match=r"ffn\.lin1\.\w+, one of 2 missing tensors"):
         models.load(str(file.parent), None, task, "student", tokenizer, strict=True)

@@ -1,4 +1,4 @@
-"""Intervals and tests keep their promises: they hold the value, shrink, cover, and pairing pays."""
+"""Bootstrap intervals and the paired test of two models."""
 
 import math
 
@@ -13,14 +13,14 @@ from distill.tasks import SingleLabelClassification
 class Mean:
     """The mean of a column, as a task."""
 
-    primary = "mean"
+    primary_metric = "mean"
 
-    def quality(self, columns):
+    def compute_metrics(self, columns):
         return {"mean": float(columns["x"].double().mean())}
 
 
 class Unknown(Mean):
-    def quality(self, columns):
+    def compute_metrics(self, columns):
         return {"mean": math.nan}
 
 
@@ -47,12 +47,12 @@ def topics():
     return task
 
 
-def test_every_interval_holds_its_value_and_every_metric_has_one(topics):
+def test_every_metric_has_an_interval_that_contains_its_value(topics):
     measured = quality.bootstrap(topics, classified(60), 200, seed=0)
     intervals = measured.intervals()
-    assert intervals.keys() == topics.quality(classified(60)).keys()
+    assert intervals.keys() == topics.compute_metrics(classified(60)).keys()
     for metric, (value, low, high) in intervals.items():
-        assert value == topics.quality(classified(60))[metric]
+        assert value == topics.compute_metrics(classified(60))[metric]
         assert low <= value <= high
         assert high > low
 
@@ -66,12 +66,12 @@ def test_four_times_the_examples_halve_the_interval():
     assert widths[1] / widths[0] == pytest.approx(0.5, rel=0.2)
 
 
-def test_the_interval_is_the_textbook_one_for_a_mean():
+def test_the_interval_of_a_mean_is_1_96_standard_errors_wide():
     value, low, high = quality.bootstrap(Mean(), column(400), 4000, 0).intervals()["mean"]
     assert (low - value, high - value) == pytest.approx((-1.96 / 20, 1.96 / 20), rel=0.1)
 
 
-def test_95_percent_of_the_intervals_cover_the_truth():
+def test_95_percent_of_the_intervals_contain_the_true_mean():
     intervals = [
         quality.bootstrap(Mean(), column(40, seed=seed), 200, seed).intervals()["mean"]
         for seed in range(200)
@@ -79,7 +79,7 @@ def test_95_percent_of_the_intervals_cover_the_truth():
     assert 0.90 <= np.mean([low <= 0 <= high for _, low, high in intervals]) <= 0.99
 
 
-def test_bias_of_resampling_is_corrected():
+def test_the_bias_of_resampling_is_corrected():
     draws = np.random.default_rng(0).normal(
         1.0, 1.0, 4000
     )  # a metric that resampling inflates by one standard deviation
@@ -88,12 +88,12 @@ def test_bias_of_resampling_is_corrected():
     assert quality.interval(-10.0, draws).low == -10.0
 
 
-def test_nothing_is_claimed_where_nothing_is_known():
+def test_a_metric_that_is_nan_has_no_interval_and_no_p_value():
     value, low, high = quality.bootstrap(Unknown(), column(10), 20, 0).intervals()["mean"]
     assert math.isnan(value)
     assert math.isnan(low)
     assert math.isnan(high)
-    assert math.isnan(quality.randomisation(Unknown(), column(10), column(10), 20, 0))
+    assert math.isnan(quality.randomization_test(Unknown(), column(10), column(10), 20, 0))
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
@@ -104,14 +104,14 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
     assert (first != other).any()
 
 
-def test_identical_models_differ_by_nothing(topics):
+def test_identical_models_have_no_difference(topics):
     columns = classified(50)
     drawn = quality.bootstrap(topics, columns, 100, 0)
     assert quality.difference(drawn, drawn, "accuracy") == (0, 0, 0)
-    assert quality.randomisation(topics, columns, columns, 100, 0) == 1
+    assert quality.randomization_test(topics, columns, columns, 100, 0) == 1
 
 
-def test_pairing_narrows_the_interval_of_models_that_err_alike():
+def test_paired_draws_narrow_the_interval_of_correlated_models():
     teacher = column(300)
     student = {"x": teacher["x"] + 0.1 * column(300, seed=1)["x"]}
     paired = quality.difference(
@@ -126,24 +126,26 @@ def test_pairing_narrows_the_interval_of_models_that_err_alike():
     assert paired.value == pytest.approx(unpaired.value)
 
 
-def test_a_true_difference_is_found_whichever_model_is_named_first():
+def test_a_true_difference_is_significant_in_both_orders():
     worse, better = column(100), column(100, seed=1, shift=1.0)
-    p = quality.randomisation(Mean(), worse, better, 199, 0)
-    assert p == quality.randomisation(Mean(), better, worse, 199, 0) == 1 / 200
+    p = quality.randomization_test(Mean(), worse, better, 199, 0)
+    assert p == quality.randomization_test(Mean(), better, worse, 199, 0) == 1 / 200
 
 
-def test_equally_good_models_are_told_apart_by_chance_only():
-    found = [
-        quality.randomisation(Mean(), column(30, seed=seed), column(30, seed=1000 + seed), 99, seed)
+def test_p_values_of_equally_good_models_are_uniform():
+    p_values = [
+        quality.randomization_test(
+            Mean(), column(30, seed=seed), column(30, seed=1000 + seed), 99, seed
+        )
         for seed in range(200)
     ]
-    assert np.mean(np.array(found) <= 0.05) <= 0.1
-    assert np.mean(found) == pytest.approx(0.5, abs=0.1)
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.1
+    assert np.mean(p_values) == pytest.approx(0.5, abs=0.1)
 
 
 def test_columns_of_several_dimensions_are_swapped_example_by_example():
     student, teacher = {"x": torch.zeros(50, 2, 3)}, {"x": torch.ones(50, 2, 3)}
-    swapped = quality._swapped(student, teacher, torch.arange(50) < 10)
+    swapped = quality._swap(student, teacher, torch.arange(50) < 10)
     assert (swapped[0]["x"][:10] == 1).all()
     assert (swapped[0]["x"][10:] == 0).all()
     assert (swapped[0]["x"] + swapped[1]["x"] == 1).all()
@@ -153,5 +155,5 @@ def test_columns_of_several_dimensions_are_swapped_example_by_example():
     ("share", "count", "low", "high"),
     [(1.0, 200, 0.9812, 1.0), (0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775)],
 )
-def test_the_interval_of_a_share_is_wilsons(share, count, low, high):
+def test_the_interval_of_a_share_is_wilson_s(share, count, low, high):
     assert quality.share_interval(share, count) == pytest.approx([low, high], abs=1e-4)

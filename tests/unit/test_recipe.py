@@ -1,4 +1,7 @@
+import inspect
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -7,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.errors import UserError
-from distill.recipe import compose
+from distill.recipe import compose, config, help, hydra_config
 from distill.recipe.config import Run
 
 TINY = yaml.safe_load((compose.SHIPPED / "tiny.yaml").read_text())
@@ -19,63 +22,70 @@ def checked(**changes):
     )
 
 
+HIDDEN = {"_target_": "distill.terms.HiddenStates"}
+FSDP = {"strategy": "fsdp"}
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "key", "value"),
     [
-        ({"loss": {"alpha": 1.5}}, ["loss.alpha is 1.5", "[0, 1]"]),
-        ({"loss": {"temperature": 0}}, ["loss.temperature is 0", "above 0"]),
-        ({"loss": {"divergence": "forward_lk"}}, ["forward_lk", "did you mean forward_kl"]),
-        ({"loss": {"divergence": "nowhere.at_all"}}, ["nowhere"]),
-        ({"loss": {"terms": {"h": {"weight": 1.0}}}}, ["loss.terms.h._target_ is None"]),
-        ({"teacher": {"outputs": "catched"}}, ["teacher.outputs is catched", "cached, online"]),
+        ({"loss": {"alpha": 1.5}}, "loss.alpha", "1.5"),
+        ({"loss": {"temperature": 0}}, "loss.temperature", "0"),
+        ({"loss": {"chunk": -1}}, "loss.chunk", "-1"),
+        ({"loss": {"beta": 1.0}}, "loss.beta", "1"),
+        ({"loss": {"terms": {"h": {"weight": 1.0}}}}, "loss.terms.h._target_", "None"),
+        ({"teacher": {"outputs": "catched"}}, "teacher.outputs", "catched"),
         (
             {"teacher": {"outputs": "sampled"}, "loss": {"divergence": "reverse_kl"}},
-            ["is reverse_kl", "teacher.outputs=hidden"],
+            "loss.divergence",
+            "reverse_kl, but teacher.outputs=sampled",
         ),
         (
             {"teacher": {"outputs": "top_k"}, "loss": {"divergence": "logit_mse"}},
-            ["is logit_mse", "outputs=top_k"],
+            "loss.divergence",
+            "logit_mse, but teacher.outputs=top_k",
         ),
-        ({"teacher": {"tokens": 65}}, ["teacher.tokens is 65", "[1, 64]"]),
-        ({"loss": {"chunk": -1}}, ["loss.chunk is -1", "at least 0"]),
-        ({"teacher": {"model": "x"}}, ["exactly one of model and config"]),
-        ({"teacher": None}, ["student.layers is [0, 2]", "no teacher"]),
-        ({"student": {"layers": None, "architecture": None}}, ["exactly one"]),
-        ({"data": {"text": ["a", "b", "c"]}}, ["data.text is ['a', 'b', 'c']"]),
-        ({"data": {"text": ["a", "a"]}}, ["data.text is ['a', 'a']", "another column"]),
-        ({"data": {"text": ["label"]}}, ["data.label is label", "another column"]),
-        ({"seed": -1}, ["seed is -1"]),
-        ({"trainer": {"epochs": float("inf")}}, ["trainer.epochs is inf"]),
-        ({"loss": {"beta": 1.0}}, ["loss.beta is 1"]),
-        (
-            {"loss": {"terms": {"loss": {"_target_": "distill.terms.HiddenStates"}}}},
-            ["loss.terms has 'loss'"],
-        ),
-        ({"teacher": {"dtype": "fp8"}}, ["teacher.dtype is fp8", "auto, float32"]),
-        (
-            {"trainer": {"strategy": "fsdp", "compile": True}},
-            ["trainer.compile is true", "trainer.strategy=fsdp"],
-        ),
+        ({"teacher": {"tokens": 65}}, "teacher.tokens", "65"),
+        ({"teacher": {"dtype": "fp8"}}, "teacher.dtype", "fp8"),
+        ({"teacher": None}, "student.layers", "[0, 2]"),
+        ({"data": {"text": ["a", "b", "c"]}}, "data.text", "['a', 'b', 'c']"),
+        ({"data": {"text": ["a", "a"]}}, "data.text", "['a', 'a']"),
+        ({"data": {"text": ["label"]}}, "data.text", "['label'] and data.label is label"),
+        ({"data": {"batch_size": 0}}, "data.batch_size", "0"),
+        ({"seed": -1}, "seed", "-1"),
+        ({"trainer": {"epochs": float("inf")}}, "trainer.epochs", "inf"),
+        ({"trainer": {"precision": "fp8"}}, "trainer.precision", "fp8"),
+        ({"trainer": FSDP | {"compile": True}}, "trainer.compile", "true"),
+        ({"trainer": FSDP | {"precision": "16-mixed"}}, "trainer.precision", "16-mixed"),
         (
             {"trainer": {"accumulate": 3}, "data": {"batch_size": 2}},
-            ["trainer.accumulate is 3", "data.batch_size is 2"],
+            "trainer.accumulate",
+            "3, but data.batch_size is 2",
         ),
-        (
-            {"trainer": {"strategy": "fsdp", "precision": "16-mixed"}},
-            ["trainer.precision is 16-mixed", "trainer.strategy=fsdp"],
-        ),
-        (
-            {"callbacks": {"c": {"_target_": "distill.terms.HiddenStates"}}},
-            ["callbacks.c.weight is not given"],
-        ),
-        ({"data": {"batch_size": 0}}, ["data.batch_size is 0"]),
-        ({"tokenizer": {"model": "x"}}, ["tokenizer.model is x", "only one"]),
-        ({"task": {"max_lenght": 8}}, ["task.max_lenght", "did you mean max_length"]),
-        ({"callbacks": {"c": {"_target_": "nodots"}}}, ["callbacks.c._target_ is nodots"]),
-        ({"trainer": {"precision": "fp8"}}, ["trainer.precision is fp8"]),
+        ({"tokenizer": {"model": "x"}}, "tokenizer.model", "x"),
+        ({"callbacks": {"c": {"_target_": "nodots"}}}, "callbacks.c._target_", "nodots"),
+        ({"callbacks": {"c": HIDDEN}}, "callbacks.c.weight", "not given"),
     ],
 )
-def test_a_refused_value_is_named_with_the_rule(changes, words):
+def test_a_refused_value_is_named_with_its_key(changes, key, value):
+    with pytest.raises(UserError) as refused:
+        checked(**changes)
+    sentence = str(refused.value)
+    assert sentence.startswith(f"{key} is {value}") and ", but " in sentence and ": " in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": {"divergence": "forward_lk"}}, ["forward_lk", "did you mean forward_kl"]),
+        ({"loss": {"divergence": "nowhere.at_all"}}, ["nowhere"]),
+        ({"loss": {"terms": {"loss": HIDDEN}}}, ["loss.terms", "'loss'"]),
+        ({"task": {"max_lenght": 8}}, ["task.max_lenght", "did you mean max_length"]),
+        ({"teacher": {"model": "x"}}, ["teacher", "both of model and config"]),
+        ({"student": {"layers": None, "architecture": None}}, ["student", "none of model, config"]),
+    ],
+)
+def test_a_refused_key_is_named(changes, words):
     with pytest.raises(UserError) as refused:
         checked(**changes)
     assert all(word in str(refused.value) for word in words), str(refused.value)
@@ -148,7 +158,7 @@ def test_recipe_files_of_one_name_are_two_recipes(tmp_path):
         file = tmp_path / str(alpha) / "recipe.yaml"
         compose.save_recipe(checked(loss={"alpha": alpha}), file)
         arguments.append(str(file))
-    _, understood = compose.register_recipes(["-m", f"recipe={','.join(arguments)}"])
+    _, understood = hydra_config.register_recipes(["-m", f"recipe={','.join(arguments)}"])
     names = understood.removeprefix("recipe=").split(",")
     store = ConfigStore.instance()
     assert [store.load(f"recipe/{name}.yaml").node.loss.alpha for name in names] == [0.25, 0.75]
@@ -158,9 +168,9 @@ def test_another_broken_recipe_in_the_folder_does_not_matter(tmp_path, monkeypat
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "broken.yaml").write_text("a: [")
     monkeypatch.chdir(tmp_path)
-    assert compose.register_recipes(["recipe=tiny"]) == ["recipe=tiny"]
+    assert hydra_config.register_recipes(["recipe=tiny"]) == ["recipe=tiny"]
     with pytest.raises(UserError, match="broken"):
-        compose.register_recipes(["recipe=broken"])
+        hydra_config.register_recipes(["recipe=broken"])
 
 
 def test_saving_does_not_change_the_run(tmp_path, monkeypatch):
@@ -174,3 +184,27 @@ def test_saving_does_not_change_the_run(tmp_path, monkeypatch):
         == compose.load_recipe(str(tmp_path / "recipe.yaml")).data.unlabelled
         == "extra"
     )
+
+
+SECTIONS = [
+    section
+    for section in vars(config).values()
+    if inspect.isclass(section) and is_dataclass(section)
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_key_is_documented(section):
+    hints, docs = get_type_hints(section), help.field_docs(section)
+    for field in fields(section):
+        documented = any(
+            is_dataclass(kind) for kind in (hints[field.name], *get_args(hints[field.name]))
+        )
+        assert documented or docs[field.name]
+
+
+def test_help_shows_each_key_with_its_default_and_documentation():
+    lines = help.key_table().splitlines()
+    (line,) = (line for line in lines if line.startswith("  alpha: 0.5 "))
+    assert line.endswith(help.field_docs(config.Loss)["alpha"])
+    assert max(map(len, lines)) <= 110

@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from distill.callbacks.base import Compression
+from distill.callbacks.compression import Compression
+from distill.compress.groups import parse_group
 from distill.compress.observe import Observer
-from distill.compress.schedule import SHAPES, Schedule
+from distill.compress.schedule import SHAPES, Schedule, parse_duration
 from distill.errors import UserError
 from distill.module import Distillation
 from distill.recipe import config
 from distill.training import loop
 from tests.worlds import trainer, world
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:You defined a `validation_step`", "ignore:You're resuming from a checkpoint"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
 TOTAL = 40
 
 
@@ -33,7 +32,17 @@ def small(_module_store):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("start", "end"),
-    [(0, 1.0), (0.1, 0.6), (0.5, 0.5), (1.0, 1.0), (3, 17), (0.25, 30), (5, 1.0), (0, 2)],
+    [
+        (0, 1.0),
+        (0.1, 0.6),
+        (0.5, 0.5),
+        (1.0, 1.0),
+        ("3 steps", "17 steps"),
+        (0.25, "30 steps"),
+        ("5 steps", 1.0),
+        (0, "2 steps"),
+        (0, "1 step"),
+    ],
 )
 def test_both_ends_are_hit_exactly_and_the_way_is_monotone(shape, start, end):
     schedule = Schedule(start, end, shape)
@@ -49,7 +58,7 @@ def test_both_ends_are_hit_exactly_and_the_way_is_monotone(shape, start, end):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shares_are_steps_of_the_training(shape):
-    by_share, by_step = Schedule(0.1, 0.6, shape), Schedule(10, 60, shape)
+    by_share, by_step = Schedule(0.1, 0.6, shape), Schedule("10 steps", "60 steps", shape)
     assert [by_share.at(step, 100) for step in range(101)] == [
         by_step.at(step, 100) for step in range(101)
     ]
@@ -64,7 +73,9 @@ def test_cubic_is_ahead_of_linear_and_slows_down():
     assert cubic.at(TOTAL // 2, TOTAL) == 1 - 0.5**3
 
 
-@pytest.mark.parametrize(("start", "end"), [(0, 0.6), (0.3, 0.6), (1.0, 0.6), (25, 10)])
+@pytest.mark.parametrize(
+    ("start", "end"), [(0, 0.6), (0.3, 0.6), (1.0, 0.6), ("25 steps", "10 steps")]
+)
 def test_one_shot_does_all_at_its_start_whatever_its_end(start, end):
     schedule = Schedule(start, end, "one_shot")
     schedule.check(TOTAL)
@@ -75,72 +86,72 @@ def test_one_shot_does_all_at_its_start_whatever_its_end(start, end):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "key", "value"),
     [
-        (
-            (-0.1, 0.5),
-            "start is -0.1, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway",
-        ),
-        (
-            (0.1, 2.5),
-            "end is 2.5, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway",
-        ),
-        (
-            ("soon", 0.5),
-            "start is soon, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway",
-        ),
-        (
-            (float("nan"), 0.5),
-            "start is nan, but it must be a share of the training in [0, 1] or a number of steps: 0.5 is halfway",
-        ),
-        (
-            (0.6, 0.5),
-            "end is 0.5, but start is 0.6, and a schedule must not end before it starts: raise end",
-        ),
-        (
-            (30, 20),
-            "end is 20, but start is 30, and a schedule must not end before it starts: raise end",
-        ),
-        (
-            (0.1, 0.5, "square"),
-            "shape is square, but it must be one of cubic, linear, one_shot: choose one of them",
-        ),
+        ((-0.1, 0.5), "start", "-0.1"),
+        ((0.1, 2.5), "end", "2.5"),
+        (("soon", 0.5), "start", "soon"),
+        (("-1 steps", 0.5), "start", "-1 steps"),
+        (("0.5 steps", 0.5), "start", "0.5 steps"),
+        ((float("nan"), 0.5), "start", "nan"),
+        ((0, float("inf")), "end", "inf"),
+        ((None, 0.5), "start", "None"),
+        ((0.6, 0.5), "end", "0.5"),
+        (("30 steps", "20 steps"), "end", "20 steps"),
+        ((0.1, 0.5, "square"), "shape", "square"),
     ],
 )
-def test_what_is_no_schedule_is_refused(arguments, sentence):
-    with pytest.raises(UserError) as error:
+def test_what_is_no_schedule_is_refused(arguments, key, value):
+    with pytest.raises(UserError, match=f"^{key} is {value}, but .*: "):
         Schedule(*arguments)
-    assert str(error.value) == sentence
+
+
+def test_a_number_above_one_is_taken_as_steps_with_a_warning(caplog):
+    assert parse_duration("start", 500) == parse_duration("start", "500 steps")
+    assert caplog.messages == [
+        "start is 500, which is taken as optimizer steps for now: write start: 500 steps"
+    ]
+    assert Schedule(2, 9, "linear").at(3, TOTAL) == 1 / 7
+
+
+def test_one_is_the_end_of_the_training_and_one_step_is_a_step():
+    assert parse_duration("end", 1).steps(TOTAL) == parse_duration("end", 1.0).steps(TOTAL) == TOTAL
+    assert parse_duration("end", "1 step").steps(TOTAL) == 1
 
 
 @pytest.mark.parametrize(
-    ("schedule", "sentence"),
+    ("schedule", "last"),
     [
-        (
-            Schedule(0.1, 50),
-            "the schedule ends at step 50, but the training has 40: end it earlier, or train for longer",
-        ),
-        (
-            Schedule(50, 0, "one_shot"),
-            "the schedule ends at step 50, but the training has 40: end it earlier, or train for longer",
-        ),
-        (
-            Schedule(0.9, 20),
-            "the schedule starts at step 36, but it ends at step 20: start it earlier, or end it later",
-        ),
+        (Schedule(0.1, "50 steps"), 50),
+        (Schedule("50 steps", 0, "one_shot"), 50),
+        (Schedule(0.9, "20 steps"), 20),
     ],
 )
-def test_a_schedule_that_the_training_cannot_hold_is_refused(schedule, sentence):
-    with pytest.raises(UserError) as error:
+def test_a_schedule_that_does_not_fit_the_training_is_refused(schedule, last):
+    with pytest.raises(UserError, match=f"^the schedule .*ends at step {last}[:,]"):
         schedule.check(TOTAL)
-    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("group", "number"), [("row", 0), ("tensor", -1), (64, 64), (None, None), (0, 0), (-1, -1)]
+)
+def test_a_group_is_written_in_words(group, number, caplog):
+    assert parse_group(group) == number
+    words = {0: ["write group: row"], -1: ["write group: tensor"]}.get(group, [])
+    assert len(caplog.messages) == len(words) and all(word in caplog.text for word in words)
+
+
+@pytest.mark.parametrize("group", [-2, "column", 0.5])
+def test_a_group_that_is_none_is_refused(group):
+    with pytest.raises(UserError, match=f"^group is {group}, but .*: "):
+        parse_group(group)
 
 
 # ---- Observer
 
 
 class Inside(nn.Module):
-    """A linear layer on every token, and one on the first alone, called as a Transformers model is."""
+    """Two linear layers, one on every token and one on the first, called as transformers does."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +226,7 @@ def test_validation_is_not_looked_at():
 
 
 def test_looking_leaves_no_trace():
-    """The same outputs and gradients with it as without, no graph kept, and nothing gathered once it is removed."""
+    """Outputs and gradients are the same, and nothing is observed after `remove`."""
     model, observer = watched()
     looked = model(drawn(2, 5, 3))
     assert not any(value.requires_grad for value in observer.values.values())
@@ -297,7 +308,10 @@ def test_a_technique_acts_once_per_optimizer_step(small, accumulate):
 
 def test_a_technique_acts_every_so_many_steps_from_its_start_and_at_its_end(small):
     assert [
-        step for step, _ in trained(small, Noted(start=2, end=9, every=3), steps=10).changes()
+        step
+        for step, _ in trained(
+            small, Noted(start="2 steps", end="9 steps", every=3), steps=10
+        ).changes()
     ] == [5, 8, 9]
 
 
@@ -311,28 +325,23 @@ def test_what_starts_at_the_end_acts_after_the_last_step(small, shape):
 
 
 def test_a_resumed_technique_goes_on_where_it_was(small, tmp_path):
-    options = {"start": 0.25, "end": 11, "every": 2}
-    whole = trained(small, Noted(**options), steps=12)
+    options = {"start": 0.25, "end": "11 steps", "every": 2}
+    uninterrupted = trained(small, Noted(**options), steps=12)
     first = trained(small, Noted(**options), steps=12, until=6, folder=tmp_path)
     second = trained(small, Noted(**options), steps=12, resume=str(tmp_path / "last.ckpt"))
     assert second.calls[0] == ("prepare", 0)  # after the weights, before the step counter
-    assert first.calls + second.calls[1:] == whole.calls
+    assert first.calls + second.calls[1:] == uninterrupted.calls
     assert len(first.changes()) == 1
 
 
 def test_a_schedule_that_ends_after_the_training_is_refused_before_its_first_step(small):
-    callback = Noted(start=0.0, end=7)
-    with pytest.raises(
-        UserError, match="^Noted: the schedule ends at step 7, but the training has 6"
-    ):
+    callback = Noted(start=0.0, end="7 steps")
+    with pytest.raises(UserError, match="^Noted: the schedule ends at step 7, .* 6"):
         trained(small, callback)
     assert callback.calls == []
 
 
 @pytest.mark.parametrize("every", [0, -1, 0.5])
 def test_every_is_a_number_of_steps(every):
-    with pytest.raises(
-        UserError,
-        match=f"^Noted: every is {every}, but it is a number of optimizer steps: 1 acts at each of them",
-    ):
+    with pytest.raises(UserError, match=f"^Noted: every is {every}, but .*: "):
         Noted(every=every)

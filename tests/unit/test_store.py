@@ -1,10 +1,12 @@
 import errno
+import fcntl
 import os
 import signal
 
 import pytest
 
 from distill import store
+from distill.errors import UserError
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_links_show_the_same_files(folder, tmp_path):
 
 
 def in_another_process(work):
-    """What `work` returns in a process forked from this one: the one that it kills itself by, or an exit code."""
+    """The exit status of a process forked from this one, which does `work`."""
     process = os.fork()
     if process == 0:
         try:
@@ -117,6 +119,42 @@ def test_what_a_living_writer_has_written_so_far_is_left_to_it(tmp_path):
             (other / "file").write_text("2")
         (inside / "file").write_text("1")
     assert store.is_intact(tmp_path / "one") and store.is_intact(tmp_path / "two")
+
+
+def test_one_process_at_a_time_works_in_a_run_folder(tmp_path):
+    def refused():
+        with pytest.raises(UserError, match=f"^the run folder is {tmp_path}, but "):  # noqa: SIM117
+            with store.exclusive_access(tmp_path, timeout=0):
+                pass
+        (tmp_path / "refused").touch()
+
+    with store.exclusive_access(tmp_path):
+        in_another_process(refused)
+    assert (tmp_path / "refused").exists()
+    with store.exclusive_access(tmp_path, timeout=0):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    def killed():
+        with store.exclusive_access(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_another_process(killed) == signal.SIGKILL
+    with store.exclusive_access(tmp_path, timeout=0):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_used_without(number, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with store.exclusive_access(tmp_path), store.write_entry(tmp_path / "entry") as inside:
+        (inside / "file").write_text("x")
+    assert store.is_intact(tmp_path / "entry")
 
 
 def test_two_writers_of_one_entry_do_not_disturb_each_other(tmp_path):

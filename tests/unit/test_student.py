@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from distill import corpora, models, student, teacher
+from distill.callbacks import Quantize
 from distill.errors import RunFailed, UserError
 from distill.recipe import config
+from distill.training import build_callbacks
 from distill.training.loggers import Tracker
-from tests.worlds import LANGUAGE, world
+from tests.worlds import LANGUAGE, callbacks_of, world
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +20,9 @@ def made(_module_store):
 def distilled(made, folder, run=None):
     run = run or made.run
     tracker = Tracker(run, folder)
-    tutor = teacher.obtain(run, made.task, made.tokenizer, made.examples, folder, tracker)
-    callbacks = student.bind_callbacks(
-        run,
-        made.task,
-        made.tokenizer,
-        student.build_callbacks(run),
-        made.raw["train"],
-        made.examples["train"],
-    )
-    student.distil(run, made.task, made.tokenizer, made.examples, tutor, callbacks, folder, tracker)
+    model = teacher.obtain(run, made, folder, tracker)
+    callbacks = callbacks_of(run, made)
+    student.train_student(run, made, model, callbacks, folder, tracker)
     return models.load(
         str(folder / "student"), None, made.task, "student", made.tokenizer, strict=True
     )
@@ -46,7 +41,7 @@ def test_another_seed_gives_other_weights(made, tmp_path):
     )
 
 
-def test_what_is_written_are_the_weights_that_did_best(made, tmp_path):
+def test_the_weights_that_did_best_are_saved(made, tmp_path):
     written = distilled(made, tmp_path)
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert {f"student.{name}" for name in written.state_dict()} == set(best)
@@ -59,24 +54,21 @@ def test_what_is_written_are_the_weights_that_did_best(made, tmp_path):
 
 def test_without_the_teacher_s_weight_only_labelled_examples_are_trained_on(made):
     alone = replace(made.run, loss=config.Loss(alpha=1.0))
-    assert len(student.examples_in_loss(made.examples["train"], made.task, alone)) == 200
-    assert len(student.examples_in_loss(made.examples["train"], made.task, made.run)) == len(
+    assert len(student.examples_in_loss(made.examples["train"], made.task, alone.loss)) == 200
+    assert len(student.examples_in_loss(made.examples["train"], made.task, made.run.loss)) == len(
         made.examples["train"]
     )
 
 
 def test_a_student_cut_from_all_layers_starts_as_its_teacher(made):
-    tutor = made.model()
+    model = made.model()
     started, classes = student.build_student(
-        replace(made.run, student=config.Student(layers=[0, 1, 2])),
-        made.task,
-        made.tokenizer,
-        tutor,
+        config.Student(layers=[0, 1, 2]), made.run.teacher, made, model
     )
     batch = next(iter(made.loader()))
     assert classes is None
     assert torch.equal(
-        models.logits(started.eval(), batch.inputs), models.logits(tutor, batch.inputs)
+        models.logits(started.eval(), batch.inputs), models.logits(model, batch.inputs)
     )
 
 
@@ -92,12 +84,9 @@ def test_a_student_needs_no_teacher(made, tmp_path):
 
 def test_wider_logits_of_one_model_are_sliced_to_the_shared_tokens():
     made = world(**LANGUAGE)
-    tutor = made.model(vocab_size=len(made.tokenizer) + 7)
+    model = made.model(vocab_size=len(made.tokenizer) + 7)
     _, classes = student.build_student(
-        replace(made.run, student=config.Student(config=made.run.teacher.config)),
-        made.task,
-        made.tokenizer,
-        tutor,
+        config.Student(config=made.run.teacher.config), made.run.teacher, made, model
     )
     assert classes == len(made.tokenizer)
 
@@ -124,12 +113,25 @@ NUMBER = {
 
 
 @pytest.mark.parametrize("recipe", [{}, LANGUAGE, NUMBER], ids=["classes", "language", "number"])
-def test_a_training_that_diverges_is_said_in_one_sentence(recipe, tmp_path):
+def test_a_training_that_diverges_is_one_sentence(recipe, tmp_path):
     with pytest.raises(
         RunFailed, match=r"^optimizer\.lr is 1e\+09, .*training diverged.*: lower optimizer\.lr$"
     ):
         distilled(world(**recipe, optimizer={"lr": 1e9}, loss={"alpha": 1.0}), tmp_path)
     assert not (tmp_path / "student").exists()
+
+
+class MyQuantize(Quantize):
+    """A technique of a user's own, whose name the package does not know."""
+
+
+def test_what_a_technique_declares_is_checked_against_the_export_s_format():
+    specs = {"mine": {"_target_": "tests.unit.test_student.MyQuantize", "bits": 4}}
+    trainer = config.Trainer()
+    assert build_callbacks(specs, trainer, config.Export(format="packed"))
+    with pytest.raises(UserError) as error:
+        build_callbacks(specs, trainer, config.Export(format="torchao"))
+    assert "callbacks.mine" in str(error.value) and "4" in str(error.value)
 
 
 def just_a_function():
@@ -142,6 +144,6 @@ def test_a_callback_that_lightning_cannot_call_is_refused(made, tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=r"callbacks\.mine is tests\.unit\.test_student\.just_a_function, but that gives a int",
+        match=r"callbacks\.mine is tests\.unit\.test_student\.just_a_function, .* a int",
     ):
         distilled(made, tmp_path, run)

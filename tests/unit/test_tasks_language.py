@@ -1,4 +1,4 @@
-"""Windows lose nothing: every token after the first is predicted once, and bytes are counted once."""
+"""Windows: every token after the first is predicted once, and its bytes are counted once."""
 
 import math
 from itertools import pairwise
@@ -9,8 +9,8 @@ import torch
 from distill.errors import UserError
 from distill.models.tokenizers import train_tokenizer
 from distill.recipe.config import Data
-from distill.tasks import CausalLanguageModelling
-from distill.tasks.language import _bytes
+from distill.tasks import LANGUAGE_TOKENS, CausalLanguageModelling
+from distill.tasks.language import _byte_sizes
 
 DATA = Data(source="none")
 TEXTS = [
@@ -24,9 +24,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(
-        ["the cat sat on the mat and naïve foxes"] * 4, 300, classification=False
-    )
+    return train_tokenizer(["the cat sat on the mat and naïve foxes"] * 4, 300, LANGUAGE_TOKENS)
 
 
 def examples(encoded):
@@ -67,11 +65,11 @@ def test_a_window_begins_with_the_last_token_of_the_one_before(tokenizer):
         later["input_ids"][0] == earlier["input_ids"][-1] for earlier, later in pairwise(windows)
     )
     assert all(window["labels"][0] == -100 for window in windows)
-    assert [window["cut"] for window in windows] == [1] + [0] * (len(windows) - 1)
+    assert [window["truncated"] for window in windows] == [1] + [0] * (len(windows) - 1)
 
 
 def test_without_a_token_to_begin_with_the_first_is_context_only():
-    bare = train_tokenizer(["the cat sat"] * 4, 300, classification=False)
+    bare = train_tokenizer(["the cat sat"] * 4, 300, LANGUAGE_TOKENS)
     bare.eos_token = None
     windows = encode(TEXTS[0], bare, 4)
     ids = bare(TEXTS[0], add_special_tokens=False)["input_ids"]
@@ -97,30 +95,27 @@ def test_a_text_without_tokens_gives_no_window(tokenizer):
     assert encode("", tokenizer, 8) == []
 
 
-def test_bytes_of_characters_between_and_inside_tokens_are_counted_once():
-    assert _bytes("né  x ", [(0, 1), (1, 2), (1, 2), (4, 5)]) == [1, 2, 0, 4]
-    assert _bytes("abcd", [(0, 3), (1, 2), (3, 4)]) == [3, 0, 1]
-    assert _bytes("", []) == []
+def test_byte_sizes_of_characters_between_and_inside_tokens_are_counted_once():
+    assert _byte_sizes("né  x ", [(0, 1), (1, 2), (1, 2), (4, 5)]) == [1, 2, 0, 4]
+    assert _byte_sizes("abcd", [(0, 3), (1, 2), (3, 4)]) == [3, 0, 1]
+    assert _byte_sizes("", []) == []
 
 
 def test_a_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False
 
-    with pytest.raises(UserError, match=r"the tokenizer is Slow, but each token's place"):
+    with pytest.raises(UserError, match="the tokenizer is Slow, but"):
         encode("x", Slow(), 8)
 
 
 @pytest.mark.parametrize("max_length", [1, "abc", 12.5])
 def test_a_window_must_hold_a_context_and_a_token(max_length):
-    with pytest.raises(
-        UserError,
-        match=rf"task.max_length is {max_length}, but it must be at least 2, a whole number: a window holds",
-    ):
+    with pytest.raises(UserError, match=rf"task.max_length is {max_length}, but .* at least 2"):
         CausalLanguageModelling(max_length)
 
 
-def test_logits_answer_for_the_next_token():
+def test_logits_are_compared_with_the_next_token():
     task = CausalLanguageModelling()
     windows = [
         {"input_ids": [1, 2, 3], "labels": [-100, -100, 3], "size": 4},
@@ -128,10 +123,10 @@ def test_logits_answer_for_the_next_token():
     ]
     batch = task.collate(windows, pad_id=0)
     assert batch.labels.tolist() == [3, 5]
-    assert batch.index.tolist() == [1, 3]
+    assert batch.positions.tolist() == [1, 3]
     assert batch.example.tolist() == [0, 1]
     logits = torch.arange(2 * 3 * 7.0).view(2, 3, 7)
-    assert torch.equal(task.rows(logits, batch), torch.stack([logits[0, 1], logits[1, 0]]))
+    assert torch.equal(task.select_rows(logits, batch), torch.stack([logits[0, 1], logits[1, 0]]))
 
 
 def test_metrics_are_sums_over_tokens_and_bytes():
@@ -143,7 +138,7 @@ def test_metrics_are_sums_over_tokens_and_bytes():
     batch = task.collate(windows, pad_id=0)
     outcomes = task.outcomes(torch.zeros(3, 8), batch)
     assert outcomes["tokens"].tolist() == [2, 1]
-    quality = task.quality(outcomes)
+    quality = task.compute_metrics(outcomes)
     assert quality["nll"] == pytest.approx(math.log(8))
     assert quality["perplexity"] == pytest.approx(8)
     assert quality["bits_per_byte"] == pytest.approx(
@@ -151,7 +146,7 @@ def test_metrics_are_sums_over_tokens_and_bytes():
     )  # three tokens of three bits, six bytes
     assert quality["accuracy"] == 0
     assert math.isnan(
-        task.quality({name: column[:0] for name, column in outcomes.items()})["perplexity"]
+        task.compute_metrics({name: column[:0] for name, column in outcomes.items()})["perplexity"]
     )
 
 
@@ -162,5 +157,5 @@ def test_a_perfect_model_has_no_loss(tokenizer):
     oracle = (
         torch.nn.functional.one_hot(ids.roll(-1, dims=1), len(tokenizer)) * 1e4
     )  # at each place, the next token
-    quality = task.quality(task.outcomes(task.rows(oracle, batch), batch))
+    quality = task.compute_metrics(task.outcomes(task.select_rows(oracle, batch), batch))
     assert (quality["nll"], quality["bits_per_byte"], quality["accuracy"]) == (0, 0, 1)

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from distill import data, models, store, student, teacher, teacher_outputs
 from distill.errors import RunFailed, UserError
 from distill.tasks import SingleLabelClassification
-from distill.training import loop
+from distill.teacher_outputs import output_cache
+from distill.training import loop, resolve_auto
 from distill.training.loggers import Tracker
 from tests.worlds import LANGUAGE, world
 
@@ -31,9 +32,7 @@ def online(_module_store):
 
 def obtained(made, folder, **changes):
     run = replace(made.run, **changes)
-    return teacher.obtain(
-        run, made.task, made.tokenizer, made.examples, folder, Tracker(run, folder)
-    )
+    return teacher.obtain(run, made, folder, Tracker(run, folder))
 
 
 @pytest.fixture
@@ -41,9 +40,9 @@ def trainings(monkeypatch):
     """How often something is trained."""
     calls, fitted = [], loop.fit
 
-    def counted(*arguments):
-        calls.append(arguments)
-        return fitted(*arguments)
+    def counted(training):
+        calls.append(training)
+        return fitted(training)
 
     monkeypatch.setattr(loop, "fit", counted)
     return calls
@@ -124,7 +123,7 @@ def test_a_fine_tuning_that_diverges_names_its_rate_and_leaves_no_teacher(
     )
     with pytest.raises(
         RunFailed,
-        match=r"teacher\.finetune\.lr is 1e\+09, .*training diverged.*: lower teacher\.finetune\.lr$",
+        match=r"teacher\.finetune\.lr is 1e\+09, .*diverged.*: lower teacher\.finetune\.lr$",
     ):
         obtained(finetuning, tmp_path / "run", teacher=settings)
     assert not list((tmp_path / "store").rglob("*.safetensors"))
@@ -158,13 +157,15 @@ def test_an_interrupted_fine_tuning_leaves_no_teacher(finetuning, tmp_path, monk
 def test_the_teacher_is_frozen_and_answers_in_its_dtype(online, tmp_path):
     run = replace(online.run, teacher=replace(online.run.teacher, dtype="bfloat16"))
     loaded = obtained(online, tmp_path, teacher=run.teacher)
-    answering = teacher.answering(run, loaded)
+    answering = teacher.in_dtype(loaded, "bfloat16", copies=True)
     assert not answering.training
     assert {(parameter.dtype, parameter.requires_grad) for parameter in answering.parameters()} == {
         (torch.bfloat16, False)
     }
     assert loaded.dtype == torch.float32  # for the student that is cut from it
-    assert student._answering(run, loaded).dtype == torch.bfloat16  # when it has been
+    assert (
+        student.online_part(run.teacher, run.trainer, loaded).dtype == torch.bfloat16
+    )  # when it has been
 
 
 def test_the_teacher_answers_in_bf16_where_the_device_has_units_for_it(online, monkeypatch):
@@ -180,10 +181,10 @@ def test_the_teacher_answers_in_bf16_where_the_device_has_units_for_it(online, m
         monkeypatch.setattr(
             torch.cpu, "_is_avx512_bf16_supported", lambda has_units=has_units: has_units
         )
-        assert models.resolve_teacher_dtype(run) == dtype
-        decided = loop.resolve_auto(replace(run, trainer=replace(run.trainer, precision="auto")))
+        assert models.resolve_teacher_dtype(run.teacher, run.trainer) == dtype
+        decided = resolve_auto(replace(run, trainer=replace(run.trainer, precision="auto")))
         assert (decided.teacher.dtype, decided.trainer.precision) == (dtype, precision)
-    assert loop.resolve_auto(replace(run, teacher=None)).teacher is None
+    assert resolve_auto(replace(run, teacher=None)).teacher is None
 
 
 def test_a_random_teacher_is_kept_in_the_run_folder(online, tmp_path):
@@ -197,39 +198,37 @@ def test_a_random_teacher_is_kept_in_the_run_folder(online, tmp_path):
 # ---- cached outputs
 
 
-def cached(made, tutor=None, **changes):
+def cached(made, model=None, **changes):
     run = replace(made.run, teacher=replace(made.run.teacher, outputs="cached"), **changes)
-    return teacher.with_outputs(
-        run, tutor or made.model(), made.examples["train"], made.task, made.tokenizer
-    )
+    return teacher.with_outputs(run, made, model or made.model()).examples["train"]
 
 
 @pytest.mark.parametrize("recipe", [{}, LANGUAGE], ids=["classification", "language"])
 def test_outputs_are_beside_their_examples_in_any_order(recipe):
     made = world(**recipe)
-    tutor = made.model()
-    made.examples["cached"] = cached(made, tutor).shuffle(seed=3).select(range(50))
+    model = made.model()
+    made.examples["cached"] = cached(made, model).shuffle(seed=3).select(range(50))
     for batch in made.loader("cached", seed=5, accumulate=2):
         with torch.no_grad():
-            online = made.task.rows(models.logits(tutor, batch.inputs), batch)
+            online = made.task.select_rows(models.logits(model, batch.inputs), batch)
         torch.testing.assert_close(batch.teacher, online, rtol=1e-4, atol=1e-5)
 
 
 def test_outputs_are_computed_once(online, monkeypatch):
     cached(online)
-    monkeypatch.setattr(teacher, "_write", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(output_cache, "write_outputs", lambda *_: pytest.fail("computed again"))
     cached(online)
 
 
 def test_another_ingredient_is_another_cache(online):
-    tutor, other = online.model(), online.model(seed=1)
-    key = [cached(online, one)["teacher_logits"][0] for one in (tutor, other)]
+    model, other = online.model(), online.model(seed=1)
+    key = [cached(online, one)["teacher_logits"][0] for one in (model, other)]
     assert key[0] != key[1]
     fewer = replace_examples(online, online.examples["train"].select(range(30)))
-    assert len(cached(fewer, tutor)) == 30
+    assert len(cached(fewer, model)) == 30
     backwards = replace_examples(online, online.examples["train"].select(range(30)[::-1]))
     assert (
-        cached(backwards, tutor)["teacher_logits"][0] == cached(fewer, tutor)["teacher_logits"][29]
+        cached(backwards, model)["teacher_logits"][0] == cached(fewer, model)["teacher_logits"][29]
     )
 
 
@@ -255,7 +254,7 @@ def test_an_interrupted_cache_leaves_nothing(online, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(teacher, "_outputs", interrupted)
+    monkeypatch.setattr(output_cache, "compute_columns", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cached(online)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -263,7 +262,9 @@ def test_an_interrupted_cache_leaves_nothing(online, tmp_path, monkeypatch):
 
 def test_outputs_too_large_for_the_disk_are_refused(online, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
-    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(
+        output_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})()
+    )
     with pytest.raises(UserError, match="teacher.outputs=online"):
         cached(online)
 
@@ -274,7 +275,7 @@ def test_small_chunks_hold_the_same_outputs(recipe, tmp_path, monkeypatch):
     made.examples["train"] = made.examples["train"].select(range(40))
     whole = cached(made)["teacher_logits"][:]
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
-    monkeypatch.setattr(teacher, "CHUNK", 3000)
+    monkeypatch.setattr(output_cache, "CHUNK_BYTES", 3000)
     for outputs, expected in zip(cached(made)["teacher_logits"][:], whole, strict=True):
         torch.testing.assert_close(
             torch.tensor(outputs), torch.tensor(expected), rtol=1e-4, atol=1e-5
@@ -290,19 +291,23 @@ def test_chunks_are_cut_by_the_bytes_of_their_outputs(online):
         .remove_columns("rows")
         .add_column("rows", [1, 1, 1, 9, 1, 1])
     )
-    assert teacher._chunks(examples, teacher.CHUNK // teacher.FLOAT // 2) == [
+    assert output_cache.split_chunks(
+        examples, output_cache.CHUNK_BYTES // output_cache.FLOAT_BYTES // 2
+    ) == [
         range(2),
         range(2, 4),
         range(4, 6),
     ]
-    assert teacher._chunks(examples, 4) == [range(6)]
+    assert output_cache.split_chunks(examples, 4) == [range(6)]
 
 
 def test_outputs_stay_in_numpy_s_buffers(online):
     split = online.examples["train"].select(range(20))
     kept = teacher_outputs.LogitOutputs(online.model(), online.task)
-    loader = data.make_loader(split, online.task, online.pad_id, 8)
-    outputs = teacher._outputs(kept, loader, range(20), lambda count: None)["teacher_logits"]
+    loader = data.make_loader(split, online.task, online.pad_id, data.Batching(8))
+    outputs = output_cache.compute_columns(kept, loader, range(20), lambda count: None)[
+        "teacher_logits"
+    ]
     assert outputs.type == pa.list_(
         pa.list_(pa.float32(), len(online.task.names))
     )  # rows are counted in 32 bits, not their numbers
@@ -315,19 +320,19 @@ def test_the_outputs_device_is_the_recipe_s_and_part_of_their_key(online, tmp_pa
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cached(online)  # trainer.accelerator is cpu
-    monkeypatch.setattr(models, "resolve_device", lambda run: "cuda")
+    monkeypatch.setattr(models, "resolve_device", lambda trainer: "cuda")
     with pytest.raises(ZeroDivisionError):
-        monkeypatch.setattr(teacher, "_write", lambda *_: 1 / 0)
+        monkeypatch.setattr(output_cache, "write_outputs", lambda *_: 1 / 0)
         cached(online)
 
 
 @pytest.mark.gpu
 def test_the_teacher_comes_back_from_the_gpu_fit_for_training(online, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
-    tutor = online.model()
-    cached(online, tutor, trainer=replace(online.run.trainer, accelerator="gpu"))
-    assert tutor.device.type == "cpu"
-    assert not any(parameter.is_inference() for parameter in tutor.parameters())
+    model = online.model()
+    cached(online, model, trainer=replace(online.run.trainer, accelerator="gpu"))
+    assert model.device.type == "cpu"
+    assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -348,32 +353,18 @@ class Terminal(io.StringIO):
 
 
 def test_training_from_the_cache_is_training_online(online, tmp_path):
-    """The same steps on the same losses: the weights end within the rounding of the teacher's batches."""
+    """The weights differ by the rounding of the teacher's batches only."""
     ends = []
     for outputs in ("online", "cached"):
         run = replace(online.run, teacher=replace(online.run.teacher, outputs=outputs))
-        tutor = teacher.obtain(
-            run,
-            online.task,
-            online.tokenizer,
-            online.examples,
-            tmp_path / outputs,
-            Tracker(run, tmp_path / outputs),
-        )
+        model = teacher.obtain(run, online, tmp_path / outputs, Tracker(run, tmp_path / outputs))
         examples = type(online.examples)(
-            online.examples
-            | {
-                "train": teacher.with_outputs(
-                    run, tutor, online.examples["train"], online.task, online.tokenizer
-                )
-            }
+            online.examples | {"train": teacher.with_outputs(run, online, model).examples["train"]}
         )
-        student.distil(
+        student.train_student(
             run,
-            online.task,
-            online.tokenizer,
-            examples,
-            tutor,
+            replace(online, examples=examples),
+            model,
             [],
             tmp_path / outputs,
             Tracker(run, tmp_path / outputs),

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, Unigram, WordLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from distill import corpora, models
-from distill.callbacks.base import compression_config
 from distill.callbacks.trim_vocabulary import TrimVocabulary
 from distill.compress import tokenizer_trim
 from distill.errors import UserError
 from distill.module import Distillation
 from distill.recipe import config
+from distill.remote_code.modeling import CompressionConfig
 from distill.training import loop
 from tests.worlds import LANGUAGE, trainer, world
 
@@ -53,7 +53,7 @@ def word_piece():
 
 
 def byte_bpe():
-    return models.train_tokenizer(texts()[:1000], 1500, True)
+    return models.train_tokenizer(texts()[:1000], 1500)
 
 
 def marked_bpe():
@@ -217,7 +217,7 @@ def test_a_merge_s_ancestors_stay():
 
 
 def test_what_is_unknown_to_unigrams_keeps_its_price():
-    """The least likely piece stays: what an unknown character costs is told from it."""
+    """The least likely piece is kept: unknown characters are scored by it."""
     pieces = [
         ("<unk>", 0.0),
         ("a", -1.0),
@@ -241,7 +241,8 @@ def test_other_kinds_are_refused():
         tokenizer_trim.check_supported(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
-# models ------------------------------------------------------------------------------------------------------------------------
+# models -------------------------------------------------------------------------------------------
+# -----------------------------
 
 FAMILIES = {
     "bert": {},
@@ -303,7 +304,7 @@ def test_a_trimmed_model_answers_the_new_ids_as_the_old_ones(made, family, tmp_p
     )
     assert student.config.pad_token_id == tokenizer.pad_token_id
     assert family != "roberta" or student.config.pad_token_id == pad
-    assert compression_config(student)["vocabulary"] == size
+    assert CompressionConfig.from_config(student.config).vocabulary == size
     models.save(student, tokenizer, tmp_path)
     reloaded = models.load(
         str(tmp_path), None, made.task, "student", models.load_tokenizer(str(tmp_path)), strict=True
@@ -332,11 +333,9 @@ def test_padding_stays_where_positions_are_counted_from_it(made):
 
 
 def test_ids_of_the_config_follow():
-    student = models.load(
-        None,
-        FAMILIES["bert"]
-        | {"model_type": "bert", "vocab_size": 20, "eos_token_id": [4, 9], "bos_token_id": 5},
-        _Task(),
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    student = BertModel(
+        BertConfig(vocab_size=20, num_hidden_layers=1, eos_token_id=[4, 9], bos_token_id=5, **sizes)
     )
     weight = student.get_input_embeddings().weight.detach().clone()
     tokenizer_trim.trim_embeddings(student, [0, 3, 4, 9, 12])
@@ -347,14 +346,6 @@ def test_ids_of_the_config_follow():
     ) == (0, [2, 3], None)
     assert student.get_input_embeddings().padding_idx == 0
     assert torch.equal(student.get_input_embeddings().weight, weight[[0, 3, 4, 9, 12]])
-
-
-class _Task:
-    auto_class = "AutoModelForSequenceClassification"
-    names = ()
-
-    def model_options(self):
-        return {"num_labels": 2}
 
 
 def finished(made, keep=None):
@@ -397,7 +388,7 @@ def test_training_is_as_without_it(made):
         torch.equal(tensor, student.state_dict()[name])
         for name, tensor in plain.state_dict().items()
     )
-    assert technique.reached == 1
+    assert technique.progress == 1
 
 
 def test_the_log_says_what_is_left(made, caplog):
@@ -405,20 +396,16 @@ def test_the_log_says_what_is_left(made, caplog):
     technique.bind_to_data(made.tokenizer, made.raw["train"]["text"])
     with caplog.at_level(logging.INFO, "distill"):
         tokenizer = technique.finish(student, made.tokenizer)
-    assert f"vocabulary: {len(tokenizer)} of {len(made.tokenizer)} tokens stay" in caplog.text
+    assert f"kept {len(tokenizer)} of {len(made.tokenizer)} tokens" in caplog.text
 
 
 def test_one_scale_for_all_rows_keeps_the_rows_that_decide_it(made):
     student = made.model("student")
     weight = student.get_input_embeddings().weight.detach().clone()
-    compression_config(student)["weights"] = {
-        "bert.embeddings.word_embeddings.weight": {
-            "method": "linear",
-            "bits": 8,
-            "symmetric": True,
-            "group": -1,
-        }
-    }
+    spec = {"method": "linear", "bits": 8, "symmetric": True, "group": -1}
+    CompressionConfig(weights={"bert.embeddings.word_embeddings.weight": spec}).write_to(
+        student.config
+    )
     TrimVocabulary().finish(student, made.tokenizer)
     left = student.get_input_embeddings().weight
     assert len(left) < len(weight)
@@ -432,17 +419,15 @@ def test_language_models_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("keep", "said"),
+    ("keep", "refused"),
     [("nowhere.txt", "keep is nowhere.txt, but there is no such file"), ([3], "keep has 3, but")],
 )
-def test_a_wrong_list_is_refused_when_the_recipe_is_read(keep, said):
-    with pytest.raises(UserError, match=f"^TrimVocabulary: {said}"):
+def test_a_wrong_list_is_refused_when_the_recipe_is_read(keep, refused):
+    with pytest.raises(UserError, match=f"^TrimVocabulary: {refused}"):
         TrimVocabulary(keep=keep)
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "keep.bin").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(
-        UserError, match=r"^TrimVocabulary: keep is .*keep\.bin, but this file is no text in UTF-8"
-    ):
+    with pytest.raises(UserError, match=r"^TrimVocabulary: keep is .*keep\.bin, but .* UTF-8"):
         TrimVocabulary(keep=str(tmp_path / "keep.bin"))

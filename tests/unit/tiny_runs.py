@@ -2,18 +2,18 @@
 
 import json
 import threading
+from importlib import import_module
 
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distill import isolated, models
+from distill import export, isolated, models
 from distill.compress import quantizer
-from distill.evaluate import cost
-from distill.export import proof
+from distill.packing import ExportSpec
 from distill.recipe import config
-from distill.remote_code import modeling
+from distill.remote_code.modeling import CompressionConfig, build_compressed_layers
 from distill.tasks import SingleLabelClassification
 
 TEXTS = [
@@ -41,9 +41,9 @@ SIZES = {  # model type -> its key for the number of layers, and the others
 
 
 def made(folder, task, model_type="bert", teacher_layers=3, columns=("text",), **settings):
-    """A run folder with a random teacher and a smaller random student, and what `export` wants to know about it."""
+    """A run folder with a random teacher and a smaller random student, and its recipe and data."""
     torch.manual_seed(0)
-    tokenizer = models.train_tokenizer(TEXTS, 320, task.pipeline == "text-classification")
+    tokenizer = models.train_tokenizer(TEXTS, 320, task.special_tokens())
     depth, sizes = SIZES.get(model_type, SIZES["bert"])
     for name, layers in (("teacher", teacher_layers), ("student", 1)):
         model = models.load(
@@ -69,6 +69,18 @@ def made(folder, task, model_type="bert", teacher_layers=3, columns=("text",), *
     return run, task, raw, tokenizer, folder
 
 
+def spec_of(made, train=None):
+    """What `export` takes of a run folder; `train` is what calibrates."""
+    run, task, raw, tokenizer, _ = made
+    return ExportSpec(run.export, run.data, task, tokenizer, raw if train is None else train)
+
+
+def exported(run, task, raw, tokenizer, folder, metrics=None):
+    """The folder of the export of a run folder's student."""
+    spec = spec_of((run, task, raw, tokenizer, folder))
+    return export.export(run, spec, raw, folder, metrics)
+
+
 def quantized(
     folder,
     task,
@@ -78,7 +90,7 @@ def quantized(
     kinds=(nn.Linear, nn.Embedding, Conv1D),
     **spec,
 ):
-    """The student of a run folder, its weights on a quantizer's grid and some of them zero, as a quantizing callback leaves it."""
+    """The student of a run folder with weights on a grid and some zeros, as callbacks leave it."""
     spec = quantizer.QuantSpec(**spec)
     student = models.load(str(folder / "student"), None, task, "student", tokenizer, strict=True)
     record = {"weights": {}, "sparse": [], "activations": {}}
@@ -90,8 +102,9 @@ def quantized(
                 record["sparse"] += [f"{name}.weight"] if sparse else []
                 record["activations"] |= {name: activations} if activations else {}
     earlier = student.config.to_dict().get("compression") or {}
-    student.config.compression = earlier | {part: said for part, said in record.items() if said}
-    modeling.apply(student, {"activations": record["activations"]})
+    student.config.compression = earlier | {part: value for part, value in record.items() if value}
+    compression = CompressionConfig.from_json({"activations": record["activations"]})
+    build_compressed_layers(student, compression)
     models.save(student, tokenizer, folder / "student")
     return student
 
@@ -110,21 +123,16 @@ def classifier(*names, kind=SingleLabelClassification):
     return task
 
 
-ONE_AT_A_TIME = threading.Lock()  # transformers patches its classes while it loads, which two threads of one process would undo wrongly
+# transformers patches its classes while it loads a model, which two threads must not do at once.
+LOCK = threading.Lock()
 
 
-def ask_here(script, question):
-    """The scripts of distill.isolated without their own process: the same functions, called in this one."""
-    with ONE_AT_A_TIME:
-        return _answer(json.loads(json.dumps(question)))
-
-
-def _answer(question):
-    try:
-        if "measure" in question:
-            return {"speed": cost.speed, "memory": cost.memory}[question["measure"]](question)
-        return proof.told(question) | {
-            "versions": dict.fromkeys(["transformers", *question["libraries"]], "5")
-        }
-    except (SystemExit, Exception) as error:
-        raise isolated.ProcessError(str(error)) from error
+def run_here(script, request):
+    """A stand-in for `run_isolated` that runs the script in this process."""
+    with LOCK:
+        try:
+            module = import_module(f"distill.isolated.scripts.{script}")
+            response = module.run(json.loads(json.dumps(request)))
+        except (SystemExit, Exception) as error:
+            raise isolated.ProcessError(str(error)) from error
+    return response | {"versions": dict.fromkeys(request.get("libraries", []), "5")}

@@ -1,5 +1,8 @@
-"""The programs that travel in the README.md of a runtime's export, and that its proof runs: nothing imports them.
+"""Programs that are copied into the README.md of a runtime's export. Nothing imports them.
 
-Each is run in the exported folder and defines `answer(texts)`: a row of logits for each text, or pair of texts; of a language model
-those of the token that follows. Of these, `*_generate.py` also defines `write(text, most)`: the ids of the tokens that it goes on with.
+A program runs in the exported folder. `<program>_<format>.py` is named by `Task.program`:
+
+- `run_*` define `predict(texts)`: the logits of a batch of texts or pairs of texts, (B, ...).
+- `generate_*` define `predict(texts)`: the logits of the token that follows each text, (B, V);
+  and, except on ExecuTorch, `generate(text, max_new_tokens)`: the ids of the tokens that follow.
 """

@@ -1,0 +1,138 @@
+"""Private and undocumented attributes of torch, Lightning, transformers and Python.
+
+They are used only here. Each function gives the reason, and each section the versions for which it
+was checked. `tests/unit/test_internals.py` fails when a library changes one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import UserError
+
+if TYPE_CHECKING:  # keeps the import of this module cheap
+    import lightning as L
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+NEVER = 1 << 62  # micro-batches
+
+# ---- Python 3.11 to 3.14
+
+
+def run_exit_functions() -> None:
+    """Call the functions that `atexit` holds; a rank that ends by `os._exit` would skip them."""
+    import atexit
+
+    atexit._run_exitfuncs()
+
+
+# ---- torch 2.11 to 2.13
+
+
+def cpu_supports_bf16() -> bool:
+    """Whether the CPU has bfloat16 instructions. torch has no public query for CPUs."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def constant_buffers() -> dict[str, bool]:
+    """The argument that stops DDP from syncing buffers. torch 2.13 renamed `broadcast_buffers`."""
+    from inspect import signature
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    new, old = "forward_sync_buffers", "broadcast_buffers"
+    return {new if new in signature(DistributedDataParallel).parameters else old: False}
+
+
+def stored_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter that a module stores under a name, None if it has none.
+
+    `getattr(module, name)` would compute the fake-quantized value.
+    """
+    return module._parameters.get(name)
+
+
+# ---- Lightning 2.6
+
+
+def disable_signal_handlers(trainer: L.Trainer) -> None:
+    """Leave signals to `distill.processes.signals`. The Trainer has no option for it."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def limit_steps(trainer: L.Trainer, steps: int) -> None:
+    """Set `max_steps` of a Trainer that has epochs, for schedules that count steps."""
+    trainer.fit_loop.epoch_loop.max_steps = steps
+
+
+def validate_after_batch(trainer: L.Trainer, validate: bool) -> None:
+    """Set whether a validation run follows this batch; `val_check_interval` counts no steps."""
+    trainer.val_check_batch = 1 if validate else NEVER  # the loop tests batch % val_check_batch
+
+
+def batches_started(trainer: L.Trainer) -> int:
+    """Micro-batches that this rank started before this one, in all epochs."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx
+
+
+def batches_of_epoch(trainer: L.Trainer) -> int:
+    """Micro-batches that this rank completed in this epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.completed
+
+
+def rewind_one_batch(fit_loop: dict[str, Any]) -> None:
+    """Turn the saved state of a fit loop back to before the batch that was just fetched.
+
+    Callbacks are not finished at the end of a batch, so checkpoints are taken at the start of the
+    next one, which is counted by then. Lightning adds 1 to `_batches_that_stepped` when it loads.
+    """
+    progress = fit_loop["epoch_loop.batch_progress"]
+    progress["total"]["ready"] -= 1
+    progress["current"]["ready"] -= 1
+    progress["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    for loader in fit_loop["state_dict"]["combined_loader"]:
+        loader["position"] -= 1  # of `distill.data.Loader`
+
+
+def rewrap_ddp(strategy: DDPStrategy, module: L.LightningModule) -> None:
+    """Rebuild DDP's gradient buckets after parameters were replaced; it fills them only once."""
+    strategy.model = strategy._setup_model(module)
+
+
+# ---- transformers 5.17 to 5.24
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """The attention that a loaded model uses (`sdpa`, `eager`), to build another with the same."""
+    return config._attn_implementation
+
+
+def model_class(auto_class: str, config: PreTrainedConfig) -> type | None:
+    """The class that an auto class builds for a config, None if it has none.
+
+    Its public methods only build the whole model.
+    """
+    import transformers
+
+    mapping = getattr(transformers, auto_class)._model_mapping
+    return mapping[type(config)] if type(config) in mapping else None  # noqa: SIM401
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """The auto class, such as `AutoModelForCausalLM`, that builds models of this model's class."""
+    from transformers.models.auto import modeling_auto
+
+    for name in modeling_auto.__all__:
+        if name.startswith("AutoModelFor") and name != "AutoModelForPreTraining":
+            built = model_class(name, model.config)
+            if built is not None and built.__name__ == type(model).__name__:
+                return name
+    raise UserError(
+        f"the model is a {type(model).__name__}, but no auto class of transformers builds it: "
+        "export it without compression that needs code"
+    )

@@ -1,0 +1,43 @@
+"""Parameters, bytes of weights, and peak memory of a process that runs one model on its inputs."""
+
+from typing import Any
+
+from .measurements import peak_memory
+from .time_models import inputs, load_model, model_calls
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Measure the only model of `models`."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(request["threads"])
+    getattr(transformers, request["auto_class"])  # imports it: that memory is not the model's
+    before = peak_memory()
+    (name,) = request["models"]
+    model = load_model(request, name)
+    loaded = peak_memory()
+    with torch.inference_mode():
+        for kind in ("requests", "batches"):
+            for call in model_calls(model, inputs(request, name, kind)):
+                call()
+    tensors = [*model.parameters(), *model.buffers()]
+    cost = {
+        "parameters": sum(tensor.numel() for tensor in model.parameters()),
+        "weight_bytes": sum(tensor_bytes(tensor) for tensor in tensors),
+        "memory_before_bytes": before,
+        "memory_loaded_bytes": loaded,
+        "memory_peak_bytes": peak_memory(),
+    }
+    if request["device"] != "cpu":
+        cost["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return {"cost": cost}
+
+
+def tensor_bytes(tensor: Any) -> int:
+    """The memory of a tensor; quantized ones of torchao consist of several."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(tensor_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()

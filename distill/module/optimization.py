@@ -1,0 +1,149 @@
+"""The optimizer of a module: parameter groups, schedule, gradient clipping, logging of steps."""
+
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from distill import internals
+from distill.processes import fsdp, ranks
+from distill.recipe import config
+
+
+class OptimizedModule(L.LightningModule):
+    """AdamW with a schedule over `steps`, clipping, and losses summed over micro-batches.
+
+    Args:
+        optimizer: learning rate, its schedule, weight decay and gradient clipping.
+        steps: optimizer steps of the run; None takes them from the Trainer.
+    """
+
+    def __init__(self, optimizer: config.Optimizer, steps: int | None) -> None:
+        super().__init__()
+        self.settings, self.steps = optimizer, steps or 0
+        self._parts: dict[str, Tensor] = {}  # sums over the micro-batches of the current step
+        self._last_parts: dict[str, Tensor] = {}  # sums of the last completed step
+        self._gradient_norm = torch.zeros(())
+
+    def setup(self, stage: str) -> None:
+        if not self.steps and stage == "fit":
+            self.steps = int(self.trainer.estimated_stepping_batches)
+            internals.limit_steps(self.trainer, self.steps)
+
+    def attach_terms(self) -> None:
+        """Register the hooks of loss terms again; called after modules were replaced."""
+
+    # ---- losses and logging
+
+    def add_to_step(self, parts: dict[str, Tensor]) -> None:
+        """Add the losses of a micro-batch to those of its optimizer step."""
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0) + value.detach()
+
+    def last_step_losses(self) -> dict[str, Tensor]:
+        """The losses of the last optimizer step, summed over all ranks, which must all call it.
+
+        Empty before the first step.
+        """
+        if not self._last_parts:
+            return {}
+        parts = torch.stack([value.float() for value in self._last_parts.values()])
+        names = (f"train/{name}" for name in self._last_parts)
+        return dict(zip(names, ranks.all_reduce_sum(parts), strict=True))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Compute the gradient norm and log the step.
+
+        Loggers are called directly, and only every `log_every_n_steps`, because Lightning's `log`
+        costs milliseconds in every step.
+        """
+        self._last_parts, self._parts = self._parts, {}
+        logged = self._is_logged()
+        if self.settings.clip is None and not logged:
+            return
+        gradients = [
+            parameter.grad for parameter in self.parameters() if parameter.grad is not None
+        ]
+        self._gradient_norm = nn.utils.get_total_norm(gradients)
+        if logged:
+            self._log_step(optimizer)
+
+    def _is_logged(self) -> bool:
+        number = self.trainer.global_step + 1
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return number % interval == 0 or number >= self.steps
+
+    def _log_step(self, optimizer: torch.optim.Optimizer) -> None:
+        values = self.last_step_losses() | {
+            "train/grad_norm": fsdp.full_tensors(self._gradient_norm),
+            "train/lr": optimizer.param_groups[0]["lr"],
+        }
+        row = {name: float(value) for name, value in values.items()}
+        row["epoch"] = self.trainer.current_epoch
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, self.trainer.global_step)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
+    ) -> None:
+        """Clip the gradient's norm to `optimizer.clip`.
+
+        The Trainer's clipping refuses a fused optimizer under mixed precision, and multiplies
+        gradients even if their norm is below the limit.
+        """
+        limit = self.settings.clip
+        if limit is None:
+            return
+        norm = fsdp.full_tensors(self._gradient_norm)
+        # On a GPU, comparing the norm is a CPU-GPU sync point.
+        if norm.is_cuda or not norm <= limit:
+            nn.utils.clip_grads_with_norm_(list(self.parameters()), limit, self._gradient_norm)
+
+    # ---- optimizer and schedule
+
+    def configure_optimizers(self) -> Any:
+        settings = self.settings
+        # With fp16 a fused optimizer would unscale the gradients after they were clipped.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=settings.lr, fused=fused)
+        name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        schedule = get_scheduler(name, optimizer, round(settings.warmup * self.steps), self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Set the learning rate of the schedule, which a resumed run with more steps changes."""
+        schedule = cast(LambdaLR, self.lr_schedulers())
+        for group, base, rate in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * rate(schedule.last_epoch)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Matrices with weight decay, vectors (biases and norms) without."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim > 1]
+        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+        return [
+            {"params": matrices, "weight_decay": self.settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+
+    def refresh_optimizer_params(self) -> None:
+        """Update the optimizer, the hooks of loss terms and DDP after parameters were replaced.
+
+        The moments of a new parameter must be in the optimizer's state already.
+        """
+        optimizer, groups = self.trainer.optimizers[0], self._parameter_groups()
+        for group, new in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = new["params"]  # in the order of a resumed run
+        current = {parameter for group in groups for parameter in group["params"]}
+        for removed in optimizer.state.keys() - current:
+            del optimizer.state[removed]
+        self.attach_terms()
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            internals.rewrap_ddp(strategy, self)

@@ -1,0 +1,160 @@
+"""The recipe's sections about data and models: `data`, `tokenizer`, `teacher` and `student`."""
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from omegaconf import MISSING
+
+from distill.errors import UserError
+from distill.recipe.formats import DTYPES
+from distill.recipe.validation import check_choice, check_positive, check_range
+
+__all__ = ["OUTPUTS", "SPARSE", "Data", "Finetune", "Student", "Teacher", "Tokenizer"]
+
+SPARSE = ("sampled", "top_k")  # values of teacher.outputs that keep some tokens of a distribution
+OUTPUTS = ("cached", "online", "hidden", *SPARSE)
+
+
+@dataclass
+class Data:
+    """The examples and how they are batched."""
+
+    source: str = MISSING
+    """Hub dataset, local file or folder (CSV, JSON, Parquet), or dotted path of a function that
+    returns a DatasetDict"""
+    config: str | None = None
+    """Hub configuration, such as sst2"""
+    train: str = "train"
+    """name of the training split"""
+    validation: str | None = "validation"
+    """name of the validation split; null holds examples out of the training split"""
+    test: str | None = "test"
+    """name of the test split; null holds examples out of the training split"""
+    holdout: float = 0.1
+    """share of the training examples held out for each split that is null"""
+    text: list[str] = field(default_factory=lambda: ["text"])
+    """text column, or two columns for pairs"""
+    label: str | None = "label"
+    """label column; an empty cell is an unlabeled example"""
+    labels: list[str] | None = None
+    """label names in the order of their ids; null: as the dataset declares them, else sorted"""
+    labelled: int | None = None
+    """training examples that keep their label, the others become unlabeled; null: all"""
+    unlabelled: str | None = None
+    """another split or source of texts without labels, used by the divergence only"""
+    batch_size: int = 32
+    """examples per optimizer step, over all micro-batches and processes"""
+    group_by_length: bool = True
+    """batch examples of similar length, which saves padding"""
+    workers: int = 0
+    """processes that load batches; 0 loads in the training process"""
+
+    def __post_init__(self) -> None:
+        check_range("data.holdout", self.holdout, 0.001, 0.5, "0.1 holds out a tenth")
+        check_positive("data.batch_size", self.batch_size, "32 is a good start")
+        check_positive("data.labelled", self.labelled, "leave it out to keep every label")
+        check_range("data.workers", self.workers, 0, inf, "0 loads in the training process")
+        if not 1 <= len(self.text) <= 2:
+            raise UserError(
+                f"data.text is {list(self.text)}, but it must name one column, or two for pairs: "
+                "write [premise, hypothesis]"
+            )
+        columns = [*self.text, *([] if self.label is None else [self.label])]
+        if len(set(columns)) < len(columns):
+            raise UserError(
+                f"data.text is {list(self.text)} and data.label is {self.label}, "
+                "but each must be another column: rename one"
+            )
+
+
+@dataclass
+class Tokenizer:
+    """The tokenizer, if it is not the teacher's."""
+
+    model: str | None = None
+    """Hub name or folder of a tokenizer; null: the teacher's"""
+    vocab_size: int | None = None
+    """train a byte-level BPE tokenizer with this many tokens on the training texts"""
+
+    def __post_init__(self) -> None:
+        hint = "256 bytes, the special tokens and some merges must fit"
+        check_range("tokenizer.vocab_size", self.vocab_size, 300, inf, hint)
+        if self.model is not None and self.vocab_size is not None:
+            raise UserError(
+                f"tokenizer.model is {self.model} and tokenizer.vocab_size is {self.vocab_size}, "
+                "but only one can be used: drop one of them"
+            )
+
+
+@dataclass
+class Finetune:
+    """Training of the teacher on labeled examples; other settings are the student's."""
+
+    epochs: float = 3.0
+    """passes over the labeled training examples"""
+    lr: float = 5e-5
+    """peak learning rate"""
+
+    def __post_init__(self) -> None:
+        hint = "leave teacher.finetune out to use the teacher unchanged"
+        check_positive("teacher.finetune.epochs", self.epochs, hint)
+        check_positive("teacher.finetune.lr", self.lr, "5e-5 is a good start")
+
+
+@dataclass
+class Teacher:
+    """The frozen model to distill."""
+
+    model: str | None = None
+    """Hub name, folder, or package:<distribution>/<folder in it>"""
+    config: dict[str, Any] | None = None
+    """config of a randomly initialized model: model_type, hidden_size, ..."""
+    finetune: Finetune | None = None
+    """train the teacher on the labels first; null: use it unchanged"""
+    outputs: str = "cached"
+    """cached: logits, computed once; online: computed at each step; for language models also hidden
+    (last hidden states), sampled (drawn tokens) and top_k (likeliest tokens), each computed once"""
+    tokens: int = 50
+    """tokens per position that outputs=sampled draws and outputs=top_k keeps"""
+    dtype: str = "auto"
+    """float type of its forward pass; auto: bfloat16 where the device supports it, else float32"""
+
+    def __post_init__(self) -> None:
+        check_choice("teacher.outputs", self.outputs, OUTPUTS)
+        check_choice("teacher.dtype", self.dtype, ("auto", *DTYPES))
+        hint = "fewer need less memory, more approximate the distribution better"
+        check_range("teacher.tokens", self.tokens, 1, 64, hint)
+        if (self.model is None) == (self.config is None):
+            count = "neither" if self.model is None else "both"
+            raise UserError(
+                f"teacher has {count} of model and config, but it needs exactly one: "
+                "name a model, or describe a random one"
+            )
+
+
+@dataclass
+class Student:
+    """The model to train. Exactly one of `model`, `config` and `layers` is set."""
+
+    model: str | None = None
+    """Hub name or folder"""
+    config: dict[str, Any] | None = None
+    """config of a randomly initialized model: model_type, hidden_size, ..."""
+    layers: list[int] | None = None
+    """indices, from 0, of the teacher's layers that the student is initialized from"""
+    architecture: str | None = None
+    """model_type of a student built from layers, such as distilbert; null: the teacher's"""
+
+    def __post_init__(self) -> None:
+        sources = [key for key in ("model", "config", "layers") if getattr(self, key) is not None]
+        if len(sources) != 1:
+            raise UserError(
+                f"student has {' and '.join(sources) or 'none'} of model, config and layers, "
+                "but it needs exactly one: choose where the student comes from"
+            )
+        if self.architecture is not None and self.layers is None:
+            raise UserError(
+                f"student.architecture is {self.architecture}, but it is only used with layers "
+                "of the teacher: set student.layers"
+            )

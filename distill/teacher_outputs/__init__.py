@@ -1,0 +1,27 @@
+"""A teacher's outputs for all examples, computed once and cached.
+
+| file | contents |
+|---|---|
+| `selection.py` | the recipe's `teacher.outputs` -> `TeacherOutputs` |
+| `outputs.py` | `TeacherOutputs`; all logits, or the inputs of the teacher's head |
+| `sparse_outputs.py` | a few tokens of the distribution: sampled, or the most likely |
+| `output_cache.py` | examples -> a file of their teacher outputs, in the store |
+"""
+
+from distill.teacher_outputs.output_cache import OUTPUTS_FILE, check_disk_space, write_outputs
+from distill.teacher_outputs.outputs import HiddenStateOutputs, LogitOutputs, TeacherOutputs
+from distill.teacher_outputs.selection import build_outputs, check_outputs
+from distill.teacher_outputs.sparse_outputs import SampledOutputs, TopKOutputs
+
+__all__ = [
+    "OUTPUTS_FILE",
+    "HiddenStateOutputs",
+    "LogitOutputs",
+    "SampledOutputs",
+    "TeacherOutputs",
+    "TopKOutputs",
+    "build_outputs",
+    "check_disk_space",
+    "check_outputs",
+    "write_outputs",
+]
