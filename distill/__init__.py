@@ -13,6 +13,7 @@ The map, from the entry points down; each module imports from those below it:
     cli.py              command lines: errors -> one sentence and an exit code
     teacher.py          the teacher stage: load, fine-tune, cache its outputs
     student.py          the student stage: build, train, save
+    dry_run.py          what later stages would refuse, found before the teacher is trained
     prepare.py          a recipe's data -> task, tokenizer, raw and encoded examples
     resume.py           resuming a run folder: allowed changes, repeated stages
     export/             the student of a run -> an exported folder, proven: distill export

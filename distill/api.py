@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill import data, export, models, resume, store
 from distill.errors import UserError
 from distill.prepare import prepare
-from distill.recipe import compose, config, targets
+from distill.recipe import compose, config
+from distill.recipe.explain import explain_error
+from distill.tasks import build_task
 from distill.train import train
 
 __all__ = ["DistilledModel", "distill_model"]
@@ -62,7 +64,7 @@ class DistilledModel:
 def distill_model(
     student: PreTrainedModel | Mapping[str, Any],
     teacher: PreTrainedModel | Mapping[str, Any] | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase],
     dataset: DatasetDict | Dataset,
     folder: str | Path | None = None,
     **recipe: Any,
@@ -72,7 +74,7 @@ def distill_model(
     Args:
         student: a model, or the recipe's section: `{"layers": [0, 2]}` takes layers of the teacher.
         teacher: a model, the recipe's section, or None to train on the labels only.
-        tokenizer: the tokenizer of both models.
+        tokenizer: the tokenizer of both models, or `{"teacher": ..., "student": ...}`.
         dataset: its splits; missing validation and test splits are held out of `train`.
         folder: the run folder, `runs/<name>/<time>` by default. An interrupted run is resumed in
             its folder.
@@ -105,8 +107,9 @@ def distill_model(
         metrics = train(run, folder)
     name = str(folder / "student")
     trained = models.load_tokenizer(name)
-    task = prepare(targets.instantiate(run.task), run.data, run.seed, trained, splits=()).task
-    result = models.load(name, None, task, "student", trained, strict=True)
+    tokenizers = models.Tokenizers(trained)
+    bound = prepare(build_task(run.task), run.data, run.seed, tokenizers, (), name)
+    result = models.load(name, None, bound.task, "student", trained, strict=True)
     return DistilledModel(result.eval(), trained, metrics, folder)
 
 
@@ -114,11 +117,15 @@ def _compose(
     student: Any, teacher: Any, tokenizer: Any, dataset: Any, recipe: dict[str, Any]
 ) -> config.Run:
     """Store the arguments, and compose the recipe that names their paths."""
-    _check_type("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    by_role = tokenizer if isinstance(tokenizer, Mapping) else {}
+    roles = ("student",) if teacher is None else ("student", "teacher")
+    tokenizers = {role: by_role.get(role, tokenizer) for role in roles}
+    for each in tokenizers.values():
+        _check_type("tokenizer", each, PreTrainedTokenizerBase)
     sections = {
-        "student": _section("student", student, tokenizer),
-        "teacher": None if teacher is None else _section("teacher", teacher, tokenizer),
-        "tokenizer": {"model": _store_tokenizer(tokenizer)},
+        "student": _section("student", student, tokenizers["student"]),
+        "teacher": None if teacher is None else _section("teacher", teacher, tokenizers["teacher"]),
+        "tokenizer": {"model": _store_tokenizer(tokenizers["student"])},
     }
     for name, section in sections.items():
         if section is not None:
@@ -129,7 +136,7 @@ def _compose(
         assert isinstance(composed, DictConfig)
         return compose.validate(composed)
     except OmegaConfBaseException as error:
-        raise UserError(compose.explain_error(error)) from error
+        raise UserError(explain_error(error)) from error
 
 
 def _check_type(name: str, value: Any, expected: type) -> None:
@@ -144,9 +151,8 @@ def _section(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     if isinstance(model, Mapping):
         return dict(model)
     _check_type(name, model, PreTrainedModel)
-    entry = store.entry_path(
-        "models", {"model": models.fingerprint(model), "tokenizer": _content(tokenizer)}
-    )
+    content = {"model": models.fingerprint(model), "tokenizer": _content(tokenizer)}
+    entry = store.entry_path("models", content | models.generation_identity(model))
     if not store.is_intact(entry):
         with store.write_entry(entry) as inside:
             models.save(model, tokenizer, inside)
@@ -157,14 +163,14 @@ def _store_tokenizer(tokenizer: Any) -> str:
     entry = store.entry_path("tokenizers", {"tokenizer": _content(tokenizer)})
     if not store.is_intact(entry):
         with store.write_entry(entry) as inside:
-            tokenizer.save_pretrained(inside)
+            models.save_tokenizer(tokenizer, inside)
     return str(entry)
 
 
 def _content(tokenizer: Any) -> dict[str, str]:
     """SHA-256 of each file of a saved tokenizer."""
     with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        models.save_tokenizer(tokenizer, Path(folder))  # whatever its last call was
         return {file.name: store.sha256(file) for file in sorted(Path(folder).iterdir())}
 
 

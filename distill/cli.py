@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,9 +18,10 @@ from yaml import YAMLError
 
 from distill.errors import Stopped, UserError
 from distill.processes.exits import SHOW_TRACEBACK, report_failure
-from distill.recipe.compose import explain_error
+from distill.recipe import trust
+from distill.recipe.explain import explain_error
 
-__all__ = ["ENVIRONMENT", "cli_command", "parse_options"]
+__all__ = ["ENVIRONMENT", "ConsoleFilter", "cli_command", "parse_options"]
 
 T = TypeVar("T")
 
@@ -30,12 +32,23 @@ ENVIRONMENT = {
     # waiting threads sleep: much faster while other processes use the cores too
     "OMP_WAIT_POLICY": "passive",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",  # our error names what cannot be reached, once
     # transformers imports torchao if it is installed; its kernels are not used here
     "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
 }
 # at import, torchao logs missing kernels, and torch a deprecated function that torchao uses
 _QUIET_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
+class ConsoleFilter(logging.Filter):
+    """Passes the lines of this library and of the user's code, not those of installed libraries."""
+
+    folders = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_ours = record.name.partition(".")[0] == "distill"
+        return is_ours or not record.pathname.startswith(self.folders)
 
 
 def cli_command(main: Callable[..., None]) -> Callable[..., None]:
@@ -50,7 +63,7 @@ def cli_command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*arguments)
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            _fail(error, _one_line(error), getattr(error, "exit_code", 2))
+            _fail(error, explain_error(error), getattr(error, "exit_code", 2))
         except OSError as error:
             if error.errno is None:  # not from the operating system
                 raise
@@ -78,7 +91,7 @@ def parse_options(schema: type[T], usage: str) -> T:
         UserError: if an argument has no ``=`` or a value is not YAML.
         OmegaConfBaseException: if a key is unknown or a value has the wrong type.
     """
-    arguments = sys.argv[1:]
+    arguments = trust.take_from_arguments(sys.argv[1:])
     if {"-h", "--help"} & set(arguments):
         print(usage)
         sys.exit(0)
@@ -97,6 +110,8 @@ def parse_options(schema: type[T], usage: str) -> T:
     options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     assert isinstance(options, schema)
     logging.basicConfig(format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(ConsoleFilter())
     logging.getLogger("distill").setLevel(logging.INFO)
     return options
 
@@ -104,6 +119,7 @@ def parse_options(schema: type[T], usage: str) -> T:
 def _configure_process() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.captureWarnings(True)
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
@@ -122,13 +138,3 @@ def _describe_os_error(error: OSError) -> str:
         f"{path} cannot be used ({error.strerror}), but the run must read and write it: "
         "correct that, or choose another place with hydra.run.dir (runs) or DISTILL_CACHE (cache)"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    """The message of the innermost error for the user: Hydra wraps those of OmegaConf."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException | UserError):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, OmegaConfBaseException):
-        return explain_error(cause)
-    return " ".join(str(cause or error).split())

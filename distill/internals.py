@@ -6,6 +6,9 @@ was checked. `tests/unit/test_internals.py` fails when a library changes one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
@@ -17,6 +20,8 @@ if TYPE_CHECKING:  # keeps the import of this module cheap
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NEVER = 1 << 62  # micro-batches
+# Whether a mask may be left out, asked with a mask of padding that may be None.
+_MASK_DECISIONS = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
 
 # ---- Python 3.11 to 3.14
 
@@ -29,6 +34,13 @@ def run_exit_functions() -> None:
 
 
 # ---- torch 2.11 to 2.13
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor consists of others, as torchao's do. torch documents no public query."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def cpu_supports_bf16() -> bool:
@@ -48,6 +60,22 @@ def constant_buffers() -> dict[str, bool]:
     return {new if new in signature(DistributedDataParallel).parameters else old: False}
 
 
+def attention_operators() -> list[Any]:
+    """The operators that compute `scaled_dot_product_attention`, as dispatch modes see them."""
+    import torch
+
+    names = ("efficient", "flash", "cudnn", "flash_attention_for_cpu")
+    return [
+        getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+        for name in (*(f"{name}_attention" for name in names[:3]), names[3])
+    ]
+
+
+def undo_compile(module: nn.Module) -> None:
+    """Make a module's forward run as it is written again. `Module.compile` has no inverse."""
+    module._compiled_call_impl = None
+
+
 def stored_parameter(module: nn.Module, name: str) -> Tensor | None:
     """The parameter that a module stores under a name, None if it has none.
 
@@ -60,8 +88,12 @@ def stored_parameter(module: nn.Module, name: str) -> Tensor | None:
 
 
 def disable_signal_handlers(trainer: L.Trainer) -> None:
-    """Leave signals to `distill.processes.signals`. The Trainer has no option for it."""
+    """Leave signals to `distill.processes.signals`. The Trainer has no option for it.
+
+    Nor need its ranks compare signals in each step, which is a collective and a CPU-GPU sync point.
+    """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def limit_steps(trainer: L.Trainer, steps: int) -> None:
@@ -105,6 +137,36 @@ def rewrap_ddp(strategy: DDPStrategy, module: L.LightningModule) -> None:
 
 
 # ---- transformers 5.17 to 5.24
+
+
+@contextmanager
+def known_padding(padded: bool | None) -> Iterator[None]:
+    """Build attention masks from what is known about a batch; None lets transformers find out.
+
+    Without it each model asks the device whether its mask is all ones, a CPU-GPU sync point. On a
+    GPU, a causal mask leaves out padding on the right, which no token before it attends to: that
+    needs no mask, so that a faster kernel computes the attention.
+
+    Args:
+        padded: Whether a row of the batch is padded, on the right.
+    """
+    from transformers import masking_utils
+
+    causal, bidirectional = (getattr(masking_utils, name) for name in _MASK_DECISIONS)
+
+    def decide(original: Any, mask: Tensor | None, *sizes: Any, **options: Any) -> bool:
+        ignored = original is causal and mask is not None and mask.is_cuda
+        unmasked = mask is None or not padded or ignored
+        return unmasked and original(None, *sizes, **options)
+
+    try:
+        if padded is not None:
+            decisions = (partial(decide, causal), partial(decide, bidirectional))
+            masking_utils.__dict__.update(zip(_MASK_DECISIONS, decisions, strict=True))
+        yield
+    finally:
+        originals = (causal, bidirectional)
+        masking_utils.__dict__.update(zip(_MASK_DECISIONS, originals, strict=True))
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:

@@ -1,16 +1,32 @@
-"""The data of a run: bound task, tokenizer, raw and encoded examples."""
+"""The data of a run: bound task, tokenizers, raw and encoded examples."""
 
+import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Self
 
-from datasets import DatasetDict
+import numpy as np
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from distill import data, models
-from distill.recipe import config, targets
-from distill.tasks.base import Task
+from distill.errors import UserError
+from distill.recipe import config
+from distill.tasks.base import Task, build_task
+from distill.tasks.labels import shorten
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class TeacherEncoding:
+    """The examples as a teacher with another tokenizer reads them, in the same order."""
+
+    tokenizer: PreTrainedTokenizerBase
+    examples: DatasetDict
 
 
 @dataclass(frozen=True)
@@ -18,47 +34,141 @@ class Prepared:
     """The data of a run, ready for training and evaluation."""
 
     task: Task  # bound to the labels of the data
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # the student's
     raw: DatasetDict  # train, validation and test: text columns, and labels by name
     examples: DatasetDict  # encoded splits, with the columns of `Task.encode`
+    teacher: TeacherEncoding | None = None  # None: the teacher reads what the student reads
+    class_weights: list[float] | None = None  # `loss.class_weights` in the order of the labels
+
+    def for_teacher(self) -> Self:
+        """The same data as the teacher reads them."""
+        if self.teacher is None:
+            return self
+        encoding = self.teacher
+        return replace(self, tokenizer=encoding.tokenizer, examples=encoding.examples, teacher=None)
 
 
 def prepare_run(run: config.Run) -> Prepared:
-    """Load the data of a recipe, load or train its tokenizer, and encode all splits.
+    """Load the data of a recipe, load or train its tokenizers, and encode all splits.
 
     Raises:
-        UserError: The data do not fit the recipe, or a model has another vocabulary.
+        UserError: The data do not fit the recipe, or two models that must share a vocabulary
+            do not.
     """
-    raw, task = data.load(run.data, targets.instantiate(run.task), run.seed)
+    _check_models(run.teacher, run.student)
     named = {
         "tokenizer": run.tokenizer.model,
         "teacher": run.teacher.model if run.teacher else None,
         "student": run.student.model,
     }
-    texts = data.texts(raw["train"], run.data.text)
-    tokenizer = models.build_tokenizer(run.tokenizer.vocab_size, named, task, texts)
-    return Prepared(task, tokenizer, raw, data.encode(raw, task, tokenizer, run.data))
+    fine_tuned = run.teacher is not None and run.teacher.finetune is not None
+    raw, task = _load(
+        run.data, build_task(run.task), run.seed, None if fine_tuned else named["teacher"]
+    )
+    weights = _class_weights(run.loss, raw["train"], run.data.label_column, task)
+    tokenizers = models.build_tokenizers(
+        run.tokenizer.vocab_size,
+        named,
+        task,
+        data.texts(raw["train"], run.data.text),
+        shared=run.student.layers is not None,
+    )
+    made = replace(_encode(task, raw, tokenizers, run.data, SPLITS), class_weights=weights)
+    if made.teacher is not None and run.loss.terms:
+        raise UserError(
+            f"loss.terms has {', '.join(run.loss.terms)}, but teacher and student have different "
+            "tokenizers, and terms compare both models token by token: leave loss.terms out, or "
+            "take a student with the teacher's tokenizer"
+        )
+    return made
+
+
+def _class_weights(
+    loss: config.Loss, train: Dataset, column: str | None, task: Task
+) -> list[float] | None:
+    """Factors of the supervised loss by class, which are logged."""
+    weights = task.class_weights(
+        loss.class_weights, train[column] if column in train.column_names else None
+    )
+    if weights is not None:
+        shown = shorten(f"{name} {each:g}" for name, each in zip(task.names, weights, strict=True))
+        log.info("class weights of the loss against the labels: %s", shown)
+    return weights
+
+
+def _check_models(*sections: config.Teacher | config.Student | None) -> None:
+    """Check what names and configs of models tell by themselves, before the data are loaded."""
+    for section in sections:
+        role = type(section).__name__.lower()
+        if section is not None and section.model is not None:
+            models.check_files(section.model, f"{role}.model")
+        if section is not None and section.config is not None:
+            models.check_config_keys(section.config, f"{role}.config")
 
 
 def prepare(
     task: Task,
     settings: config.Data,
     seed: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizers: models.Tokenizers,
     splits: Collection[str] = SPLITS,
+    model: str | None = None,
 ) -> Prepared:
-    """Load the data and encode them with an existing tokenizer.
+    """Load the data and encode them with existing tokenizers.
 
     Args:
         task: The task of the recipe; a copy is bound to the labels of the data.
         settings: The recipe's section `data`.
         seed: Seed for the choice of the `data.labelled` examples that stay labelled.
-        tokenizer: Encodes the texts.
+        tokenizers: Encode the texts.
         splits: The splits to encode; `raw` has all of them.
+        model: Folder or name of a model whose label names replace numbers.
 
     Raises:
         UserError: The data do not fit the recipe.
     """
-    raw, task = data.load(settings, task, seed)
+    raw, task = _load(settings, task, seed, model)
+    return _encode(task, raw, tokenizers, settings, splits)
+
+
+def _load(
+    settings: config.Data, task: Task, seed: int, model: str | None
+) -> tuple[DatasetDict, Task]:
+    """The raw data and the bound task; numbers for labels get the names that a model has."""
+    raw, bound = data.load(settings, task, seed)
+    if settings.labels is not None or model is None:
+        return raw, bound
+    names = models.better_names(bound.names, model)
+    if not names:
+        return raw, bound
+    log.info(
+        "the labels of the data are numbers: they get the names of %s, %s", model, ", ".join(names)
+    )
+    return data.load(replace(settings, labels=list(names)), task, seed)
+
+
+def _encode(
+    task: Task,
+    raw: DatasetDict,
+    tokenizers: models.Tokenizers,
+    settings: config.Data,
+    splits: Collection[str],
+) -> Prepared:
     selected = DatasetDict({name: raw[name] for name in splits})
-    return Prepared(task, tokenizer, raw, data.encode(selected, task, tokenizer, settings))
+    student, teacher = tokenizers
+    if teacher is not None and task.predicts_tokens:
+        texts = (data.texts(split, settings.text) for split in selected.values())
+        models.check_unused(teacher, student, chain.from_iterable(texts))
+        teacher = None
+    made = Prepared(task, student, raw, data.encode(selected, task, student, settings))
+    if teacher is None:
+        return made
+    encoding = TeacherEncoding(teacher, data.encode(selected, task, teacher, settings))
+    for name, split in encoding.examples.items():
+        rows = (each.with_format("numpy")["rows"][:] for each in (split, made.examples[name]))
+        if not np.array_equal(*rows):
+            raise UserError(
+                f"task.max_length is {task.max_length}, but texts of the {name} split make other "
+                "examples for the teacher's tokenizer than for the student's: raise task.max_length"
+            )
+    return replace(made, teacher=encoding)

@@ -15,6 +15,7 @@ from typing import Any
 from distill import store
 from distill.errors import UserError
 from distill.recipe import compose
+from distill.recipe.arguments import quote
 from distill.recipe.config import Run
 from distill.stages import PROGRESS, VERSION, Stages
 
@@ -76,7 +77,7 @@ def expand_resume(arguments: list[str]) -> list[str]:
                 f"leave {argument} out"
             )
     folder = _run_folder(named[-1])
-    directory = f"hydra.run.dir={compose.quote_override(str(folder))}"
+    directory = f"hydra.run.dir={quote(str(folder))}"
     return [f"recipe={folder / RECIPE_FILE}", *others, directory]
 
 
@@ -136,7 +137,7 @@ def is_unused(folder: Path) -> bool:
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that ended before its data was ready.
+    """Remove the folder of a run that ended before it had a result, and its parents if empty.
 
     A folder with other files, or in which another process is working, is not removed.
     """
@@ -148,11 +149,13 @@ def remove_if_unused(folder: Path) -> None:
                 for name in _INITIAL:
                     (folder / name).unlink(missing_ok=True)
                 folder.rmdir()
+                if folder.parent.parent.name == RUNS:  # runs/<name>/<time>
+                    folder.parent.rmdir()
+                    folder.parent.parent.rmdir()
 
 
 def _is_removable(folder: Path) -> bool:
-    names = {file.name for file in folder.iterdir()}
-    return names <= set(_INITIAL) and not Stages(folder).done("data")
+    return {file.name for file in folder.iterdir()} <= set(_INITIAL)
 
 
 def lock_run_folder(folder: Path) -> AbstractContextManager[None]:
@@ -231,8 +234,8 @@ def check_same_examples(source: str | None, stage: Stages, fingerprint: str) -> 
         )
 
 
-def differences(earlier: Run, now: Run) -> dict[str, tuple[Any, Any]]:
-    """The keys that differ between two recipes, with both values."""
+def differences(earlier: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """The keys that differ between two recipes, or sections of recipes, with both values."""
     before, after = (_flat("", asdict(run)) for run in (earlier, now))
     keys = sorted(before.keys() | after.keys())
     return {

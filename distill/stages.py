@@ -14,7 +14,7 @@ from distill import store
 log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
-VERSION = 2  # of checkpoints: raise it when older ones can no longer be resumed
+VERSION = 3  # of checkpoints: raise it when older ones can no longer be resumed
 
 
 def show_progress(progress: bool) -> bool:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +26,7 @@ __all__ = [
     "LOCK_FILE",
     "MANIFEST",
     "TEMPORARY_PREFIX",
+    "atomic_file",
     "cache_root",
     "entry_path",
     "exclusive_access",
@@ -238,11 +239,18 @@ def _try_lock(file: Path, timeout: float = 0) -> FileLock | None:
 
 def write_file(file: Path, content: bytes | memoryview) -> None:
     """Write a file atomically: on the disk it is complete, or unchanged."""
+    with atomic_file(file) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def atomic_file(file: Path) -> Iterator[BinaryIO]:
+    """A stream to a temporary file, which is on the disk and renamed at the end of the block."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f"{TEMPORARY_PREFIX}{file.name}")
     try:
         with draft.open("wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         draft.replace(file)

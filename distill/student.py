@@ -1,6 +1,7 @@
 """The student stage: build it, train it against the teacher, save the best weights."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +56,32 @@ def train_student(
     """
     # The same seed whether the teacher was trained now or by an earlier run.
     L.seed_everything(run.seed, verbose=False)
-    student, classes = build_student(run.student, run.teacher, prepared, teacher)
+    student, classes = build_student(run.student, prepared, teacher)
+    if run.student.gradient_checkpointing:
+        models.set_checkpointing(student, True)
     # Saving sets it, and configs before and after saving must be equal.
     student.config.architectures = [type(student).__name__]
     task, tokenizer = prepared.task, prepared.tokenizer
     examples = examples_in_loss(prepared.examples["train"], task, run.loss)
     train, validation = loop.make_loaders(
-        run, examples, prepared.examples["validation"], task, tokenizer.pad_token_id
+        run,
+        examples,
+        prepared.examples["validation"],
+        task,
+        tokenizer.pad_token_id,
+        prepared.for_teacher().tokenizer.pad_token_id,
     )
-    packing.check_format(run.export, student, tokenizer, *_quantized(student, callbacks))
+    packing.check_format(run.export, student, tokenizer, *quantized_tensors(student, callbacks))
     steps = loop.count_steps(run.trainer, train.plan.steps)
     online = online_part(run.teacher, run.trainer, teacher)
-    module = Distillation(task, student, online, run.loss, run.optimizer, steps)
+    loss = replace(run.loss, class_weights=prepared.class_weights)
+    module = Distillation(task, student, online, loss, run.optimizer, steps)
     module.classes = classes
     _log_start(module, run.trainer, len(examples))
     techniques = compressions(callbacks)
     dense = SaveDense(techniques, steps, lambda: _save(student, tokenizer, folder / "dense"))
-    if run.loss.needs_teacher and run.teacher is not None and run.teacher.outputs == "online":
+    online_teacher = run.teacher is not None and run.teacher.outputs == "online"
+    if run.loss.needs_teacher and online_teacher and not run.trainer.compile:
         callbacks = [*callbacks, performance.OnlineTeacherCost()]
     best = loop.fit(
         loop.Training(
@@ -86,6 +96,8 @@ def train_student(
     )
     for _, term in module.named_terms():
         term.detach()
+    if run.student.gradient_checkpointing:
+        models.set_checkpointing(student, False)
     tokenizer = _finish(techniques, dense, student, tokenizer)
     _save(student, tokenizer, folder / "student")
     ranks.barrier()
@@ -93,16 +105,12 @@ def train_student(
 
 
 def build_student(
-    spec: config.Student,
-    teacher_spec: config.Teacher | None,
-    prepared: Prepared,
-    teacher: PreTrainedModel | None,
+    spec: config.Student, prepared: Prepared, teacher: PreTrainedModel | None
 ) -> tuple[PreTrainedModel, int | None]:
     """The student before training.
 
     Args:
         spec: the recipe's section `student`.
-        teacher_spec: its section `teacher`.
         prepared: the data, with the tokenizer that the student must share.
         teacher: the model whose layers may initialize the student.
 
@@ -122,11 +130,13 @@ def build_student(
         models.check_labels(student, task, "student")
         models.check_not_quantized(student, "student")
         strip_quantization(student, "student")
+    if task.predicts_tokens:
+        models.cut_to_vocabulary(student, tokenizer)
     if teacher is None:
         return student, None
-    # Sampled tokens exist in the vocabulary, so that padded logits are sliced even at equal width.
-    sparse = teacher_spec is not None and teacher_spec.outputs in config.SPARSE
-    return student, models.shared_logits(tokenizer, student, teacher, sparse)
+    if spec.model is None:
+        models.inherit_generation(student, teacher)
+    return student, models.shared_logits(tokenizer, student, teacher)
 
 
 def examples_in_loss(examples: Dataset, task: Task, loss: config.Loss) -> Dataset:
@@ -156,12 +166,12 @@ def online_part(
 
 def _log_start(module: Distillation, trainer: config.Trainer, examples: int) -> None:
     precision = resolve_precision(trainer)
-    if module.chunked and not fsdp.uses_fsdp(trainer) and precision != "16-mixed":
+    if module.chunked and not fsdp.uses_fsdp(trainer):
         log.info("logits, their loss and gradients are computed for some rows at a time")
     log.info("training the student on %d examples, %d steps, %s", examples, module.steps, precision)
 
 
-def _quantized(
+def quantized_tensors(
     student: PreTrainedModel, callbacks: list[Callback]
 ) -> tuple[dict[str, QuantSpec], set[str]]:
     """The tensors that the callbacks will quantize.

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel
 
 from distill import data, models, store, teacher_outputs
 from distill.compress.restore import strip_quantization
+from distill.data import teacher_columns
 from distill.module import Distillation
 from distill.prepare import Prepared
 from distill.processes import fsdp, ranks
@@ -39,7 +42,7 @@ def obtain(
 
     Args:
         run: its sections `teacher`, `trainer`, `optimizer` and `data`.
-        prepared: the data, with the tokenizer that the teacher must share.
+        prepared: the data, with the tokenizers of both models.
         folder: the run folder; a random or fine-tuned teacher is saved in it.
         tracker: logs the fine-tuning.
 
@@ -48,6 +51,7 @@ def obtain(
     """
     if run.teacher is None:
         return None
+    prepared = prepared.for_teacher()
     task, tokenizer, spec = prepared.task, prepared.tokenizer, run.teacher
     teacher_outputs.check_outputs(spec, task)
     L.seed_everything(run.seed, verbose=False)
@@ -104,6 +108,7 @@ def _training(
     """A training on labels only, with the length and learning rate of `teacher.finetune`."""
     assert run.teacher is not None and run.teacher.finetune is not None
     settings, examples = run.teacher.finetune, prepared.examples
+    run = replace(run, trainer=replace(run.trainer, compile=False))
     train, validation = loop.make_loaders(
         run,
         examples["train"],
@@ -113,6 +118,7 @@ def _training(
     )
     steps = loop.count_steps(run.trainer, train.plan.steps, settings.epochs)
     optimizer = replace(run.optimizer, lr=settings.lr)
+    loss = config.Loss(alpha=1.0, class_weights=prepared.class_weights)
     log.info(
         "fine-tuning the teacher on %d examples, %d steps, %s",
         len(examples["train"]),
@@ -120,10 +126,10 @@ def _training(
         resolve_precision(run.trainer),
     )
     return loop.Training(
-        Distillation(prepared.task, teacher, None, config.Loss(alpha=1.0), optimizer, steps),
+        Distillation(prepared.task, teacher, None, loss, optimizer, steps),
         train,
         validation,
-        replace(run.trainer, compile=False),
+        run.trainer,
         folder,
         tracker.loggers("teacher"),
         rate_key="teacher.finetune.lr",
@@ -136,8 +142,13 @@ def _ingredients(
     """Everything that determines the weights of a fine-tuned teacher."""
     assert run.teacher is not None and run.teacher.finetune is not None
     settings, finetuning = run.trainer, run.teacher.finetune
+    later = {  # keys that were added later: without them, stored teachers are found again
+        "class weights": run.loss.class_weights,
+        "multiple": run.data.pad_to_multiple_of,
+    }
     return {
         "weights": models.fingerprint(teacher),
+        **models.generation_identity(teacher),
         "made by": _made_by(task),
         "examples": [data.fingerprint(labeled["train"]), data.fingerprint(labeled["validation"])],
         "epochs": finetuning.epochs,
@@ -151,7 +162,7 @@ def _ingredients(
         ],
         "batches": [run.data.batch_size, run.data.group_by_length],
         "seed": run.seed,
-    }
+    } | {name: value for name, value in later.items() if value is not None}
 
 
 def _made_by(task: Task) -> list[Any]:
@@ -177,43 +188,113 @@ def in_dtype(teacher: PreTrainedModel, name: str, copies: bool) -> PreTrainedMod
 
 
 def with_outputs(run: config.Run, prepared: Prepared, teacher: PreTrainedModel | None) -> Prepared:
-    """The data with the teacher's outputs as columns of the training split.
+    """The data with the columns of the training split that the teacher needs.
 
-    They are computed now, or loaded from an earlier run. The data is returned unchanged if the
-    teacher is online, or if the loss does not need it.
+    Its outputs are computed now, or loaded from an earlier run. An online teacher with another
+    tokenizer gets its encoding of the texts. The teacher is compared with the labels.
+
+    Raises:
+        UserError: the teacher is worse than chance on them, or its classes have another order.
     """
     if teacher is None or run.teacher is None or not run.loss.needs_teacher:
         return prepared
-    if run.teacher.outputs == "online":
-        return prepared
-    task, examples = prepared.task, prepared.examples["train"]
+    task, reading, device = (
+        prepared.task,
+        prepared.for_teacher(),
+        models.resolve_device(run.trainer),
+    )
+    examples = reading.examples["train"]
     dtype = models.resolve_teacher_dtype(run.teacher, run.trainer)
     teacher = in_dtype(teacher, dtype, copies=run.student.layers is not None)
-    outputs = teacher_outputs.build_outputs(
-        run.teacher,
-        teacher,
-        task,
-        run.loss.temperature,
-        models.vocabulary_size(prepared.tokenizer),
-        run.seed,
-    )
-    device = models.resolve_device(run.trainer)
+    sharded, progress = fsdp.uses_fsdp(run.trainer), run.trainer.progress
+    forward = output_cache.Forward(device, run.evaluate.batch_size, sharded, progress)
+    columns = None
+    if run.teacher.outputs != "online":
+        outputs = teacher_outputs.build_outputs(
+            run.teacher,
+            teacher,
+            task,
+            run.loss.temperature,
+            models.vocabulary_size(reading.tokenizer),
+            run.seed,
+        )
+        columns = _cached_columns(run.teacher.outputs, outputs, reading, forward)
+        prepared = _with_train(prepared, prepared.examples["train"], columns)
+        reading = _with_train(reading, examples, columns)
+    elif prepared.teacher is not None:
+        inputs = teacher_columns.rename_inputs(examples)
+        prepared = _with_train(prepared, prepared.examples["train"], inputs)
+    if run.loss.alpha < 1:
+        _check_labels(run.teacher, reading, teacher, forward)
+    return prepared
+
+
+def _with_train(prepared: Prepared, train: Dataset, columns: Dataset) -> Prepared:
+    joined = concatenate_datasets([train, columns], axis=1)
+    return replace(prepared, examples=DatasetDict({**prepared.examples, "train": joined}))
+
+
+def _cached_columns(
+    name: str,
+    outputs: teacher_outputs.TeacherOutputs,
+    reading: Prepared,
+    forward: output_cache.Forward,
+) -> Dataset:
+    """The teacher's outputs for the training split, computed now or by an earlier run."""
+    examples = reading.examples["train"]
     ingredients = {
         "weights": models.fingerprint(outputs.teacher),  # which covers its dtype
         "inputs": data.fingerprint(examples),  # which covers tokenizer and encoding
-        "made by": _made_by(task),
-        "device": device,
+        "made by": _made_by(reading.task),
+        "device": forward.device,
     } | ({"outputs": outputs.identity} if outputs.identity else {})
     entry = store.entry_path("outputs", ingredients)
     if ranks.run_on_rank_zero(lambda: store.is_intact(entry)):
         log.info("the teacher's outputs of an earlier run with the same ingredients are used again")
     else:
-        output_cache.check_disk_space(outputs, run.teacher.outputs, examples)
+        output_cache.check_disk_space(outputs, name, examples)
+        dtype = str(outputs.teacher.dtype).removeprefix("torch.")
         log.info("computing the teacher's outputs for %d examples, in %s", len(examples), dtype)
-        sharded, progress = fsdp.uses_fsdp(run.trainer), run.trainer.progress
-        forward = output_cache.Forward(device, run.evaluate.batch_size, sharded, progress)
-        pad_id = prepared.tokenizer.pad_token_id
-        output_cache.write_outputs(entry, outputs, examples, pad_id, forward)
-    columns = Dataset.from_file(str(entry / output_cache.OUTPUTS_FILE))
-    train = concatenate_datasets([examples, columns], axis=1)
-    return replace(prepared, examples=DatasetDict({**prepared.examples, "train": train}))
+        output_cache.write_outputs(
+            entry, outputs, examples, reading.tokenizer.pad_token_id, forward
+        )
+    return Dataset.from_file(str(entry / output_cache.OUTPUTS_FILE))
+
+
+def _check_labels(
+    spec: config.Teacher, reading: Prepared, teacher: PreTrainedModel, forward: output_cache.Forward
+) -> None:
+    """Compare the teacher with labels of the training split, or of validation if it has none."""
+    task, classes = reading.task, None
+    if task.predicts_tokens:
+        classes = models.vocabulary_size(reading.tokenizer)
+    for name in ("train", "validation"):
+        split = reading.examples[name]
+        chosen = teacher_outputs.choose_examples(split, task)
+        if len(chosen):
+            break
+    else:
+        log.warning("no example has a label: the teacher cannot be compared with labels")
+        return
+    ids = tuple(str(place) for place in range(len(task.names)))
+    origin = teacher_outputs.Origin(
+        is_trained=spec.model is not None or spec.finetune is not None,
+        is_fine_tuned=spec.finetune is not None,
+        has_names=spec.model is not None and bool(models.better_names(ids, spec.model)),
+    )
+    batching = data.Batching(1 if task.predicts_tokens else forward.batch_size)
+    loader = data.make_loader(split.select(chosen), task, reading.tokenizer.pad_token_id, batching)
+    if teacher_columns.LOGITS in split.column_names:
+        cached = lambda batch: batch.teacher[:, :classes]  # noqa: E731
+        teacher_outputs.check_labels(task, loader, cached, origin)
+        return
+    outputs = teacher_outputs.LogitOutputs(teacher, task)
+    with teacher_outputs.on_device(outputs, forward):
+        device = outputs.teacher.device
+        batches = (move_data_to_device(batch, device) for batch in loader)
+        teacher_outputs.check_labels(
+            task,
+            batches,
+            lambda batch: outputs.rows(batch, np.arange(0))[:, :classes],
+            origin,
+        )

@@ -17,19 +17,57 @@ from transformers import PreTrainedModel
 
 from distill import losses
 from distill.errors import UserError
-from distill.models.architectures import attention_projections, blocks, embedding_module
+from distill.models.attention_parts import AttentionPart, attention_parts
+from distill.models.block_probe import block_input
+from distill.models.families import blocks, family_of
+from distill.models.hidden_states import check_hidden_states
 from distill.tasks.batch import Batch
 
 DISTANCES = {"mse": losses.hidden_mse, "cosine": losses.hidden_cosine}
 
 
 class ForwardCapture:
-    """A forward hook that stores the last output of its module."""
+    """Hooks that store states of the last forward of a block.
 
-    output: Tensor | None = None
+    Args:
+        block: A transformer block.
+        part: One of :func:`attention_parts` of the block; None for the block itself.
+        is_input: Whether to store the states that enter the block, not those that leave it.
+        batch_first: Whether the model's states are (B, L, D), not (L, B, D).
+    """
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.output = output[0] if isinstance(output, tuple) else output
+    def __init__(
+        self,
+        block: nn.Module,
+        part: AttentionPart | None = None,
+        is_input: bool = False,
+        batch_first: bool = True,
+    ) -> None:
+        self.output: Tensor | None = None
+        self._part, self._batch_first = part, batch_first
+        self.handles = [block.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        if part is not None:
+            self.handles.append(part.layer.register_forward_hook(self._store))
+        elif is_input:
+            self.handles.append(
+                block.register_forward_pre_hook(self._store_input, with_kwargs=True)
+            )
+        else:
+            self.handles.append(block.register_forward_hook(self._store))
+
+    def _enter(self, block: nn.Module, inputs: Any, named: Any) -> None:
+        self.output = None
+
+    def _store_input(self, block: nn.Module, inputs: Any, named: Any) -> None:
+        self._set(block_input(inputs, named))
+
+    def _store(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.output is None:  # DeBERTa's projections run again, on relative positions
+            states = output[0] if isinstance(output, tuple) else output
+            self._set(states if self._part is None else self._part.select(states))
+
+    def _set(self, states: Tensor) -> None:
+        self.output = states if self._batch_first else states.transpose(0, 1)
 
     def pop_output(self) -> Tensor:
         """Return the last output and drop the reference to it."""
@@ -97,14 +135,10 @@ class Term(nn.Module, ABC):
         self._handles.clear()
         self._captures.clear()
 
-    def _capture(self, pair: str, student: nn.Module, teacher: nn.Module) -> None:
-        """Capture the outputs of a pair of modules."""
-        captures = ForwardCapture(), ForwardCapture()
-        self._captures[pair] = captures
-        self._handles += [
-            module.register_forward_hook(capture)
-            for module, capture in zip((student, teacher), captures, strict=True)
-        ]
+    def _capture(self, pair: str, student: ForwardCapture, teacher: ForwardCapture) -> None:
+        """Keep a pair of captures."""
+        self._captures[pair] = student, teacher
+        self._handles += [*student.handles, *teacher.handles]
 
 
 class HiddenStates(Term):
@@ -145,13 +179,15 @@ class HiddenStates(Term):
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         self.detach()
+        for model in (student, teacher):
+            check_hidden_states(model.config)
         widths = student.config.hidden_size, teacher.config.hidden_size
         for student_layer, teacher_layer in self.layers.items():
             pair = f"{student_layer}_{teacher_layer}"
             self._capture(
                 pair,
-                _layer(student, student_layer, "student"),
-                _layer(teacher, teacher_layer, "teacher"),
+                _states(student, student_layer, "student"),
+                _states(teacher, teacher_layer, "teacher"),
             )
             if widths[0] != widths[1] and pair not in self.projections:
                 self.projections[pair] = nn.Linear(*widths, bias=False).to(student.device)
@@ -207,8 +243,8 @@ class AttentionRelations(Term):
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         self.detach()
         pairs = zip(
-            self._projections(_layer(student, self.student_layer, "student"), "student"),
-            self._projections(_layer(teacher, self.teacher_layer, "teacher"), "teacher"),
+            self._projections(student, self.student_layer, "student"),
+            self._projections(teacher, self.teacher_layer, "teacher"),
             strict=True,
         )
         for name, pair in zip(("query", "key", "value"), pairs, strict=True):
@@ -223,24 +259,37 @@ class AttentionRelations(Term):
         )
         return losses.relation_kl(student_BHLD, teacher_BHLD, mask_BL)
 
-    def _projections(self, block: nn.Module, role: str) -> tuple[nn.Module, ...]:
-        projections = attention_projections(block)
-        for projection in projections:
-            width = int(projection.out_features)  # type: ignore[arg-type]
-            if width % self.heads:
+    def _projections(
+        self, model: PreTrainedModel, index: int, role: str
+    ) -> tuple[ForwardCapture, ...]:
+        block = _block(model, index, role)
+        parts = attention_parts(model, block)
+        for part in parts:
+            if part.width % self.heads:
                 raise UserError(
                     f"heads of AttentionRelations is {self.heads}, but it must divide the {role}'s "
-                    f"width of {width}: 1 always does"
+                    f"width of {part.width}: 1 always does"
                 )
-        return projections
+        first = family_of(model).batch_first
+        return tuple(ForwardCapture(block, part, batch_first=first) for part in parts)
 
 
-def _layer(model: PreTrainedModel, index: int, role: str) -> nn.Module:
-    """A block of the model, or at -1 the module of its embeddings."""
-    layers = blocks(model)
-    if not -1 <= index < len(layers):
+def _states(model: PreTrainedModel, index: int, role: str) -> ForwardCapture:
+    """Captures the output of a block of the model, or at -1 that of its embeddings."""
+    block = _block(model, max(index, 0), role) if index >= -1 else _block(model, index, role)
+    return ForwardCapture(block, is_input=index == -1, batch_first=family_of(model).batch_first)
+
+
+def _block(model: PreTrainedModel, index: int, role: str) -> nn.Module:
+    layers, passes = blocks(model), family_of(model).passes
+    if passes > 1:
+        raise UserError(
+            f"a loss term names layers of the {role}, but its {passes} layers are one block that "
+            "runs again and again with the same weights: leave the term out, or use another model"
+        )
+    if not 0 <= index < len(layers):
         raise UserError(
             f"a {role} layer of a loss term is {index}, but the {role} has {len(layers)} layers: "
             f"choose 0 to {len(layers) - 1}, or -1 for its embeddings"
         )
-    return embedding_module(model) if index == -1 else layers[index]
+    return layers[index]

@@ -17,7 +17,8 @@ from distill import resume
 from distill.cli import cli_command
 from distill.errors import Stopped, UserError
 from distill.processes import environment, exits, signals
-from distill.recipe import compose, hydra_config
+from distill.recipe import compose, hydra_config, trust
+from distill.recipe.arguments import quote
 from distill.recipe.config import Run
 from distill.stages import Stages
 
@@ -39,12 +40,14 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         The contents of `metrics.json`.
     """
     from distill import data, evaluate, student, teacher, training
+    from distill.dry_run import DryRun
     from distill.prepare import prepare_run
     from distill.processes import ranks
 
     training.check_device(run.trainer)
     run = training.resolve_auto(run)
     callbacks = training.build_callbacks(run.callbacks, run.trainer, run.export)
+    training.check_optimizer(run.optimizer, callbacks)
     with ranks.rank_zero_first():
         stage = resume.open_run_folder(run, folder, ranks.is_rank_zero())
     if stage.finished:
@@ -53,15 +56,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         return {} if earlier is None else earlier.to_json()
     with stage("data"), ranks.rank_zero_first():
         prepared = prepare_run(run)
+        steps = student.count_steps(prepared, run.loss, run.trainer, run.data.batch_size)
         callbacks = training.bind_callbacks(
-            callbacks,
-            prepared.tokenizer,
-            prepared.raw["train"],
-            run.data.text,
-            student.count_steps(prepared, run.loss, run.trainer, run.data.batch_size),
+            callbacks, prepared.tokenizer, prepared.raw["train"], run.data.text, steps
         )
+        if ranks.is_rank_zero() and not stage.done("teacher"):
+            DryRun(run, prepared, callbacks, steps).check()
         fingerprint = data.fingerprint(prepared.examples["train"])
         resume.check_same_examples(run.data.source, stage, fingerprint)
+        stage.results.setdefault("holdout", data.HOLDOUT_VERSION)
     if ranks.is_rank_zero():
         compose.save_recipe(run, folder / resume.RECIPE_FILE)  # keys may have changed
     tracker = training.Tracker(run, folder)
@@ -84,14 +87,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
 
 def _measure_and_export(run: Run, prepared: "Prepared", folder: Path, stage: Stages) -> "Metrics":
     """Measure the models on the test split and export the student, which is written once."""
-    from distill import evaluate, export
+    from distill import evaluate, export, isolated
 
     metrics = evaluate.read_metrics(folder)
     final = folder / export.FINAL
     measured, exported = stage.done("evaluate") and metrics, stage.done("export")
     if not (measured and exported):
         spec = evaluate.export_spec(run.export, run.data, prepared, folder / "student")
-        with export.write_draft(spec, folder) as draft:
+        warm = isolated.warm_process(prepared.task.auto_class, run.evaluate.threads)
+        with warm, export.write_draft(spec, folder) as draft:
             if not measured:
                 with stage("evaluate"):
                     shipped = draft.measured if draft else None
@@ -118,7 +122,7 @@ def main() -> None:
     exits.exit_with_launcher()
     try:
         with signals.raise_on_stop_signals():
-            arguments = resume.expand_resume(sys.argv[1:])
+            arguments = resume.expand_resume(trust.take_from_arguments(sys.argv[1:]))
             sys.argv[1:] = hydra_config.register_recipes(arguments)
             _hydra_main(arguments)
     except signals.StopRequested as request:
@@ -168,8 +172,10 @@ def _run_on_ranks(run: Run, folder: Path, arguments: list[str]) -> None:
     count = environment.processes_to_start(run.trainer)
     if count:
         _launch(count, folder, arguments)
+    from distill.models import redirect_library_logs
     from distill.processes import group, ranks
 
+    redirect_library_logs()
     group.join_process_group(run.trainer)
     shared = Path(ranks.broadcast(str(folder)))
     if shared != folder:
@@ -188,7 +194,7 @@ def _launch(count: int, folder: Path, arguments: list[str]) -> NoReturn:
         )
     from distill.processes.launch import launch  # imports torch
 
-    shared = [*arguments, f"hydra.run.dir={compose.quote_override(str(folder))}"]
+    shared = [*arguments, f"hydra.run.dir={quote(str(folder))}"]
     sys.exit(launch("distill.train", shared, count, folder / resume.LOG_FILE))
 
 

@@ -26,6 +26,7 @@ from distill.export.proof_inputs import ProofInputs
 from distill.export.verify_program import served_logits
 from distill.packing import runtime_folder
 from distill.recipe import capabilities, compose, config
+from distill.tasks import build_task
 
 TITLES = (
     "format",
@@ -62,7 +63,7 @@ def main() -> None:
 
 def proof_inputs(run: config.Run, folder: Path, count: int) -> ProofInputs:
     """Texts evenly spaced over the test split, and the student of a run folder."""
-    made = prepared(run.task, run.data, run.seed, folder)
+    made = prepared(build_task(run.task), run.data, run.seed, folder)
     spec = packing.ExportSpec(run.export, run.data, made.task, made.tokenizer, made.raw["train"])
     texts = made.raw["test"].select(evenly_spaced(len(made.raw["test"]), count))
     return ProofInputs(spec, texts, folder / "student", None, run.evaluate, "cpu", run.seed)

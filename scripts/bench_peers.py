@@ -10,7 +10,8 @@ accelerate, torchvision and torchdistill are installed into a separate environme
 a folder is given) that also sees the project's packages. The time is that of training, without
 imports and loading. Ours is the complete stage with validation runs, checkpoints and the saved
 student, once with filling the teacher's cache and once without. CPU seconds do not depend on what
-else the machine does; with several threads compare wall time.
+else the machine does; with several threads or on a GPU compare wall time. A peer whose packages are
+missing, without a network for example, is left out.
 """
 
 import json
@@ -60,7 +61,8 @@ def environment_python(folder: Path) -> Path:
         (site_packages / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
         pip = [sys.executable, "-m", "pip", "--python", str(python)]
         install = ["install", "--quiet", "--no-deps", *PACKAGES]
-        subprocess.run([*pip, *install], check=True, stdout=sys.stderr)
+        if subprocess.run([*pip, *install], stdout=sys.stderr).returncode:
+            print("the peers' packages cannot be installed here", file=sys.stderr)
     return python
 
 
@@ -74,7 +76,7 @@ def write_job(changes: dict[str, Any], folder: Path) -> int:
     made = prepare_run(run)
     tracker = Tracker(run, folder)
     teacher_model = teacher.obtain(run, made, folder, tracker)
-    student_model, _ = student.build_student(run.student, run.teacher, made, teacher_model)
+    student_model, _ = student.build_student(run.student, made, teacher_model)
     for name, model in (("teacher", teacher_model), ("start", student_model)):
         models.save(model, made.tokenizer, folder / name)  # type: ignore[arg-type]
     for name, split in made.examples.items():
@@ -98,7 +100,7 @@ def train(python: str, arguments: list[str], folder: Path) -> dict[str, Any]:
     command = [python, str(PEERS / arguments[0]), str(folder), *arguments[1:]]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{process.stderr[-3000:]}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr[-3000:]}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -116,8 +118,15 @@ def main() -> None:
             for title, arguments in PROGRAMS.items():
                 shutil.rmtree(folder / "store" / "outputs", ignore_errors=True)
                 interpreter = sys.executable if title == OURS else str(python)
-                results[title].append(train(interpreter, arguments, folder))
+                try:
+                    results[title].append(train(interpreter, arguments, folder))
+                except RuntimeError as error:
+                    if title == OURS:
+                        raise
+                    print(f"{title} is left out: {error}", file=sys.stderr)
+                    continue
                 print(f"round {number + 1}: {title} {results[title][-1]}", file=sys.stderr)
+    results = {title: runs for title, runs in results.items() if runs}
     print(table(TITLES, table_rows(results, examples)))
     print(f"\nMedians of {settings['rounds']} rounds, {examples:,} examples each. {conditions()}")
 

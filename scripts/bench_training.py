@@ -32,14 +32,13 @@ import torch
 from benchmark import compose_run, conditions, interleave, options, seconds, table
 from lightning.fabric.utilities import move_data_to_device
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_scheduler
 
 from distill import data, models, student, teacher
 from distill.prepare import Prepared, prepare_run
 from distill.processes.memory import keep_freed_memory
 from distill.recipe import config
-from distill.training import loop
+from distill.training import loop, performance
 from distill.training.loggers import Tracker
 
 WARMUP_STEPS = 3  # not timed
@@ -127,7 +126,7 @@ class Bench:
         torch.use_deterministic_algorithms(False)
         run, made, steps = self.run, self.made, WARMUP_STEPS + self.steps
         model: Any
-        model, _ = student.build_student(run.student, run.teacher, made, self.teacher.float())
+        model, _ = student.build_student(run.student, made, self.teacher.float())
         model.to(self.device).train()
         pad_id, validation = made.tokenizer.pad_token_id, made.examples["validation"]
         train, _ = loop.make_loaders(run, self.cached_examples, validation, made.task, pad_id)
@@ -198,18 +197,13 @@ class Bench:
                 models.logits(model, batch.inputs).float()
             return (seconds(self.device) - start) / len(train)
 
-    def forward_flops(self) -> list[int]:
+    def forward_flops(self) -> list[float]:
         """Floating point operations of a forward for one example: student, teacher."""
         made, pad_id = self.made, self.made.tokenizer.pad_token_id
-        model, _ = student.build_student(self.run.student, self.run.teacher, made, self.teacher)
+        model, _ = student.build_student(self.run.student, made, self.teacher)
         loader = data.make_loader(self.cached_examples, made.task, pad_id, data.Batching(1))
         batch = next(iter(loader))
-        flops = []
-        for each in (model, self.teacher):
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                models.logits(each.float(), batch.inputs)
-            flops.append(counter.get_total_flops())
-        return flops
+        return [performance.forward_flops(each.float(), batch) for each in (model, self.teacher)]
 
     def padding(self) -> float:
         """Share of an epoch's tokens that are padding."""
@@ -247,8 +241,8 @@ class Results:
 
     medians: dict[str, float]
     peak_memory: dict[str, float]
-    student_flops: int
-    teacher_flops: int
+    student_flops: float
+    teacher_flops: float
 
     def rows(self, peak_tflops: float) -> list[list[str]]:
         bound = 1 + self.teacher_flops / (3 * self.student_flops)

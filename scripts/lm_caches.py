@@ -68,7 +68,7 @@ def main() -> None:
 def build(run: config.Run, folder: Path) -> Models:
     made = prepare_run(run)
     model = teacher.obtain(run, made, folder, Tracker(run, folder))
-    return Models(run, made, model, *student.build_student(run.student, run.teacher, made, model))
+    return Models(run, made, model, *student.build_student(run.student, made, model))
 
 
 def measure(

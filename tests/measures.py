@@ -25,7 +25,7 @@ IMPORT_ORDER = (
     {"training", "callbacks", "packing"},
     {"evaluate"},
     {"export"},
-    {"resume", "teacher", "student"},
+    {"resume", "teacher", "student", "dry_run"},
     {"train", "api"},
 )
 TARGETS = {"callbacks", "tasks", "terms", "corpora", "losses"}  # what `_target_` in a recipe names
@@ -70,6 +70,11 @@ class Function:
         """Whether its parameters are recipe keys: a constructor that `_target_` can name."""
         public = not self.owner.startswith("_") and self.node.name == "__init__"
         return public and bool(self.owner) and self.source.top in TARGETS
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is compiled for a GPU, and takes pointers, strides and numbers one by one."""
+        return any(ast.unparse(each) == "triton.jit" for each in self.node.decorator_list)
 
     @property
     def takes_run(self) -> bool:

@@ -6,7 +6,8 @@ import yaml
 from distill import data, models
 from distill.errors import UserError
 from distill.prepare import prepare_run
-from distill.recipe import compose, targets
+from distill.recipe import compose
+from distill.tasks import build_task
 
 RECIPES = sorted(compose.SHIPPED.glob("*.yaml"))
 OFFLINE = ["bert_to_distil", "gpt2_half", "tiny"]
@@ -17,7 +18,7 @@ named = pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_is_checked_and_builds_its_task(file):
     run = compose.load_recipe(file.stem)
     assert run.name == file.stem
-    targets.instantiate(run.task)
+    build_task(run.task)
 
 
 @named
@@ -46,6 +47,6 @@ def test_an_offline_recipe_has_its_data_and_models_here(name):
 def test_a_recipe_of_the_hub_says_what_could_not_be_reached():
     run = compose.load_recipe("bert_to_distil_sst2")
     with pytest.raises(UserError) as refused:
-        data.load(run.data, targets.instantiate(run.task), run.seed)
+        data.load(run.data, build_task(run.task), run.seed)
     assert "nyu-mll/glue" in str(refused.value)
     assert "local" in str(refused.value)

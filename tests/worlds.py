@@ -60,6 +60,21 @@ LANGUAGE = {
     },
 }
 
+LLAMA: dict[str, Any] = LANGUAGE | {  # with grouped keys
+    "teacher": LANGUAGE["teacher"]
+    | {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "max_position_embeddings": 32,
+        }
+    }
+}
+
 
 def tiny(**changes: Any) -> config.Run:
     """The recipe above with changes; None leaves a section out, a `model_type` replaces one."""
@@ -81,6 +96,11 @@ class World:
     raw: DatasetDict
     tokenizer: Any
     examples: DatasetDict
+    teacher: None = None  # the teacher reads the same ids
+    class_weights: None = None
+
+    def for_teacher(self) -> "World":
+        return self
 
     @property
     def prepared(self) -> Prepared:

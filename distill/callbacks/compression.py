@@ -169,7 +169,9 @@ def prefix_with_key(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"callbacks.{name}: {error}" if name else str(error)) from error
+        key, message = f"callbacks.{name}", str(error)
+        has_key = not name or message.startswith(key)
+        raise UserError(message if has_key else f"{key}: {message}") from error
 
 
 def compressions(callbacks: Iterable[Callback]) -> list[Compression]:

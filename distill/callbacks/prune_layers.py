@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.callbacks.structure_base import PruneStructure
-from distill.compress import importance, structure
+from distill.compress import importance, proofs, structure
 from distill.compress.observe import Observer
-from distill.models.architectures import architecture, blocks
+from distill.models.families import blocks
+from distill.models.layer_proof import shorten_config
 from distill.module import Distillation
 from distill.processes import ranks
 from distill.terms import AttentionRelations, HiddenStates
@@ -77,13 +78,9 @@ class PruneLayers(PruneStructure):
             self._influence = self._influence.to(student.device)
 
     def _check_layers(self, student: PreTrainedModel) -> None:
-        config, count = student.config, len(self._blocks)
-        for key, value in architecture(config.model_type).requires.items():
-            if getattr(config, key) != value:
-                raise self.error(
-                    f"the student's {key} is {getattr(config, key)}, but its layers can change "
-                    f"their positions only if it is {value}: use another technique"
-                )
+        count = len(self._blocks)
+        with self.prefix_errors():
+            proofs.check_separate_layers(student.config)
         for layer in self.layers or ():
             if not (isinstance(layer, int) and 0 <= layer < count):
                 raise self.error(
@@ -97,6 +94,12 @@ class PruneLayers(PruneStructure):
             raise self.error(
                 f"{key}, but that removes all {count} layers of the student: keep at least one"
             )
+
+        if removed:
+            with self.prefix_errors():
+                for tried in [{0}, {count - 1}] if self.layers is None else [{*self.layers}]:
+                    remaining = [layer for layer in range(count) if layer not in tried]
+                    shorten_config(student.config, remaining)
 
     def _check_terms(self, module: Distillation) -> None:
         first = min(self.layers or [0]) if self.amount is None else 0

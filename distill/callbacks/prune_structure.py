@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill.callbacks.structure_base import PruneStructure
-from distill.compress import importance, structure
+from distill.compress import importance, proofs, structure
 from distill.compress.observe import Observer
 from distill.compress.structure import Groups
-from distill.models.architectures import blocks
+from distill.models.families import blocks
 from distill.module import Distillation
 from distill.processes import ranks
 from distill.terms import AttentionRelations
@@ -94,6 +94,10 @@ class PruneGroups(PruneStructure):
         self._loaded: dict[str, Any] | None = None
 
     @abstractmethod
+    def check_family(self, config: PreTrainedConfig) -> None:
+        """UserError if models of a config do not answer as they must once groups are removed."""
+
+    @abstractmethod
     def groups(self, student: PreTrainedModel, block: nn.Module) -> Groups:
         """The groups of a block that have not been removed."""
 
@@ -103,6 +107,7 @@ class PruneGroups(PruneStructure):
         self.check_start(module, measured=self.score != "magnitude")
         self._student = student = module.student
         with self.prefix_errors():
+            self.check_family(student.config)
             all_groups = [self.groups(student, block) for block in blocks(student)]
         self._states = self._initial_states(student, [groups.count for groups in all_groups])
         counts = [len(state.mask) for state in self._states]
@@ -236,6 +241,9 @@ class PruneNeurons(PruneGroups):
     group_name = "neurons"
     score_names = ("activation", "magnitude", "gradient")
 
+    def check_family(self, config: PreTrainedConfig) -> None:
+        proofs.check_structure(config, ["neurons"], self.amount)
+
     def groups(self, student: PreTrainedModel, block: nn.Module) -> Groups:
         return structure.neurons(student, block)
 
@@ -262,6 +270,10 @@ class PruneHeads(PruneGroups):
 
     group_name = "heads"
     score_names = ("gradient", "magnitude")
+
+    def check_family(self, config: PreTrainedConfig) -> None:
+        technique = "heads" if self.equal else "unequal_heads"
+        proofs.check_structure(config, [technique], self.amount)
 
     def groups(self, student: PreTrainedModel, block: nn.Module) -> Groups:
         return structure.heads(student, block)

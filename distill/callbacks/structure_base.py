@@ -3,7 +3,7 @@
 from typing import Any
 
 from distill.callbacks.compression import Compression
-from distill.compress import structure
+from distill.compress import widths
 from distill.module import Distillation
 from distill.remote_code.modeling import CompressionConfig
 
@@ -53,9 +53,10 @@ class PruneStructure(Compression):
     def refresh(self, module: Distillation) -> None:
         """Update the config, the optimizer, the loss terms and DDP after a removal."""
         config = module.student.config
-        shapes = structure.update_config(module.student)
+        shapes = widths.update_config(module.student)
+        attributes = widths.head_attributes(module.student, shapes)
         compression = CompressionConfig.from_config(config)
-        if compression.shapes != shapes:
-            compression.shapes = shapes
+        if (compression.shapes, compression.attributes) != (shapes, attributes):
+            compression.shapes, compression.attributes = shapes, attributes
             compression.write_to(config)
         module.refresh_optimizer_params()

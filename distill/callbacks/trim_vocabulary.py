@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from distill.callbacks.compression import Compression
 from distill.compress import tokenizer_trim
 from distill.compress.groups import PER_TENSOR
-from distill.models.architectures import ARCHITECTURES
+from distill.models.positions import counts_from_padding
 from distill.module import Distillation
 from distill.remote_code.modeling import CompressionConfig
 
@@ -127,6 +127,5 @@ def _extreme_rows(student: PreTrainedModel) -> list[int]:
 
 def _ids_before_padding(student: PreTrainedModel) -> range:
     """All ids below the padding id, if position ids start there: the padding id must not change."""
-    family = ARCHITECTURES.get(student.config.model_type)
-    counted = family is not None and family.positions_after_pad
+    counted = counts_from_padding(student.config)
     return range(student.config.pad_token_id if counted else 0)

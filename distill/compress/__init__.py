@@ -8,6 +8,8 @@ The callbacks in `distill/callbacks` apply them during training.
 | `observe.py` | statistics of module inputs, accumulated during training |
 | `layer_patterns.py` | patterns of names in a recipe -> layers of a student |
 | `structure.py` | neurons, attention heads and blocks as slices of parameters, and their removal |
+| `widths.py` | widths of a pruned student -> the keys of its config |
+| `proofs.py` | what a family must fulfill before a technique changes it |
 | `importance.py` | which neurons, heads and blocks to remove |
 | `low_rank.py` | a weight -> two factors |
 | `scores.py`, `masks.py` | which individual weights to prune |

@@ -8,6 +8,7 @@ share a codebook, K = 2^bits.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distill import internals
 from distill.compress import codebook
+from distill.compress.quantizable import computes_linear
 from distill.compress.quantizer import QuantSpec, fake_quantize_weight
 from distill.errors import RunFailed, UserError
 from distill.remote_code.modeling import (
@@ -184,18 +186,29 @@ def _to_fake_quant(module: nn.Module, name: str) -> FakeQuantLayer:
     """The same module, as an instance of the class with fake quantization."""
     if isinstance(module, FakeQuantLayer):
         return module
-    if type(module) not in _FAKE_QUANT_CLASSES:
+    fake_quant = _FAKE_QUANT_CLASSES.get(type(module)) or _subclass(type(module))  # type: ignore[arg-type]
+    if fake_quant is None:
         raise UserError(
-            f"{name} belongs to a {type(module).__name__}, but only plain linear layers and "
-            "embeddings are quantized: leave it out"
+            f"{name} belongs to a {type(module).__name__}, but only linear layers and embeddings "
+            "are quantized: leave it out"
         )
     vars(module).pop("input_range", None)  # an attribute of ActivationQuantized, a buffer here
-    module.__class__ = _FAKE_QUANT_CLASSES[type(module)]
+    module.__class__ = fake_quant
     assert isinstance(module, FakeQuantLayer)
     module.spec, module.keep_zeros, module.activations = None, False, None
     module.register_buffer("centroids", None)
     module.register_buffer("input_range", None)
     return module
+
+
+@lru_cache
+def _subclass(kind: type) -> type[FakeQuantLayer] | None:
+    """A class for a model's own embedding (Gemma's), or linear layer that computes nn.Linear's."""
+    if issubclass(kind, nn.Embedding):
+        return type(f"FakeQuant{kind.__name__}", (kind, FakeQuantEmbedding), {"plain": kind})
+    if issubclass(kind, nn.Linear) and computes_linear(kind):
+        return type(f"FakeQuant{kind.__name__}", (FakeQuantLinear, kind), {"plain": kind})
+    return None
 
 
 def modules_sharing(student: nn.Module, name: str) -> list[nn.Module]:
@@ -279,7 +292,8 @@ def fold_fake_quant(student: PreTrainedModel) -> None:
             compression.activations[name] = input_range
         for attribute in ("spec", "keep_zeros", "activations", "centroids", "input_range"):
             delattr(layer, attribute)
-        layer.__class__ = _PLAIN_CLASSES[type(layer)]  # type: ignore[assignment]
+        plain = _PLAIN_CLASSES.get(type(layer)) or type(layer).plain  # type: ignore[attr-defined]
+        layer.__class__ = plain  # type: ignore[assignment]
         if activations is not None:
             quantize_input(layer, input_range)
     compression.write_to(student.config)

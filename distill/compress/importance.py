@@ -13,8 +13,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from distill.compress.observe import Observer
-from distill.compress.structure import Groups, ParameterSlice
-from distill.models.architectures import blocks
+from distill.compress.structure import Groups
+from distill.models.block_probe import block_input
+from distill.models.families import blocks
 
 __all__ = [
     "BlockInfluence",
@@ -36,7 +37,7 @@ def activation_sum(input_ND: Tensor) -> Tensor:
 def magnitude(groups: Groups) -> Tensor:
     """Euclidean norm of the weights of each group, without biases, (G,)."""
     weights = (part for part in groups.slices if part.parameter.ndim > 1)
-    squares = [_by_group(part, part.parameter.detach()).square().sum(1) for part in weights]
+    squares = [part.by_group(part.parameter.detach().float()).square().sum(1) for part in weights]
     return torch.stack(squares).sum(0).sqrt()
 
 
@@ -48,12 +49,7 @@ def first_order(groups: Groups) -> Tensor:
     """
     weight = groups.output.parameter
     assert weight.grad is not None
-    return _by_group(groups.output, weight.detach() * weight.grad).sum(1).abs()
-
-
-def _by_group(part: ParameterSlice, tensor: Tensor) -> Tensor:
-    """The entries of each group, in float32: (G, entries)."""
-    return tensor.float().movedim(part.dim, 0).reshape(tensor.shape[part.dim] // part.size, -1)
+    return groups.output.by_group((weight.detach() * weight.grad).float()).sum(1).abs()
 
 
 class BlockInfluence(Observer):
@@ -66,14 +62,16 @@ class BlockInfluence(Observer):
     def __init__(self, student: PreTrainedModel) -> None:
         super().__init__(student, {}, activation_sum)
         for position, block in enumerate(blocks(student)):
-            self._hooks.append(block.register_forward_hook(self._compare(str(position))))
+            hook = self._compare(str(position))
+            self._hooks.append(block.register_forward_hook(hook, with_kwargs=True))
 
-    def _compare(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+    def _compare(self, name: str) -> Callable[..., None]:
         @torch.no_grad()
-        def hook(block: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        def hook(block: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             if block.training:
                 output_BLD = output[0] if isinstance(output, tuple) else output
-                before_ND, after_ND = self._tokens(inputs[0]), self._tokens(output_BLD)
+                before_ND = self._tokens(block_input(inputs, named))
+                after_ND = self._tokens(output_BLD)
                 change = (1 - cosine_similarity(before_ND, after_ND, dim=-1)).sum()
                 self.values[name] = self.values.get(name, 0) + change
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from distill.remote_code.modeling import LINEAR, LowRank, in_out_features
 
 __all__ = [
     "activation_layers",
+    "computes_linear",
     "default_layers",
     "group_width",
     "named_layers",
@@ -81,3 +83,14 @@ def shares_embedding_weight(student: PreTrainedModel, layer: nn.Module) -> bool:
 def group_width(layer: nn.Module) -> int:
     """The dimension that `group` divides: input features, or the width of an embedding."""
     return layer.embedding_dim if isinstance(layer, nn.Embedding) else in_out_features(layer)[0]
+
+
+def computes_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a model's own linear layer, such as Falcon's, computes the same as nn.Linear."""
+    input_NI = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
+    with torch.random.fork_rng(devices=[]):
+        try:
+            layer = kind(2, 3)
+        except TypeError:  # it takes other arguments
+            return False
+    return torch.allclose(layer(input_NI), nn.Linear.forward(layer, input_NI))

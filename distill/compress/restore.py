@@ -9,9 +9,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.compress import fake_quant
-from distill.compress.structure import heads, keep_blocks, neurons, resize_groups
-from distill.models.architectures import architecture, blocks, ffn_width
-from distill.remote_code.modeling import CompressionConfig, build_compressed_layers
+from distill.compress.structure import keep_blocks
+from distill.compress.widths import head_attributes, skeleton, width_keys
+from distill.models.families import linear_layers, stacks
+from distill.remote_code.modeling import (
+    CompressionConfig,
+    build_compressed_layers,
+    in_out_features,
+    resize,
+)
 
 __all__ = ["restore_structure", "strip_quantization"]
 
@@ -40,12 +46,18 @@ def restore_structure(student: PreTrainedModel, config: dict[str, Any]) -> None:
 
 def _restore_blocks(student: PreTrainedModel, saved: dict[str, Any]) -> None:
     config, target = student.config, type(student.config).from_dict(saved)
-    if target.num_hidden_layers >= config.num_hidden_layers:
+    built = stacks(skeleton(student, target))
+    counts = [(len(stacks(student)[path]), len(layers)) for path, layers in built.items()]
+    if all(now == then for now, then in counts):
         return
     types = config.to_dict().get("layer_types")
     target_types = target.to_dict().get("layer_types")
-    remaining = list(range(target.num_hidden_layers))
-    if types is not None and target_types is not None:
+    remaining: list[int] = []
+    start = 0
+    for now, then in counts:
+        remaining += range(start, start + then)
+        start += now
+    if len(counts) == 1 and types is not None and target_types is not None:
         positions = iter(range(len(types)))
         remaining = [
             next(i for i in positions if types[i] == layer_type) for layer_type in target_types
@@ -55,16 +67,20 @@ def _restore_blocks(student: PreTrainedModel, saved: dict[str, Any]) -> None:
 
 def _restore_widths(student: PreTrainedModel, saved: dict[str, Any]) -> None:
     config, target = student.config, type(student.config).from_dict(saved)
-    layout = architecture(config.model_type)
-    if ffn_width(target) != ffn_width(config):
-        for block in blocks(student):
-            resize_groups(neurons(student, block), ffn_width(target))
-        setattr(config, layout.ffn_width, ffn_width(target))
-    if any(saved[key] != getattr(config, key) for key in layout.heads):
-        for block in blocks(student):
-            resize_groups(heads(student, block), target.num_key_value_heads)
-        for key in ("head_dim", *layout.heads):
-            setattr(config, key, saved[key])
+    differing = {
+        key: getattr(target, key)
+        for key in width_keys(student)
+        if hasattr(target, key) and getattr(target, key) != getattr(config, key, None)
+    }
+    if not differing:
+        return
+    layers = dict(linear_layers(student))
+    for name, layer in linear_layers(skeleton(student, target)):
+        if name in layers and in_out_features(layers[name]) != in_out_features(layer):
+            resize(layers[name], *in_out_features(layer))
+    for key, value in differing.items():
+        setattr(config, key, value)
+    head_attributes(student, {})
 
 
 def strip_quantization(model: PreTrainedModel, role: str) -> None:

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.errors import UserError
-from distill.models.architectures import architecture, blocks, ffn_width, head_width
+from distill.models.block_structure import Attention
+from distill.models.families import stack_of, stacks
+from distill.models.layer_proof import shorten_config
 from distill.remote_code.modeling import in_out_features
 
 __all__ = [
@@ -29,27 +30,31 @@ __all__ = [
     "keep_blocks",
     "neurons",
     "remove_groups",
-    "resize_groups",
-    "update_config",
+    "set_head_counts",
     "zero_groups",
 ]
+
+_INDICES = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """A parameter as consecutive groups of `size` entries along a dimension.
+    """A parameter as groups of entries along a dimension.
+
+    The dimension has one section or several, such as those of query, key and value in a fused
+    layer. In each section the groups lie one after the other.
 
     Args:
         layer: the module of the parameter.
         name: ``weight`` or ``bias``.
         dim: the dimension along which the groups lie.
-        size: entries along `dim` in a group.
+        sizes: entries along `dim` in a group, for each section.
     """
 
     layer: nn.Module
     name: str
     dim: int
-    size: int
+    sizes: tuple[int, ...]
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -57,7 +62,15 @@ class ParameterSlice:
 
     def indices(self, mask_G: Tensor) -> Tensor:
         """The indices along `dim` of the groups where the mask is True."""
-        return mask_G.repeat_interleave(self.size).nonzero().flatten().to(self.parameter.device)
+        entries = torch.cat([mask_G.repeat_interleave(size) for size in self.sizes])
+        return entries.nonzero().flatten().to(self.parameter.device)
+
+    def by_group(self, tensor: Tensor) -> Tensor:
+        """The entries of each group in a tensor of the parameter's shape: (G, entries)."""
+        count = tensor.shape[self.dim] // sum(self.sizes)
+        sections = tensor.movedim(self.dim, 0).split([count * size for size in self.sizes])
+        entries = [section.reshape(count, -1) for section in sections]
+        return entries[0] if len(entries) == 1 else torch.cat(entries, 1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Groups:
 
     @property
     def count(self) -> int:
-        return self.output.parameter.shape[self.output.dim] // self.output.size
+        return self.output.parameter.shape[self.output.dim] // sum(self.output.sizes)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -86,29 +99,73 @@ class Groups:
 
 
 def neurons(student: PreTrainedModel, block: nn.Module) -> Groups:
-    """The neurons of a block's feed-forward network, each with its gate if there is one."""
-    layout = architecture(student.config.model_type)
-    inputs = [part for name in layout.ffn for part in _rows(_linear(block, name), 1)]
-    return Groups(tuple(inputs), _columns(_linear(block, layout.ffn_out), 1))
+    """The neurons of a block's feed-forward network, each with its gate if there is one.
+
+    Raises:
+        UserError: the network has another structure, such as several experts.
+    """
+    network = stack_of(student, block).ffn
+    if network is None:
+        raise UserError(
+            f"the architecture is {student.config.model_type}, but neurons can be removed only "
+            "where each block has one feed-forward network of linear layers: remove layers instead"
+        )
+    sizes = {"": (1,), "halves": (1, 1), "pairs": (2,)}[network.fused]
+    inputs = [part for name in network.inputs for part in _rows(_linear(block, name), *sizes)]
+    return Groups(tuple(inputs), _columns(_linear(block, network.output), 1))
 
 
 def heads(student: PreTrainedModel, block: nn.Module) -> Groups:
     """The attention heads of a block. Query heads that share a key and value head are one group.
 
     Raises:
-        UserError: if query, key and value are not separate layers in this family.
+        UserError: the attention has another structure.
     """
-    layout = architecture(student.config.model_type)
-    if not layout.attention:
+    attention = stack_of(student, block).attention
+    if attention is None:
         raise UserError(
-            f"the student is a {student.config.model_type}, but heads can be removed only where "
-            "query, key and value are separate layers: remove neurons or layers instead"
+            f"the architecture is {student.config.model_type}, but heads can be removed only where "
+            "query, key and value are outputs of linear layers, one head beside the other: remove "
+            "neurons or layers instead"
         )
-    query, key, value = (_linear(block, name) for name in layout.attention)
-    width = head_width(student.config)
-    shared = width * (in_out_features(query)[1] // in_out_features(key)[1])
-    inputs = [*_rows(query, shared), *_rows(key, width), *_rows(value, width)]
-    return Groups(tuple(inputs), _columns(_linear(block, layout.attention_out), shared))
+    width, group_width = attention.head_width, attention.head_width * attention.shared
+    if attention.fused == "concatenated":
+        inputs = _rows(_linear(block, attention.query), group_width, width, width)
+    elif attention.fused == "interleaved":
+        inputs = _rows(_linear(block, attention.query), group_width + 2 * width)
+    else:
+        layers = [_linear(block, name) for name in _separate(attention)]
+        sizes = (group_width, width, width)
+        inputs = [
+            part for layer, size in zip(layers, sizes, strict=True) for part in _rows(layer, size)
+        ]
+    output = _columns(_linear(block, attention.output), group_width)
+    count = output.parameter.shape[output.dim] // group_width
+    for name in attention.extra:
+        layer = _linear(block, name)
+        inputs += _rows(layer, in_out_features(layer)[1] // count)
+    return Groups(tuple(inputs), output)
+
+
+def _separate(attention: Attention) -> tuple[str, str, str]:
+    return attention.query, attention.key, attention.value
+
+
+def set_head_counts(student: PreTrainedModel, block: nn.Module) -> dict[str, dict[str, int]]:
+    """Set the attributes of a block's attention that count its heads, after some were removed.
+
+    Returns:
+        Name of the module in the block -> attribute -> value, of those that the forward reads.
+    """
+    attention = stack_of(student, block).attention
+    if attention is None or not attention.counts:
+        return {}
+    count = heads(student, block).count
+    values: dict[str, dict[str, int]] = {}
+    for name, attribute, of_each in attention.counts:
+        values.setdefault(name, {})[attribute] = of_each * count
+        setattr(block.get_submodule(name), attribute, of_each * count)
+    return values
 
 
 def _linear(block: nn.Module, name: str) -> nn.Module:
@@ -121,13 +178,13 @@ def _linear(block: nn.Module, name: str) -> nn.Module:
     return layer
 
 
-def _rows(layer: nn.Module, size: int) -> list[ParameterSlice]:
-    weight = ParameterSlice(layer, "weight", 1 if isinstance(layer, Conv1D) else 0, size)
-    return [weight] if layer.bias is None else [weight, ParameterSlice(layer, "bias", 0, size)]
+def _rows(layer: nn.Module, *sizes: int) -> list[ParameterSlice]:
+    weight = ParameterSlice(layer, "weight", 1 if isinstance(layer, Conv1D) else 0, sizes)
+    return [weight] if layer.bias is None else [weight, ParameterSlice(layer, "bias", 0, sizes)]
 
 
 def _columns(layer: nn.Module, size: int) -> ParameterSlice:
-    return ParameterSlice(layer, "weight", 0 if isinstance(layer, Conv1D) else 1, size)
+    return ParameterSlice(layer, "weight", 0 if isinstance(layer, Conv1D) else 1, (size,))
 
 
 @torch.no_grad()
@@ -166,15 +223,6 @@ def remove_groups(groups: Groups, kept_G: Tensor, optimizer: Optimizer | None = 
         _replace(part, select, optimizer)
 
 
-@torch.no_grad()
-def resize_groups(groups: Groups, count: int) -> None:
-    """Replace the parameters by zeros of the shapes for `count` groups, before loading weights."""
-    for part in groups.slices:
-        shape = list(part.parameter.shape)
-        shape[part.dim] = count * part.size
-        _replace(part, partial(Tensor.new_zeros, size=shape), None)
-
-
 def _replace(
     part: ParameterSlice, change: Callable[[Tensor], Tensor], optimizer: Optimizer | None
 ) -> None:
@@ -199,59 +247,37 @@ def keep_blocks(student: PreTrainedModel, remaining: list[int]) -> None:
     Args:
         student: changed in place.
         remaining: positions of the blocks to keep, in ascending order.
+
+    Raises:
+        UserError: the family needs all its blocks, or some of those that are removed.
     """
-    layers, config = blocks(student), student.config
-    for position in reversed(range(len(layers))):
-        if position not in remaining:
-            del layers[position]
-    types = config.to_dict().get("layer_types")
-    config.num_hidden_layers = len(layers)
-    if types is not None:
-        config.layer_types = [types[position] for position in remaining]
-    for position, block in enumerate(layers):
-        for module in block.modules():
-            if "layer_idx" in vars(module):
-                module.layer_idx = position  # type: ignore[assignment]
+    shortened, start = shorten_config(student.config, remaining), 0
+    for layers in stacks(student).values():
+        first, count = layers[0], len(layers)
+        for position in reversed(range(count)):
+            if start + position not in remaining:
+                del layers[position]
+        _move_extras(first, layers[0])
+        for position, block in enumerate(layers):
+            for module in block.modules():
+                for name in _INDICES & vars(module).keys():
+                    setattr(module, name, position)
+        start += count
+    before, after = student.config.to_dict(), shortened.to_dict()
+    for key in after:
+        if after[key] != before.get(key):
+            setattr(student.config, key, getattr(shortened, key))
 
 
-def update_config(student: PreTrainedModel) -> dict[str, list[int]]:
-    """Write the widths of a pruned student to its config, as far as its keys can describe them.
-
-    Returns:
-        Layers whose widths the config cannot describe: name -> [in_features, out_features].
-    """
-    config, layout = student.config, architecture(student.config.model_type)
-    ffns = [neurons(student, block) for block in blocks(student)]
-    width = ffns[0].count
-    if width != ffn_width(config) and all(groups.count == width for groups in ffns):
-        setattr(config, layout.ffn_width, width)
-    irregular = [groups for groups in ffns if groups.count != ffn_width(config)]
-    if layout.attention:
-        attentions = [heads(student, block) for block in blocks(student)]
-        if layout.heads and len({groups.count for groups in attentions}) == 1:
-            _update_heads(config, layout.heads, attentions[0])
-        width = config.num_attention_heads * head_width(config)
-        irregular += [
-            groups for groups in attentions if in_out_features(groups.output.layer)[0] != width
-        ]
-    names = {id(module): name for name, module in student.named_modules()}
-    return {
-        names[id(layer)]: list(in_out_features(layer))
-        for groups in irregular
-        for layer in groups.layers
-    }
-
-
-def _update_heads(config: PreTrainedConfig, keys: tuple[str, ...], groups: Groups) -> None:
-    """Set the numbers of heads and their width, unless the config class rejects them."""
-    width = head_width(config)
-    counts = (groups.count * groups.output.size // width, groups.count)
-    values = {"head_dim": width} | dict(zip(keys, counts, strict=True))
-    if values["num_attention_heads"] == config.num_attention_heads:
-        return
-    try:
-        type(config).from_dict(config.to_dict() | values)
-    except StrictDataclassError:
-        return
-    for key, value in values.items():
-        setattr(config, key, value)
+def _move_extras(old: nn.Module, new: nn.Module) -> None:
+    """Give the new first block the modules that only the first one has, as in T5."""
+    modules = dict(new.named_modules())
+    for name, extra in old.named_modules():
+        parent, _, last = name.rpartition(".")
+        if name in modules or parent not in modules:
+            continue
+        owner, former = modules[parent], old.get_submodule(parent)
+        owner.add_module(last, extra)
+        for attribute, value in vars(former).items():
+            if isinstance(value, bool) and attribute != "training":
+                setattr(owner, attribute, value)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.errors import UserError
+from distill.models.generation_settings import renumber_generation, renumber_ids
 
 __all__ = [
     "check_supported",
@@ -93,12 +94,10 @@ def trim_embeddings(model: PreTrainedModel, ids: list[int]) -> None:
     if embedding.padding_idx is not None:
         embedding.padding_idx = new_ids.get(embedding.padding_idx)
     for key, value in config.to_dict().items():
-        if not key.endswith("_token_id") or value is None:
-            continue
-        if isinstance(value, list):
-            setattr(config, key, [new_ids[i] for i in value if i in new_ids])
-        else:
-            setattr(config, key, new_ids.get(value))
+        if key.endswith("_token_id") and value is not None:
+            setattr(config, key, renumber_ids(value, new_ids))
+    if model.can_generate():
+        renumber_generation(model.generation_config, new_ids)
 
 
 def is_trimmed_vocabulary(vocabulary: Mapping[str, int], original: Mapping[str, int]) -> bool:

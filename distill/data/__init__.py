@@ -3,24 +3,34 @@
 | file | contents |
 |---|---|
 | `sources.py` | a function, a file, a folder or a Hub dataset -> its splits |
+| `split_files.py` | the files of a folder -> splits, of one file or of shards |
+| `delimited.py` | the delimiter and quotes of a CSV or TSV file; rows that a quote swallows |
 | `splits.py` | a source -> the raw splits train, validation and test |
 | `columns.py` | the text and label columns of a split, checked |
 | `holdout.py` | held-out examples, and removal of labels |
+| `stratified.py` | draws in which classes keep their shares |
 | `encoding.py` | raw splits -> encoded examples, cached by their content |
+| `encode_chunks.py` | a function on chunks of a split, in several processes |
+| `content_hash.py` | a hash of the content of a split |
 | `batches.py` | the order of examples: micro-batches by seed, epoch and rank |
 | `loader.py` | micro-batches -> batches of tensors, resumable |
+| `prefetch.py` | items of an iterator, made ahead by a thread |
 | `teacher_columns.py` | columns of cached teacher outputs -> tensors of a batch |
 | `user_batches.py` | tensors of a user's own data loader -> batches |
 """
 
 from distill.data.batches import Batching, BatchPlan, MicroBatch, is_dummy_batch
-from distill.data.encoding import encode, fingerprint, only_labelled
+from distill.data.content_hash import fingerprint
+from distill.data.encoding import encode, only_labelled
+from distill.data.holdout import HOLDOUT_VERSION
 from distill.data.loader import EncodedDataset, Loader, columns_to_examples, make_loader
+from distill.data.prefetch import prefetch
 from distill.data.sources import open_source
 from distill.data.splits import load, texts
 from distill.data.user_batches import batch_from_columns
 
 __all__ = [
+    "HOLDOUT_VERSION",
     "BatchPlan",
     "Batching",
     "EncodedDataset",
@@ -35,5 +45,6 @@ __all__ = [
     "make_loader",
     "only_labelled",
     "open_source",
+    "prefetch",
     "texts",
 ]

@@ -28,6 +28,8 @@ class Batching:
     group_by_length: bool = True  # batches of similar lengths, which need little padding
     rank: int = 0  # rank of this process
     world: int = 1  # number of processes
+    multiple: int | None = None  # padded lengths are rounded up to a multiple of it
+    pinned: bool = False  # in pinned memory, from which a GPU copies while it computes
 
 
 class MicroBatch(NamedTuple):

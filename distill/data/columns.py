@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 
 from distill.errors import UserError
 from distill.recipe.config import Data
 from distill.tasks.base import Task
-from distill.tasks.labels import declared, shorten
+from distill.tasks.labels import HIDDEN, declared, is_missing, shorten
 
 log = logging.getLogger(__name__)
 CHUNK = 1000  # rows that are read at a time
+# The cells of a column of 0 and 1; True and 1.0 are equal to 1.
+INDICATORS: dict[Any, int] = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}
 
 
 class CheckedSplit(NamedTuple):
@@ -30,7 +32,8 @@ class CheckedSplit(NamedTuple):
         """Indices of the rows that have a text and, where there are labels, a label."""
         if self.cells is None:
             return self.rows
-        return np.array([row for row in self.rows if self.cells[row] is not None], dtype=int)
+        present = np.fromiter((cell is not None for cell in self.cells), bool, len(self.cells))
+        return self.rows[present[self.rows]]
 
 
 def read_split(split: Dataset, name: str, data: Data, task: Task) -> CheckedSplit:
@@ -56,7 +59,7 @@ def check_columns(split: Dataset, name: str, columns: Iterable[str], data: Data)
     """UserError if a column is missing."""
     for column in columns:
         if column not in split.column_names:
-            key = "data.label" if column == data.label and column not in data.text else "data.text"
+            key = "data.text" if column in data.text else "data.label"
             raise UserError(
                 f"{key} is {column}, but split {name} of {data.source} has the columns "
                 f"{shorten(split.column_names)}: name one of them"
@@ -67,6 +70,7 @@ def read_texts(split: Dataset, name: str, data: Data) -> Dataset:
     """The text columns, as strings."""
     check_columns(split, name, data.text, data)
     for column in data.text:
+        _check_not_empty(split, name, column, data)
         dtype = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
         if dtype not in ("string", "large_string", "null"):
             raise UserError(
@@ -76,6 +80,20 @@ def read_texts(split: Dataset, name: str, data: Data) -> Dataset:
     features = Features({column: Value("string") for column in data.text})
     texts = split.select_columns(list(data.text))
     return texts if texts.features == features else texts.cast(features)
+
+
+def _check_not_empty(split: Dataset, name: str, column: str, data: Data) -> None:
+    """UserError if a column has no text in any row; where nothing is trained, a warning."""
+    tables = split.select_columns([column]).with_format("arrow").iter(CHUNK)
+    if not len(split) or not all(_is_blank(table.column(0)).all() for table in tables):
+        return
+    where = f"column {column!r} of split {name} of {data.source}"
+    if name == data.train or len(data.text) == 1:
+        raise UserError(
+            f"{where} is empty: it has {len(split)} rows, but none of them has a text: "
+            "name another column in data.text"
+        )
+    log.warning("%s is empty in all %d rows", where, len(split))
 
 
 def rows_with_text(texts: Dataset, where: str) -> np.ndarray:
@@ -113,12 +131,44 @@ def rows_with_text(texts: Dataset, where: str) -> np.ndarray:
 
 
 def _is_blank(column: pa.ChunkedArray) -> np.ndarray:
+    """Whether each cell is empty or white space; an empty column of CSV is read as numbers."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column.is_null(nan_is_null=True).to_numpy()
     return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy()
+
+
+def join_labels(split: Dataset, name: str, data: Data) -> Dataset:
+    """A split in which several columns of 0 and 1 are one column of lists.
+
+    An empty cell, or -1, leaves the example unlabelled.
+    """
+    if not isinstance(data.label, list) or data.label_column in split.column_names:
+        return split
+    check_columns(split, name, data.label, data)
+    cells = [
+        [_indicator(cell, column, row, data) for row, cell in enumerate(split[column])]
+        for column in data.label
+    ]
+    lists = [None if None in row else list(row) for row in zip(*cells, strict=True)]
+    return split.add_column(data.label_column, lists, feature=List(Value("int8")))
+
+
+def _indicator(cell: Any, column: str, row: int, data: Data) -> int | None:
+    """The 0 or 1 in a cell, None if it is empty or hidden."""
+    if is_missing(cell) or cell == HIDDEN:
+        return None
+    value = INDICATORS.get(cell.strip().casefold() if isinstance(cell, str) else cell)
+    if value is None:
+        raise UserError(
+            f"column {column!r} of {data.source} is {cell!r} in row {row}, but each of several "
+            "label columns holds 0 and 1: correct it, or name other columns in data.label"
+        )
+    return value
 
 
 def _read_labels(split: Dataset, name: str, data: Data, task: Task) -> list[Any]:
     """The label column by name; UserError with the row, from 0, of an invalid label."""
-    column = str(data.label)
+    column = str(data.label_column)
     check_columns(split, name, [column], data)
     names, labels = declared(split.features[column]), []
     cells = (cell for batch in split.select_columns([column]).iter(CHUNK) for cell in batch[column])

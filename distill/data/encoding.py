@@ -1,25 +1,27 @@
 """Raw examples -> encoded examples, tokenized once and cached by a hash of their content."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets.utils import tqdm
 
 from distill import store
+from distill.data.content_hash import fingerprint
+from distill.data.encode_chunks import count_processes, map_chunks
 from distill.errors import UserError
 from distill.recipe.config import Data
-from distill.tasks.base import Task
+from distill.tasks.base import SHORTENED, SPLIT, Task
 
 log = logging.getLogger(__name__)
-VERSION = 3  # of the columns of `Task.encode`: increment it to invalidate stored entries
+VERSION = 4  # of the columns of `Task.encode`: increment it to invalidate stored entries
 FILE = "examples.arrow"
-CHUNK = 1000  # rows that are hashed or tokenized at a time
+CHUNK = 1000  # rows that are tokenized at a time
 COLUMNS = {
     "input_ids": List(Value("int32")),
     "token_type_ids": List(Value("int8")),
@@ -43,13 +45,16 @@ def encode(raw: DatasetDict, task: Task, tokenizer: Any, data: Data) -> DatasetD
     Returns:
         The same splits with the columns of :meth:`distill.tasks.Task.encode`, memory-mapped.
     """
+    key = _key(task, tokenizer, data)
     return DatasetDict(
-        {name: _encode(split, name, task, tokenizer, data) for name, split in raw.items()}
+        {name: _encode(split, name, key, task, tokenizer, data) for name, split in raw.items()}
     )
 
 
-def _encode(split: Dataset, name: str, task: Task, tokenizer: Any, data: Data) -> Dataset:
-    entry = store.entry_path("examples", _key(split, task, tokenizer, data))
+def _encode(
+    split: Dataset, name: str, key: dict[str, Any], task: Task, tokenizer: Any, data: Data
+) -> Dataset:
+    entry = store.entry_path("examples", key | {"split": fingerprint(split)})
     if not store.is_intact(entry):
         with store.write_entry(entry) as folder:
             _write(split, task, tokenizer, data, folder / FILE)
@@ -59,24 +64,35 @@ def _encode(split: Dataset, name: str, task: Task, tokenizer: Any, data: Data) -
             f"the {name} split has {len(split)} texts, but none of them has a token to predict: "
             "name longer texts"
         )
-    truncated = int(np.sum(encoded.with_format("numpy")["truncated"][:]))
-    if truncated:
-        log.info(
-            "%d of %d texts of the %s split are longer than task.max_length, %d tokens: %s",
-            truncated,
-            len(split),
-            name,
-            task.max_length,
-            "truncated" if task.uses_labels else "split into windows",
-        )
+    _log_truncated(encoded, name, len(split), task)
     return encoded
 
 
-def _key(split: Dataset, task: Task, tokenizer: Any, data: Data) -> dict[str, Any]:
-    """Everything that the encoded examples depend on."""
+def _log_truncated(encoded: Dataset, name: str, texts: int, task: Task) -> None:
+    """Count the texts that were too long, by what was done to them."""
+    truncated = encoded.with_format("numpy")["truncated"][:]
+    kinds = {
+        SPLIT: ("texts", "truncated" if task.uses_labels else "split into windows"),
+        SHORTENED: ("prompts with their completions", "the prompts lose their beginning"),
+    }
+    for kind, (parts, outcome) in kinds.items():
+        count = int(np.sum((truncated & kind) > 0))
+        if count:
+            log.info(
+                "%d of %d %s of the %s split are longer than task.max_length, %d tokens: %s",
+                count,
+                texts,
+                parts,
+                name,
+                task.max_length,
+                outcome,
+            )
+
+
+def _key(task: Task, tokenizer: Any, data: Data) -> dict[str, Any]:
+    """Everything that the encoded examples depend on, besides the split."""
     return {
         "version": VERSION,
-        "split": fingerprint(split),
         "tokenizer": _tokenizer_key(tokenizer),
         "task": task.identity(),
         "columns": [list(data.text), data.label],
@@ -101,31 +117,20 @@ def _tokenizer_key(tokenizer: Any) -> list[Any]:
     ]
 
 
-def fingerprint(split: Dataset) -> str:
-    """SHA-256 of the columns' names, types and values, independent of how they are stored."""
-    digest = hashlib.sha256(
-        repr(sorted((name, str(feature)) for name, feature in split.features.items())).encode()
-    )
-    table = split.with_format("arrow")
-    for start in range(0, len(split), CHUNK):
-        rows = table[start : start + CHUNK].to_pydict()
-        digest.update(repr(sorted(rows.items())).encode())
-    return digest.hexdigest()
-
-
 def _write(split: Dataset, task: Task, tokenizer: Any, data: Data, path: Path) -> None:
-    function = partial(task.encode, tokenizer=tokenizer, data=data)
-    split.with_format(None).map(
-        function,
-        batched=True,
-        batch_size=CHUNK,
-        remove_columns=split.column_names,
-        features=_features(function(split[:1]), task),
-        cache_file_name=str(path),
-        load_from_cache_file=False,
-        new_fingerprint=path.parent.name,
-        desc="tokenizing",
-    )
+    """Write the encoded examples as an Arrow stream, chunk by chunk."""
+    first = task.encode(split.with_format(None)[:1], tokenizer, data)
+    schema = _features(first, task).arrow_schema
+
+    def encode(examples: dict[str, list[Any]]) -> pa.Table:
+        return pa.table(task.encode(examples, tokenizer, data), schema=schema)
+
+    tables = map_chunks(split, encode, CHUNK, count_processes(len(split)))
+    bar = tqdm(total=len(split), desc="tokenizing", unit=" examples", delay=1)
+    with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for table in tables:
+            writer.write_table(table, max_chunksize=CHUNK)
+            bar.update(CHUNK)
 
 
 def _features(columns: Iterable[str], task: Task) -> Features:
@@ -138,7 +143,7 @@ def only_labelled(split: Dataset, task: Task) -> Dataset:
     """The encoded examples that have a label; UserError if there are none."""
     if not task.uses_labels:
         return split
-    labels = np.asarray(split["labels"][:])
+    labels = np.asarray(split.with_format("numpy")["labels"][:])
     missing = np.isnan(labels).any(-1) if labels.dtype.kind == "f" else labels < 0
     if missing.all():
         raise UserError(

@@ -1,9 +1,13 @@
 """`data.source` -> splits: a function, a local file or folder, or a dataset of the Hub."""
 
+import csv
 import hashlib
-import importlib
+import json
+import lzma
 import re
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +16,37 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
 from distill import store
+from distill.data import delimited
+from distill.data.split_files import SplitFiles, suffixes
 from distill.errors import UserError
+from distill.recipe import targets
 
 # Only an empty cell is missing: "NA" and "None" are texts.
 CSV = {"keep_default_na": False, "na_values": [""], "chunksize": 1_000_000}
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}  # unless the header has another
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", CSV),
+    ".tsv": ("csv", CSV),
+    ".tab": ("csv", CSV),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),  # one example per line, in the column `text`
 }
+STORED_BYTES = 2**25  # size of a file from which its delimiter and quotes are stored
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+FORMAT_ERRORS = (csv.Error, EOFError, zlib.error, lzma.LZMAError)  # of damaged files
 # The Hub is unreachable, or the dataset or its configuration is unknown, or needs a script.
 HUB_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 
-def open_source(source: str, config: str | None = None) -> DatasetDict:
-    """Open all splits of a source.
+def open_source(source: str, config: str | None = None) -> Mapping[str, Dataset]:
+    """The splits of a source by name.
 
     Args:
-        source: A dataset of the Hub, a local file or folder (CSV, JSON, Parquet, text), or the
-            dotted path of a function that returns a `DatasetDict`.
+        source: A dataset of the Hub, a local file or folder (CSV, TSV, JSON, Parquet, text; also
+            compressed by gzip, bzip2 or xz), or the dotted path of a function that returns a
+            `DatasetDict`.
         config: A configuration of a dataset of the Hub, or of a folder laid out like one.
 
     Raises:
@@ -45,8 +58,8 @@ def open_source(source: str, config: str | None = None) -> DatasetDict:
     if config is not None and (path.is_file() or FUNCTION.fullmatch(source)):
         _refuse_config(config, source)
     if path.is_file():
-        return DatasetDict(train=_open_file(path))
-    if path.suffix in BUILDERS or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        return DatasetDict(train=_open_files([path]))
+    if _is_data(path) or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(
             f"data.source is {source}, but there is no such file or folder: correct the path"
         )
@@ -63,7 +76,13 @@ def _refuse_config(config: str, source: str | Path) -> None:
 
 def _call(source: str) -> DatasetDict:
     """The splits that a function returns."""
-    splits = _import_function(source)()
+    function = targets.import_function("data.source", source)
+    try:
+        splits = function()
+    except UserError:
+        raise
+    except Exception as error:
+        raise targets.user_error("data.source", source, error) from error
     if not isinstance(splits, dict) or not all(
         isinstance(split, Dataset) for split in splits.values()
     ):
@@ -74,83 +93,106 @@ def _call(source: str) -> DatasetDict:
     return DatasetDict(splits)
 
 
-def _import_function(source: str) -> Callable[[], Any]:
-    module, _, name = source.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise UserError(
-            f"data.source is {source}, but {module} cannot be imported ({error}): "
-            "correct the dotted path"
-        ) from error
-    except AttributeError as error:
-        raise UserError(
-            f"data.source is {source}, but the module {module} has no {name}: "
-            "correct the dotted path"
-        ) from error
-    if not callable(function):
-        raise UserError(
-            f"data.source is {source}, but that is {_describe(function)}: "
-            "name a function that returns a datasets.DatasetDict"
-        )
-    return function
-
-
 def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return "a dict of other things than datasets"
     return f"an object of the type {type(value).__name__}"
 
 
-def _open_file(path: Path) -> Dataset:
-    if path.suffix not in BUILDERS:
-        raise UserError(
-            f"data.source is {path}, but the suffix of a file must be one of "
-            f"{', '.join(BUILDERS)}: convert or rename it"
-        )
-    if path.stat().st_size == 0:
-        raise UserError(
-            f"{path} is empty, but it must hold examples: fill it, or name another file"
-        )
-    builder, options = BUILDERS[path.suffix]
-    return _load_dataset(path, builder, data_files=str(path), split="train", **options)
+def _is_data(path: Path) -> bool:
+    return suffixes(path)[0] in BUILDERS
 
 
-def _open_folder(path: Path, config: str | None) -> DatasetDict:
-    """Open a folder written by `save_to_disk`, with a file per split, or laid out as on the Hub."""
-    files = sorted(
-        file for file in path.iterdir() if file.suffix in BUILDERS and not file.name.startswith(".")
-    )
+def _open_files(paths: list[Path]) -> Dataset:
+    """The rows of a file, or of several of one format."""
+    for path in paths:
+        if not _is_data(path):
+            raise UserError(
+                f"data.source is {path}, but the suffix of a file must be one of "
+                f"{', '.join(BUILDERS)}, perhaps with .gz: convert or rename it"
+            )
+        if path.stat().st_size == 0:
+            raise UserError(
+                f"{path} is empty, but it must hold examples: fill it, or name another file"
+            )
+    suffix, _ = suffixes(paths[0])
+    builder, fixed = BUILDERS[suffix]
+    options = fixed | _delimited_options(paths, suffix)
+    return _load_dataset(paths, builder, data_files=[*map(str, paths)], split="train", **options)
+
+
+def _delimited_options(paths: list[Path], suffix: str) -> dict[str, Any]:
+    """The delimiter, quotes and decimal point of these files; {} for other formats."""
+    if suffix not in DELIMITERS:
+        return {}
+    read = [
+        _translate_errors(path, partial(_stored_options, path, DELIMITERS[suffix]))
+        for path in paths
+    ]
+    for path, options in zip(paths, read, strict=True):
+        for name in ("sep", "quoting", "escapechar"):
+            if options[name] != read[0][name]:
+                raise UserError(
+                    f"{path} needs {name}={options[name]!r} of pandas.read_csv, but {paths[0]} "
+                    f"needs {read[0][name]!r}: write the delimiters and quotes of all shards alike"
+                )
+    decimal_comma = any(options["decimal"] == "," for options in read)
+    return read[0] | {"decimal": "," if decimal_comma else "."}
+
+
+def _stored_options(path: Path, delimiter: str) -> dict[str, Any]:
+    """The options of one file; those of a large one are stored, because it is read for them."""
+    if path.stat().st_size < STORED_BYTES:
+        return delimited.options(path, delimiter)
+    key = {"version": 1, "file": store.sha256(path), "delimiter": delimiter}
+    entry = store.entry_path("delimiters", key)
+    if not store.is_intact(entry):
+        options = delimited.options(path, delimiter)
+        with store.write_entry(entry) as folder:
+            (folder / "options.json").write_text(json.dumps(options))
+    options = json.loads((entry / "options.json").read_text())
+    return dict(options)
+
+
+def _open_folder(path: Path, config: str | None) -> Mapping[str, Dataset]:
+    """Open a folder written by `save_to_disk`, with files for each split, or as on the Hub."""
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    if not saved and (config is not None or not files):
-        return _as_dict(_load_dataset(path, str(path), config))
+    files = sorted(
+        file for file in path.iterdir() if _is_data(file) and not file.name.startswith(".")
+    )
+    tables = [file for file in files if suffixes(file)[0] != ".txt"]
+    if not saved and (config is not None or not files or (not tables and _has_data_below(path))):
+        return _as_dict(_load_dataset([path], str(path), config))
     if config is not None:
         _refuse_config(config, path)
     if saved:
         return _as_dict(_translate_errors(path, lambda: datasets.load_from_disk(str(path))))
-    stems = [file.stem for file in files]
-    if len(set(stems)) < len(stems):
-        raise UserError(
-            f"{path} holds {', '.join(file.name for file in files)}, but each split needs one "
-            "file: remove the others"
-        )
-    return DatasetDict({file.stem: _open_file(file) for file in files})
+    return SplitFiles(files, _open_files)
 
 
-def _load_dataset(path: Path, *arguments: Any, **options: Any) -> Any:
+def _has_data_below(path: Path) -> bool:
+    """Whether a subfolder holds data, as `data/` does in a folder laid out as on the Hub."""
+    return any(
+        _is_data(file) for each in path.iterdir() if each.is_dir() for file in each.rglob("*")
+    )
+
+
+def _load_dataset(paths: list[Path], *arguments: Any, **options: Any) -> Any:
     """`load_dataset` for local files, cached by content, not by name and modification time."""
     return _translate_errors(
-        path,
+        paths[0] if len(paths) == 1 else paths[0].parent,
         lambda: datasets.load_dataset(
-            *arguments, cache_dir=str(store.cache_root() / "sources" / _digest(path)), **options
+            *arguments, cache_dir=str(store.cache_root() / "sources" / _digest(paths)), **options
         ),
     )
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files, hidden ones excepted."""
+def _digest(paths: list[Path]) -> str:
+    """SHA-256 of files, or of the names and contents of a folder's files, hidden ones excepted."""
+    path = paths[0]
     if path.is_file():
-        return store.sha256(path)
+        digests = [store.sha256(each) for each in paths]
+        return digests[0] if len(paths) == 1 else hashlib.sha256(repr(digests).encode()).hexdigest()
     names = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
     files = [
         (str(name), store.sha256(path / name))
@@ -164,7 +206,7 @@ def _translate_errors(path: Path, read: Callable[[], Any]) -> Any:
     """Call `read`; UserError if the files cannot be read, or the cache cannot be written."""
     try:
         return read()
-    except (DatasetsError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, OSError, *FORMAT_ERRORS) as error:
         cause = error.__cause__ or error
         if _is_cache_error(cause, path):
             raise UserError(

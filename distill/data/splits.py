@@ -1,13 +1,20 @@
 """A source -> the splits train, validation and test, checked and with labels by name."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
-from distill.data.columns import CheckedSplit, check_columns, read_split, read_texts, rows_with_text
+from distill.data.columns import (
+    CheckedSplit,
+    check_columns,
+    join_labels,
+    read_split,
+    read_texts,
+    rows_with_text,
+)
 from distill.data.holdout import hold_out, keep_labels
 from distill.data.sources import open_source
 from distill.errors import UserError
@@ -37,28 +44,38 @@ def load(data: Data, task: Task, seed: int) -> tuple[DatasetDict, Task]:
     """
     _check_distinct(data)
     source = open_source(data.source, data.config)
-    labels = data.label if task.uses_labels else None
-    train_source = _find_split(source, data.train, "data.train", data)
-    if labels is not None:
-        check_columns(train_source, data.train, [labels], data)
-    task = task.with_labels(task.read_labels(train_source, data))
-    parts = {
-        role: _check_split(source, name, f"data.{role}", data, task)
-        for role, name in _named_splits(data).items()
-    }
+    labels = data.label_column if task.uses_labels else None
+    task, parts = _read_splits(source, data, task)
     rows, train = hold_out(parts, data), parts["train"]
-    _warn_of_unused_labels(task, train, data)
     if data.labelled is not None:
         cells = keep_labels(train, rows["train"], data.labelled, seed, data)
         train = parts["train"] = train._replace(cells=cells)
     splits = DatasetDict(
         {role: _select(parts.get(role, train), chosen, labels) for role, chosen in rows.items()}
     )
+    labelled = {role: parts.get(role, train).cells for role in rows}
+    _warn_of_missing_labels(task, labelled, rows, data)
     if data.unlabelled is not None:
         unlabelled = _load_unlabelled(source, data, splits["train"].features)
         splits["train"] = concatenate_datasets([splits["train"], unlabelled])
     _warn_of_overlap(splits, data)
     return splits, task
+
+
+def _read_splits(
+    source: Mapping[str, Dataset], data: Data, task: Task
+) -> tuple[Task, dict[str, CheckedSplit]]:
+    """The bound task, and the splits that the recipe names, checked, by role."""
+    names = _named_splits(data)
+    splits = {role: _find_split(source, name, f"data.{role}", data) for role, name in names.items()}
+    if task.uses_labels and data.label is not None:
+        splits = {role: join_labels(split, names[role], data) for role, split in splits.items()}
+        check_columns(splits["train"], data.train, [str(data.label_column)], data)
+    task = task.with_labels(task.read_labels(splits["train"], data))
+    return task, {
+        role: _check_split(splits[role], name, f"data.{role}", data, task)
+        for role, name in names.items()
+    }
 
 
 def texts(split: Dataset, columns: Iterable[str]) -> Iterator[str]:
@@ -85,7 +102,7 @@ def _check_distinct(data: Data) -> None:
             uses[name] = key
 
 
-def _find_split(source: DatasetDict, name: str, key: str, data: Data) -> Dataset:
+def _find_split(source: Mapping[str, Dataset], name: str, key: str, data: Data) -> Dataset:
     if name not in source:
         hold_out = ", or null to hold examples out of the training split"
         raise UserError(
@@ -95,8 +112,8 @@ def _find_split(source: DatasetDict, name: str, key: str, data: Data) -> Dataset
     return source[name]
 
 
-def _check_split(source: DatasetDict, name: str, key: str, data: Data, task: Task) -> CheckedSplit:
-    part = read_split(_find_split(source, name, key, data), name, data, task)
+def _check_split(split: Dataset, name: str, key: str, data: Data, task: Task) -> CheckedSplit:
+    part = read_split(split, name, data, task)
     if key != "data.train" and len(part.labelled_rows()) == 0:
         raise UserError(
             f"{key} is {name}, but none of its examples has a label: "
@@ -121,7 +138,7 @@ def _label_feature(cells: list[Any]) -> Any:
     return Value("float64") if isinstance(first, float) else Value("string")
 
 
-def _load_unlabelled(source: DatasetDict, data: Data, features: Features) -> Dataset:
+def _load_unlabelled(source: Mapping[str, Dataset], data: Data, features: Features) -> Dataset:
     """The texts of `data.unlabelled`, another split or source, with the columns of `features`."""
     name = str(data.unlabelled)
     if name in source:
@@ -138,18 +155,34 @@ def _load_unlabelled(source: DatasetDict, data: Data, features: Features) -> Dat
     return split
 
 
-def _warn_of_unused_labels(task: Task, train: CheckedSplit, data: Data) -> None:
-    """Warn about classes without training examples."""
-    used = {
-        name for cell in train.cells or [] for name in (cell if isinstance(cell, list) else [cell])
-    }
-    unused = [name for name in task.names if name not in used]
-    if train.cells is not None and unused:
+def _warn_of_missing_labels(
+    task: Task, cells: dict[str, list[Any] | None], rows: dict[str, np.ndarray], data: Data
+) -> None:
+    """Warn about labels without examples: they are not learned, or not measured."""
+    used = {role: _names_in(cells[role], rows[role]) for role in rows if cells[role] is not None}
+    unused = [name for name in task.names if "train" in used and name not in used["train"]]
+    if unused:
         log.warning(
             "no training example of %s is labelled %s: the model cannot learn it",
             data.source,
             shorten(unused),
         )
+    for role in sorted(used.keys() - {"train"}, reverse=True):
+        missing = [name for name in task.names if name not in {*used[role], *unused}]
+        if missing:
+            log.warning(
+                "no example of the %s split has %d of %d labels, %s: it has no metrics of them",
+                role,
+                len(missing),
+                len(task.names),
+                shorten(missing),
+            )
+
+
+def _names_in(cells: Any, rows: np.ndarray) -> set[str]:
+    """The names of the labels in these rows."""
+    labels = (cells[row] for row in rows)
+    return {name for label in labels for name in (label if isinstance(label, list) else [label])}
 
 
 def _warn_of_overlap(splits: DatasetDict, data: Data) -> None:

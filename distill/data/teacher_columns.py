@@ -1,4 +1,6 @@
-"""Columns of cached teacher outputs, see :mod:`distill.teacher_outputs` -> tensors of a batch.
+"""Columns for the teacher, beside the examples: cached outputs, or inputs of its own.
+
+Outputs, see :mod:`distill.teacher_outputs`, become tensors of a batch:
 
 | `teacher.outputs` | columns, for each example |
 |---|---|
@@ -8,12 +10,19 @@
 | | `teacher_entropy`: a float32 per row |
 | top_k | `teacher_ids`: rows of K tokens; `teacher_probs`: rows of K float32 |
 
+A teacher that is online and has another tokenizer reads the columns of `Task.encode` that start
+with `INPUTS`.
+
 N = rows, C = classes or vocabulary, D = width, K = stored tokens of a row.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from distill.losses import sparse
@@ -23,6 +32,24 @@ LOGITS, STATES, COUNTS, ENTROPY, IDS, PROBS = (
     f"teacher_{name}" for name in ("logits", "states", "counts", "entropy", "ids", "probs")
 )
 COLUMNS = frozenset((LOGITS, STATES, COUNTS, ENTROPY, IDS, PROBS))
+INPUTS = "teacher_inputs."
+
+
+def rename_inputs(encoded: Dataset) -> Dataset:
+    """Examples as the teacher's tokenizer encodes them, under names of their own."""
+    return encoded.rename_columns({name: INPUTS + name for name in encoded.column_names})
+
+
+def split_inputs(
+    columns: Mapping[str, list[Any]],
+) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """The columns that the student reads, and those that the teacher reads, if it has its own."""
+    inputs = {
+        name.removeprefix(INPUTS): values
+        for name, values in columns.items()
+        if name.startswith(INPUTS)
+    }
+    return {name: columns[name] for name in columns if not name.startswith(INPUTS)}, inputs
 
 
 def read_outputs(table: pa.Table) -> Tensor | CachedHidden | SparseTargets:

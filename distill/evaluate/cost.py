@@ -9,7 +9,7 @@ from distill import isolated
 from distill.evaluate.records import Cost, Machine
 from distill.store import MANIFEST
 
-DTYPE = "float32"  # in which all models are timed
+DTYPE = "float32"  # in which runtimes are compared
 
 Inputs = dict[str, list[list[int]]]  # arguments of a model's forward by name, each (B, L)
 
@@ -27,6 +27,7 @@ def measure_costs(
     auto_class: str,
     threads: int,
     device: str,
+    dtype: str = DTYPE,
 ) -> tuple[dict[str, Cost], Machine]:
     """Measure models in isolated processes: one times all, one for each measures its memory.
 
@@ -36,6 +37,7 @@ def measure_costs(
         auto_class: Class of transformers that loads the models.
         threads: CPU threads of each process.
         device: `cpu` or `cuda`.
+        dtype: Float type in which models are measured that are not compressed.
 
     Returns:
         The costs of each model by name, and the machine with the settings of the measurement.
@@ -43,14 +45,15 @@ def measure_costs(
     Raises:
         ProcessError: if a process fails.
     """
-    from distill.models.saving import has_own_code  # imports torch
+    from distill.models import has_own_code, measured_dtype  # imports torch
 
     request: dict[str, Any] = {
         "models": {name: str(folder.resolve()) for name, folder in folders.items()},
         "auto_class": auto_class,
         "threads": threads,
         "device": device,
-        "dtype": DTYPE,
+        "dtype": dtype,
+        "dtypes": {name: measured_dtype(folder, dtype) for name, folder in folders.items()},
         "attention": "eager" if device == "cpu" else "sdpa",
         "inputs": {name: timed._asdict() for name, timed in inputs.items()},
         "trust_remote_code": [name for name, folder in folders.items() if has_own_code(folder)],

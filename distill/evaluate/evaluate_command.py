@@ -1,5 +1,7 @@
 """`distill evaluate`: measures the models of a run, or others, and stores the metrics."""
 
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,17 @@ from distill.evaluate.run_folder import (
     write_report,
 )
 from distill.evaluate.settings import MeasureSettings
-from distill.recipe import compose, config, targets
+from distill.isolated import warm_process
+from distill.recipe import compose, config
+from distill.stages import Stages
+from distill.tasks import build_task
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from distill.models import Tokenizers
     from distill.prepare import Prepared
+    from distill.tasks.base import Task
 
 AUTO = "auto"  # value of `runtimes=`: those that are likely to be fast
 SPLITS = ("train", "validation", "test")
@@ -72,16 +81,45 @@ def main() -> None:
     options = cli.parse_options(Options, USAGE)
     run, paths = read_options(options)
     runtimes = read_runtimes(options.runtimes, run.callbacks)
-    tokenizer = load_shared_tokenizer(paths)
-    from distill.prepare import prepare  # imports torch
+    from distill import models  # imports torch
+    from distill.prepare import prepare
 
-    task = targets.instantiate(run.task)
-    prepared = prepare(task, run.data, run.seed, tokenizer, [options.split])
-    if runtimes:
-        settings = MeasureSettings.from_run(run)
-        show(_measure_runtimes(options, settings, prepared, paths, runtimes))
-    else:
-        show(_measure(options, run, prepared, paths))
+    if options.run is None:
+        run = replace(run, export=_dtype_of_model(run.export, paths))
+    run = replace(run, export=models.resolve_export_dtype(run.export, run.teacher, run.student))
+    task = build_task(run.task)
+    tokenizers = load_tokenizers(paths, task)
+    named = next(iter(paths.values()))  # the teacher, if there is one
+    with nullcontext() if runtimes else warm_process(task.auto_class, run.evaluate.threads):
+        prepared = prepare(task, run.data, run.seed, tokenizers, [options.split], named)
+        if options.run is not None:
+            _warn_of_other_holdout(Path(options.run).expanduser(), run.data, prepared.task)
+        if runtimes:
+            settings = MeasureSettings.from_run(run)
+            show(_measure_runtimes(options, settings, prepared, paths, runtimes))
+        else:
+            show(_measure(options, run, prepared, paths))
+
+
+def _warn_of_other_holdout(folder: Path, settings: config.Data, task: "Task") -> None:
+    """Warn if the run held out other examples than would be drawn now."""
+    from distill.data import HOLDOUT_VERSION  # imports torch
+
+    drawn = task.names and settings.label and None in (settings.validation, settings.test)
+    if drawn and Stages(folder, writes=False).results.get("holdout") != HOLDOUT_VERSION:
+        log.warning(
+            "%s was trained by a version that held out other examples: those measured now may be "
+            "among its training examples",
+            folder,
+        )
+
+
+def _dtype_of_model(settings: config.Export, paths: dict[str, str]) -> config.Export:
+    """The recipe's export, with the dtype of the teacher, or of the student alone."""
+    from distill import models
+
+    name = "teacher" if "teacher" in paths else "student"
+    return models.with_dtype_of(settings, paths[name], name)
 
 
 def _measure(
@@ -203,19 +241,21 @@ def _read_run(options: Options) -> tuple[config.Run, dict[str, str]]:
     return run, find_models(folder, run.teacher)
 
 
-def load_shared_tokenizer(paths: dict[str, str]) -> Any:
-    """The tokenizer of the first model, which encodes the data.
+def load_tokenizers(paths: dict[str, str], task: "Task") -> "Tokenizers":
+    """The tokenizers of student and teacher; the student's as it was before it was trimmed.
 
     Raises:
-        UserError: if another model has another vocabulary, unless the student's was trimmed.
+        UserError: if the models predict tokens and have other vocabularies.
     """
     from distill import models  # imports torch
     from distill.evaluate.inputs import trimmed_tokenizer
 
-    first, *others = paths
-    tokenizer = models.load_tokenizer(paths[first], first)
-    for name in others:
-        if name != "student" or trimmed_tokenizer(paths[name], tokenizer) is None:
-            other = models.load_tokenizer(paths[name], name)
-            models.check_vocabulary(other, tokenizer, (name, first))
-    return tokenizer
+    loaded = {name: models.load_tokenizer(path, name) for name, path in paths.items()}
+    student = loaded["student"]
+    for name in ("dense", "teacher"):
+        if name in loaded and trimmed_tokenizer(paths["student"], loaded[name]) is not None:
+            student = loaded[name]
+            break
+    if "teacher" not in loaded or student is loaded["teacher"]:
+        return models.Tokenizers(student)
+    return models.pair_tokenizers(student, loaded["teacher"], task, loaded["teacher"])

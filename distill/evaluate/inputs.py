@@ -27,7 +27,7 @@ class ModelInputs(NamedTuple):
 def inputs_by_model(
     prepared: Prepared, settings: config.Data, models_: Mapping[str, str], split: str
 ) -> dict[str, ModelInputs]:
-    """The inputs of each model, the same for all unless the student's vocabulary was trimmed.
+    """The inputs of each model, the same for all that read with one tokenizer.
 
     Args:
         prepared: The data, with this split encoded.
@@ -37,6 +37,10 @@ def inputs_by_model(
     """
     shared = ModelInputs(prepared.tokenizer, prepared.examples[split])
     inputs = dict.fromkeys(models_, shared)
+    if prepared.teacher is not None and "teacher" in inputs:
+        inputs["teacher"] = ModelInputs(
+            prepared.teacher.tokenizer, prepared.teacher.examples[split]
+        )
     tokenizer = trimmed_tokenizer(models_["student"], shared.tokenizer)
     if tokenizer is not None:
         raw = DatasetDict({split: prepared.raw[split]})

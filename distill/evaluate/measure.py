@@ -16,7 +16,6 @@ from distill.evaluate.outcomes import Columns, collect_outcomes, model_batches, 
 from distill.evaluate.records import (
     Comparison,
     Cost,
-    Fidelity,
     Interval,
     Machine,
     Metrics,
@@ -25,7 +24,6 @@ from distill.evaluate.records import (
 from distill.evaluate.settings import MeasureSettings
 from distill.models import has_own_code, silence_transformers, write_auto_map
 from distill.prepare import Prepared
-from distill.recipe import config
 from distill.remote_code import container
 from distill.tasks.base import Task
 
@@ -57,7 +55,7 @@ def measure(
         paths = {**paths, "student": str(shipped)}
     with TemporaryDirectory() as temporary:
         loaded = {
-            name: models.load_trained(path, task, name, inputs[name].tokenizer)
+            name: models.load_trained(path, task, name, inputs[name].tokenizer, settings.dtype)
             for name, path in paths.items()
         }
         folders = {
@@ -68,7 +66,10 @@ def measure(
         plan = data.BatchPlan(examples, data.Batching(settings.evaluate.batch_size))
         log.info("measuring %s on %d examples: quality", _join(paths), len(examples))
         with status("measuring quality", settings.trainer.progress):
-            columns, fidelity = _run_models(task, loaded, inputs, plan, device)
+            if task.predicts_tokens and "teacher" in loaded:  # the student learns no other tokens
+                models.cut_to_vocabulary(loaded["teacher"], inputs["teacher"].tokenizer, "teacher")
+            batches = model_batches(task, inputs, plan)
+            columns, fidelity = collect_outcomes(task, loaded, batches, device)
             columns = {
                 name: sum_by_text(outcomes, examples, plan) for name, outcomes in columns.items()
             }
@@ -78,7 +79,7 @@ def measure(
         del loaded  # the processes that measure cost need the memory
         log.info("measuring %s: cost", _join(paths))
         with status("measuring cost", settings.trainer.progress):
-            costs, machine = _costs(task, inputs, folders, settings.evaluate, device)
+            costs, machine = _costs(task, inputs, folders, settings, device)
     return Metrics(
         split=split,
         examples=len(examples),
@@ -110,17 +111,6 @@ def _local_folder(path: str, model: Any, target: Path) -> Path:
     return target
 
 
-def _run_models(
-    task: Task,
-    loaded: Mapping[str, Any],
-    inputs: Mapping[str, ModelInputs],
-    plan: data.BatchPlan,
-    device: str,
-) -> tuple[dict[str, Columns], dict[str, Fidelity]]:
-    with models.on_device(device, *loaded.values()):
-        return collect_outcomes(task, loaded, model_batches(task, inputs, plan))
-
-
 def _quality(
     task: Task, columns: Mapping[str, Columns], resamples: int, seed: int
 ) -> tuple[dict[str, dict[str, Interval]], Comparison | None]:
@@ -142,12 +132,13 @@ def _costs(
     task: Task,
     inputs: Mapping[str, ModelInputs],
     folders: Mapping[str, Path],
-    settings: config.Evaluate,
+    settings: MeasureSettings,
     device: str,
 ) -> tuple[dict[str, Cost], Machine]:
-    timed = {name: timed_inputs(task, encoded, settings) for name, encoded in inputs.items()}
+    measured, threads = settings.evaluate, settings.evaluate.threads
+    timed = {name: timed_inputs(task, encoded, measured) for name, encoded in inputs.items()}
     try:
-        return measure_costs(folders, timed, task.auto_class, settings.threads, device)
+        return measure_costs(folders, timed, task.auto_class, threads, device, settings.dtype)
     except isolated.ProcessError as error:
         raise RunFailed(
             f"the measurement of cost failed ({error}), but cost must be known: "

@@ -41,20 +41,16 @@ def bootstrap(task: Task, columns: Columns, resamples: int, seed: int) -> Bootst
     """Compute the metrics of the examples and of `resamples` sets of the same size."""
     values = task.compute_metrics(columns)
     size = len(next(iter(columns.values())))
+    draws = {metric: np.full(resamples, math.nan) for metric in values}
     with warnings.catch_warnings():
         # A resample may lack a class or have no variance: its metric is then NaN and left out.
         warnings.simplefilter("ignore")
-        resampled = [
-            task.compute_metrics({name: column[index] for name, column in columns.items()})
-            for index in _draw(size, resamples, seed)
-        ]
-    return Bootstrap(
-        values,
-        {
-            metric: np.array([metrics.get(metric, math.nan) for metrics in resampled])
-            for metric in values
-        },
-    )
+        for number, index in enumerate(_draw(size, resamples, seed)):
+            drawn = {name: column[index] for name, column in columns.items()}
+            for metric, value in task.compute_metrics(drawn).items():
+                if metric in draws:
+                    draws[metric][number] = value
+    return Bootstrap(values, draws)
 
 
 def _draw(size: int, resamples: int, seed: int) -> Iterator[Tensor]:

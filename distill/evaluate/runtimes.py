@@ -72,7 +72,7 @@ def measure_runtimes(
             name: torch_model(task, model_tokenizer, paths[name], folder / f"{name}.json")
             for name, model_tokenizer in (
                 ("student", tokenizer),
-                ("teacher", prepared.tokenizer),
+                ("teacher", prepared.for_teacher().tokenizer),
             )
             if name in paths
         }

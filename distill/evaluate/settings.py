@@ -15,14 +15,16 @@ class MeasureSettings:
         data: The recipe's section `data`, with the names of the columns.
         trainer: The recipe's section `trainer`: its accelerator, and whether to show progress.
         seed: Draws the bootstrap resamples.
+        dtype: Float type in which the models are measured.
     """
 
     evaluate: config.Evaluate
     data: config.Data
     trainer: config.Trainer
     seed: int
+    dtype: str = "float32"
 
     @classmethod
     def from_run(cls, run: config.Run) -> Self:
         """The settings of a recipe."""
-        return cls(run.evaluate, run.data, run.trainer, run.seed)
+        return cls(run.evaluate, run.data, run.trainer, run.seed, run.export.stored_dtype)

@@ -10,6 +10,7 @@
 | `checks.py` | requirements of every export: loadable, equal, smaller |
 | `proof_record.py` | the contents of proof.json |
 | `card.py` | the model card |
+| `card_metadata.py` | its metadata, as the Hub reads them: base models, license, results |
 
 `packing/` writes the formats. Importing this package does not import torch.
 """

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.evaluate import Metrics, table
+from distill.export.card_metadata import Origin, metadata, origins
 from distill.export.proof_record import Proof
 from distill.packing import runtime_folder
 from distill.recipe import capabilities, config
+from distill.recipe.references import hide
 from distill.tasks.base import Task
 
 TENSORRT = (
@@ -33,10 +35,13 @@ def card(run: config.Run, task: Task, proof: Proof, metrics: Metrics | None) -> 
     """
     techniques = capabilities.techniques_of(run.callbacks)
     trained = any(technique.activations for technique in techniques)
+    made_from = origins(run.student, run.teacher)
+    quality = _quality(run.export, proof, metrics)
     parts = [
-        _header(run.export, task, run.teacher is not None),
+        metadata(run.name, run.data, task, run.export.format, quality, made_from),
         f"# {run.name}",
         _description(task, run.data, run.teacher),
+        *_licenses(made_from.models),
         "## Use",
         _usage(task, run.data, proof, trained),
         "## Measured",
@@ -46,14 +51,7 @@ def card(run: config.Run, task: Task, proof: Proof, metrics: Metrics | None) -> 
         "## Proof",
         _proof(proof),
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _header(settings: config.Export, task: Task, distilled: bool) -> str:
-    tag = "distillation" if distilled else "fine-tuned"
-    library = settings.format if settings.format in capabilities.RUNTIMES else "transformers"
-    lines = [f"library_name: {library}", f"pipeline_tag: {task.pipeline}", "tags:", f"- {tag}"]
-    return "\n".join(["---", *lines, "---"])
+    return hide("\n\n".join(parts) + "\n")
 
 
 def _description(task: Task, data: config.Data, teacher: config.Teacher | None) -> str:
@@ -64,6 +62,19 @@ def _description(task: Task, data: config.Data, teacher: config.Teacher | None) 
     )
     text = f"This is {origin}, on {_public(data.source)}."
     return f"{text} Its labels: {', '.join(task.names)}." if task.names else text
+
+
+def _licenses(made_from: list[Origin]) -> list[str]:
+    """A line with the licenses of the models that it was made from, where they differ."""
+    named = {
+        _public(origin.name): origin.license.get("license_name") or origin.license["license"]
+        for origin in made_from
+        if "license" in origin.license
+    }
+    if len(set(named.values())) < 2:
+        return []
+    licenses = ", ".join(f"{name} {license}" for name, license in named.items())
+    return [f"The models that it was made from have different licenses: {licenses}."]
 
 
 def _teacher(teacher: config.Teacher) -> str:
@@ -120,9 +131,7 @@ def _runtime_needs(task: Task, proof: Proof, trained: bool) -> str:
 
 def _measured(settings: config.Export, metrics: Metrics) -> str:
     """The table of the run, with a warning if the student was measured in another format."""
-    form, current = metrics.form or {}, asdict(settings)
-    keys = ("format", "dtype", "quantize", "bits")
-    differing = [f"{key} {form[key]}" for key in keys if form and form[key] != current[key]]
+    differing = _other_form(settings, metrics)
     warning = (
         f"Measured on the student in another format than this folder: {', '.join(differing)}. "
         "For this folder, see the proof.\n\n"
@@ -130,6 +139,23 @@ def _measured(settings: config.Export, metrics: Metrics) -> str:
         else ""
     )
     return warning + table.markdown(metrics)
+
+
+def _other_form(settings: config.Export, metrics: Metrics) -> list[str]:
+    """The settings of the measured student that are not those of this export."""
+    form, current = metrics.form or {}, asdict(settings)
+    keys = ("format", "dtype", "quantize", "bits")
+    return [f"{key} {form[key]}" for key in keys if form and form[key] != current[key]]
+
+
+def _quality(settings: config.Export, proof: Proof, metrics: Metrics | None) -> dict[str, float]:
+    """The metrics of this export: those of its proof in a runtime, or of the measured student."""
+    if proof.quality is not None:
+        return {name: value for name, (value, *_) in proof.quality["export"].items()}
+    if metrics is None or _other_form(settings, metrics):
+        return {}
+    measured = metrics.models["student"].quality
+    return {name: interval.value for name, interval in measured.items()}
 
 
 def _recipe(run: config.Run) -> str:
@@ -160,6 +186,8 @@ def _loss(loss: config.Loss) -> str:
         f"temperature {loss.temperature:g}",
         f"divergence {loss.divergence or 'of the task'}",
     ]
+    if loss.class_weights is not None:
+        parts.append(f"class weights {loss.class_weights}")
     return ", ".join(parts + ([f"terms {', '.join(loss.terms)}"] if loss.terms else []))
 
 
@@ -193,6 +221,11 @@ def _proof(proof: Proof) -> str:
         f"{_agreement(proof)} of the predictions agree, and logits differ by at most "
         f"{proof.max_difference:.2g}.",
     ]
+    if proof.near_ties:
+        lines.append(
+            f"Of the {proof.rows} predictions, {proof.near_ties} differ only where the student's "
+            f"two likeliest are nearer to each other than {proof.dtype} can tell."
+        )
     if quantized:
         lines.append(
             f"It was quantized after training ({proof.quantize}); {proof.trained_agreement:.2%} of "

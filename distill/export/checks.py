@@ -42,23 +42,27 @@ def check_equal(agreement: float, difference: float, tolerance: Tolerance, stude
 
 
 def check_smaller(
-    draft: Path, teacher: Path | None, student: Path, weight_files: str | None = None
+    draft: Path,
+    teacher: Path | None,
+    student: Path,
+    weight_files: str | None = None,
+    smaller: bool = True,
 ) -> Sizes:
     """Raise RunFailed unless the weights take fewer bytes than the teacher's; return the sizes.
 
     Only weights are compared, because a shorter config makes no smaller model. `weight_files` is
-    the pattern of a runtime's files.
+    the pattern of a runtime's files; without `smaller`, any size is accepted.
     """
     if teacher is None:
         return Sizes(disk_bytes(draft), None, None)
     size = disk_bytes(draft, weight_files) if weight_files else weight_bytes(draft)
     limit = weight_bytes(teacher)
-    if size >= limit:
+    if smaller and size >= limit:
         raise export_failed(
             "smaller",
             f"its weights take {size:,} bytes on disk",
-            f"its teacher's take {limit:,}: keep fewer layers, or set export.format=packed or a "
-            "smaller export.dtype",
+            f"its teacher's take {limit:,}: set export.smaller=false to allow it, keep fewer "
+            "layers, or set export.format=packed or a smaller export.dtype",
             student,
         )
     size, limit = disk_bytes(draft), disk_bytes(teacher)

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from distill import cli, evaluate
+from distill import cli, evaluate, isolated
 from distill.errors import UserError
 from distill.export.draft import export
 from distill.recipe import capabilities, compose, config
 
 if TYPE_CHECKING:
     from distill.prepare import Prepared
+    from distill.tasks.base import Task
 
 USAGE = """Exports the student of a finished run as a folder that others can use, once it is proven.
 
@@ -22,12 +23,14 @@ Keys; the recipe's values under export are the defaults, or with format= those o
   format=            dense: one float per weight; packed: 2 to 8 bits per weight
                      torchao: int8 weights, loads where torchao is installed
                      onnx, openvino, executorch: for these runtimes, without torch and transformers
-  dtype=             float type of weights that are not quantized: float32, bfloat16, float16
+  dtype=             float type of weights that are not quantized: float32, bfloat16, float16;
+                     auto: that of the teacher's checkpoint
   quantize=          quantizes what training did not: weights: weights only
                      dynamic, static: weights, and inputs of linear layers to 8 bits
                      int8: for a runtime, its default
   bits=              bits per weight of quantize=, 2 to 8
   examples=          number of held-out texts that the proof compares
+  smaller=           false allows an export that is no smaller than the teacher
 """
 
 
@@ -43,6 +46,7 @@ class Options:
     quantize: str | None = None
     bits: int | None = None
     examples: int | None = None
+    smaller: bool | None = None
 
 
 @cli.cli_command
@@ -75,11 +79,18 @@ def export_folder(folder: Path, options: Options) -> Path:
     settings, techniques = run.export, capabilities.techniques_of(run.callbacks)
     capabilities.check_export(settings.format, settings.dtype, settings.quantize, settings.bits)
     capabilities.check_techniques(settings.format, settings.quantize, techniques)
-    from distill.packing import ExportSpec  # imports torch: only once the command line is right
+    # These import torch: only once the command line is right.
+    from distill import models
+    from distill.packing import ExportSpec
+    from distill.tasks import build_task
 
-    inputs = prepared(run.task, run.data, run.seed, folder)
-    spec = ExportSpec(settings, run.data, inputs.task, inputs.tokenizer, inputs.raw["train"])
-    final = export(run, spec, inputs.raw["test"], folder, evaluate.read_metrics(folder))
+    settings = models.resolve_export_dtype(settings, run.teacher, run.student)
+    run = replace(run, export=settings)
+    task = build_task(run.task)
+    with isolated.warm_process(task.auto_class, run.evaluate.threads):
+        inputs = prepared(task, run.data, run.seed, folder)
+        spec = ExportSpec(settings, run.data, inputs.task, inputs.tokenizer, inputs.raw["train"])
+        final = export(run, spec, inputs.raw["test"], folder, evaluate.read_metrics(folder))
     assert final is not None  # a format is chosen
     return final
 
@@ -93,21 +104,21 @@ def choose_settings(settings: config.Export, options: Options) -> config.Export:
     return replace(settings, **({"format": settings.format or "dense"} | overrides))
 
 
-def prepared(task: dict[str, Any], data: config.Data, seed: int, folder: Path) -> "Prepared":
+def prepared(task: "Task", data: config.Data, seed: int, folder: Path) -> "Prepared":
     """The data of a run, with the tokenizer of its student.
 
     Args:
-        task: the recipe's section `task`.
+        task: the task of the recipe.
         data: its section `data`.
         seed: its seed, which draws the splits that are held out.
         folder: the run folder.
     """
     from distill import models
     from distill.prepare import prepare
-    from distill.recipe import targets
 
-    tokenizer = models.load_tokenizer(str(folder / "student"))
-    return prepare(targets.instantiate(task), data, seed, tokenizer, splits=())
+    student = str(folder / "student")
+    tokenizers = models.Tokenizers(models.load_tokenizer(student))
+    return prepare(task, data, seed, tokenizers, splits=(), model=student)
 
 
 def _unpack(options: Options) -> None:

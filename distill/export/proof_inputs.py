@@ -1,6 +1,6 @@
 """The inputs of a proof: held-out texts, and the student's logits for them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from distill import models
 from distill.data import columns_to_examples
+from distill.losses.chunked import LogitRows
 from distill.packing import ExportSpec
 from distill.recipe import config
 from distill.tasks.batch import Batch
@@ -76,8 +77,25 @@ class ProofInputs:
 
 
 @torch.inference_mode()
-def compute_logits(model: Any, batches: list[Batch]) -> Iterator[Tensor]:
+def compute_logits(model: Any, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """The logits of each batch, in float32 on the CPU."""
     for batch in batches:
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
-        yield models.logits(model, inputs).float().cpu()
+        yield models.logits(model, _inputs(model, batch)).float().cpu()
+
+
+@torch.inference_mode()
+def compute_rows(
+    model: Any, batches: Sequence[Batch], select: Callable[[Tensor, Batch], Tensor]
+) -> Iterator[LogitRows]:
+    """Rows of a language model's logits for each batch, as factors for a large vocabulary."""
+    factors = models.has_linear_head(model)
+    for batch in batches:
+        yield models.evaluated_rows(model, _inputs(model, batch), _rows_of(select, batch), factors)
+
+
+def _rows_of(select: Callable[[Tensor, Batch], Tensor], batch: Batch) -> Callable[[Tensor], Tensor]:
+    return lambda positions: select(positions, batch)
+
+
+def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}

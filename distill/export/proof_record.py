@@ -35,6 +35,8 @@ class Proof:
     texts: int  # held-out texts that were compared
     rows: int  # compared rows: one per text, or one per token
     agreement: float  # share of rows with the student's prediction
+    # Rows with another prediction whose logits, in float32, are nearer than `dtype` can tell.
+    near_ties: int | None = None
     agreement_interval: list[float] | None = None  # its 95 % interval; runtimes
     max_difference: float  # largest absolute difference of a logit
     tolerance: float | None  # the largest that is accepted; None: any
@@ -71,7 +73,7 @@ class Proof:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary without the fields of other formats."""
-        other = {"trained_agreement", "trained_max_difference", "faster"}
+        other = {"trained_agreement", "trained_max_difference", "faster", "near_ties"}
         if self.batch is None:
             other |= {"agreement_interval", "quality", "generated", "batch", "cached"}
         return {

@@ -13,12 +13,12 @@ from typing import Any
 from distill import isolated
 from distill.evaluate.cost import weight_bytes
 from distill.export.checks import Tolerance, check_equal, check_smaller, export_failed
-from distill.export.proof_inputs import ProofInputs, compute_logits
+from distill.export.proof_inputs import ProofInputs, compute_logits, compute_rows
 from distill.export.proof_record import FasterDtype, Proof
 from distill.models import best_attention
 from distill.recipe import config
 from distill.remote_code.modeling import CompressionConfig
-from distill.tasks.serving import Comparison, NotComparableError
+from distill.tasks.comparison import Comparison, NotComparableError
 
 TOLERANCE = 1e-4  # largest difference of logits in float32, relative to the largest logit
 AGREEMENT = 0.99  # share of predictions that an export with fewer bits keeps
@@ -37,14 +37,17 @@ def prove(inputs: ProofInputs, draft: Path, student: Path) -> Proof:
     stored = response["outputs"].pop("stored")
     comparison = _compare(inputs, student, stored)
     tolerance = _tolerance(settings, comparison.scale)
-    check_equal(comparison.agreement, comparison.difference, tolerance, inputs.trained)
+    ties = comparison.near_ties.get(settings.stored_dtype)
+    agreement = comparison.agreement + (ties or 0) / comparison.rows
+    check_equal(agreement, comparison.difference, tolerance, inputs.trained)
     trained = None if settings.quantize is None else _compare(inputs, inputs.trained, stored)
-    sizes = check_smaller(draft, inputs.teacher, inputs.trained)
+    sizes = check_smaller(draft, inputs.teacher, inputs.trained, smaller=settings.smaller)
     latency = _median_ms(stored)
     return Proof(
         texts=len(inputs.texts),
         rows=comparison.rows,
         agreement=comparison.agreement,
+        near_ties=ties,
         max_difference=comparison.difference,
         tolerance=tolerance.difference,
         max_logit=comparison.scale,
@@ -54,7 +57,7 @@ def prove(inputs: ProofInputs, draft: Path, student: Path) -> Proof:
         latency_p50_ms=latency,
         faster=_fastest(inputs, student, response["outputs"], latency),
         format=str(settings.format),
-        dtype=settings.dtype,
+        dtype=settings.stored_dtype,
         quantize=settings.quantize,
         code=_has_code(draft),
         threads=inputs.evaluate.threads,
@@ -68,7 +71,7 @@ def _run_export(inputs: ProofInputs, draft: Path) -> dict[str, Any]:
     """The outputs of a fresh process; RunFailed if it cannot load the draft."""
     spec, quantized_inputs = inputs.spec, _has_quantized_inputs(draft)
     # A float32 model may be faster in bfloat16; a compressed one computes in float32.
-    plain = spec.settings.format == "dense" and spec.settings.dtype == "float32"
+    plain = spec.settings.format == "dense" and spec.settings.stored_dtype == "float32"
     torchao = ["torchao"] if spec.settings.format == "torchao" else []
     request = {
         "folder": str(draft.resolve()),
@@ -101,7 +104,11 @@ def _compare(inputs: ProofInputs, student: Path, outputs: Outputs) -> Comparison
     task, batches = inputs.spec.task, inputs.examples()
     try:
         with inputs.load_student(student, inputs.device) as model:
-            logits = compute_logits(model, batches)
+            logits = (
+                compute_rows(model, batches, lambda positions, _: positions.flatten(0, 1))
+                if task.compares_positions
+                else compute_logits(model, batches)
+            )
             return task.compare(outputs, batches, logits, model.config)
     except NotComparableError as error:
         raise export_failed(
@@ -111,7 +118,7 @@ def _compare(inputs: ProofInputs, student: Path, outputs: Outputs) -> Comparison
 
 def _tolerance(settings: config.Export, scale: float) -> Tolerance:
     """In float32 all predictions and logits must agree, with fewer bits most predictions."""
-    if settings.dtype == "float32":
+    if settings.stored_dtype == "float32":
         return Tolerance(1.0, TOLERANCE * max(1.0, scale))
     return Tolerance(AGREEMENT, None)
 

@@ -6,6 +6,7 @@ N = compared rows, V = vocabulary, L = tokens of a text.
 """
 
 import json
+import operator
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,14 @@ from distill.evaluate import quality
 from distill.evaluate.cost import disk_bytes
 from distill.evaluate.records import replace_nan
 from distill.export.checks import Tolerance, check_equal, check_smaller, export_failed
-from distill.export.proof_inputs import ProofInputs, compute_logits
+from distill.export.proof_inputs import ProofInputs, compute_logits, compute_rows
 from distill.export.proof_record import Generated, Proof
+from distill.losses.chunked import full_logits
 from distill.packing import runtime_folder
 from distill.recipe import capabilities, config
 from distill.remote_code.modeling import CompressionConfig
 from distill.tasks.batch import Batch
-from distill.tasks.serving import NotComparableError, RuntimeComparison, is_likeliest
+from distill.tasks.comparison import NotComparableError, RuntimeComparison, is_likeliest
 
 TOLERANCE = 1e-5  # largest difference of logits in float32, relative to the largest logit
 AGREEMENT = 0.99  # share of predictions that an export in bfloat16 keeps
@@ -60,7 +62,9 @@ def prove(inputs: ProofInputs, draft: Path) -> Proof:
     check_equal(agreement, comparison.difference, tolerance, inputs.trained)
     if generated is not None:
         check_generated(generated, tolerance, inputs.trained)
-    sizes = check_smaller(draft, inputs.teacher, inputs.trained, runtime.weight_files)
+    sizes = check_smaller(
+        draft, inputs.teacher, inputs.trained, runtime.weight_files, settings.smaller
+    )
     rows = len(comparison.agreed_N)
     return Proof(
         texts=len(inputs.texts),
@@ -75,7 +79,7 @@ def prove(inputs: ProofInputs, draft: Path) -> Proof:
         bits_per_weight=8 * disk_bytes(draft, runtime.weight_files) / student.parameters,
         latency_p50_ms=1000 * statistics.median(response["seconds"]),
         format=runtime.name,
-        dtype=settings.dtype,
+        dtype=settings.stored_dtype,
         quantize=capabilities.resolve_quantize(runtime.name, settings.quantize),
         code=False,
         batch=size,
@@ -139,9 +143,15 @@ def _compare(
 
 def served_logits(inputs: ProofInputs, model: Any, batches: Sequence[Batch]) -> list[Tensor]:
     """The student's logits of each batch, as a program returns them."""
+    task = inputs.spec.task
+    if task.compares_positions:
+        select = compute_rows(
+            model, batches, lambda out, batch: task.served_logits(out, batch.inputs)
+        )
+        return [full_logits(rows).cpu() for rows in select]
     return [
-        inputs.spec.task.served_logits(logits, batch.inputs)
-        for logits, batch in zip(compute_logits(model, [*batches]), batches, strict=True)
+        task.served_logits(logits, batch.inputs)
+        for logits, batch in zip(compute_logits(model, batches), batches, strict=True)
     ]
 
 
@@ -156,12 +166,14 @@ def compare_generated(
     if not any(generated):
         return None
     agreed: list[float] = []
+    has_linear_head = models.has_linear_head(model)
     for ids, new in zip(prompts, generated, strict=True):
         tokens_1L = torch.tensor([[*ids, *new]])
         inputs = {"input_ids": tokens_1L, "attention_mask": torch.ones_like(tokens_1L)}
-        logits_LV = models.logits(model, inputs)[0].float()
-        chosen_N = tokens_1L[0, len(ids) :]
-        agreed += is_likeliest(logits_LV[len(ids) - 1 : -1], chosen_N, scale).tolist()
+        first = len(ids) - 1
+        select = operator.itemgetter((0, slice(first, -1)))
+        rows = models.evaluated_rows(model, inputs, select, has_linear_head)
+        agreed += is_likeliest(full_logits(rows), tokens_1L[0, len(ids) :], scale).tolist()
     return Generated(len(agreed), statistics.fmean(agreed))
 
 
@@ -224,7 +236,7 @@ def choose_tolerance(settings: config.Export, scale: float, quantized_inputs: bo
         return Tolerance(AGREEMENT_INT8, None, way_out)
     if quantized_inputs:
         return Tolerance(AGREEMENT_INT8, None, "set export.format=packed or dense")
-    if settings.dtype != "float32":
+    if settings.stored_dtype != "float32":
         return Tolerance(AGREEMENT, None, "leave export.dtype at float32")
     way_out = "report it, or set export.format=dense"
     return Tolerance(1.0, TOLERANCE * max(1.0, scale), way_out)

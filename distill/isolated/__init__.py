@@ -5,8 +5,13 @@
 is the command of the process (`__main__.py`). The scripts need only the standard library and what
 they measure: torch and transformers, or a runtime.
 
+Inside :func:`warm_process`, scripts that need torch and transformers run in forks of one process
+that has imported both. What fails there is tried again in a fresh process.
+
 | module | what it does |
 |---|---|
+| `warm.py` | the process that has imported torch, as its parent sees it |
+| `fork_server.py` | its loop: a fork for each request |
 | `scripts/` | the scripts: modules with one function, `run(request) -> response` |
 """
 
@@ -16,10 +21,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ProcessError", "run_isolated"]
+from distill.isolated import warm
+
+__all__ = ["ProcessError", "run_isolated", "warm_process"]
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -52,20 +61,50 @@ def run_isolated(script: str, request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         request_file, response_file = Path(folder, "request.json"), Path(folder, "response.json")
         request_file.write_text(json.dumps(request | {"packages": _package_folders()}))
-        here = str(Path(__file__).resolve().parent)
-        command = [sys.executable, "-I", here, script, str(request_file), str(response_file)]
-        process = subprocess.run(
-            command,
-            cwd=folder,
-            env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(request["threads"])},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if process.returncode != 0 or not response_file.is_file():
-            raise ProcessError(_error_message(process))
+        process = warm.current(script, request["threads"])
+        if process is None or not process.answer(script, request_file, response_file):
+            _run_fresh(script, request_file, response_file, request["threads"])
         return json.loads(response_file.read_text())
+
+
+def _run_fresh(script: str, request: Path, response: Path, threads: int) -> None:
+    """Run a script in a new process, in the folder of its request."""
+    process = subprocess.run(
+        [*_command(), script, str(request), str(response)],
+        cwd=request.parent,
+        env=_environment(threads),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if process.returncode != 0 or not response.is_file():
+        raise ProcessError(_error_message(process))
+
+
+@contextmanager
+def warm_process(auto_class: str, threads: int) -> Iterator[None]:
+    """Start a process that imports torch and transformers, for the requests inside the context.
+
+    Args:
+        auto_class: Class of transformers that the requests load.
+        threads: CPU threads of the requests.
+    """
+    process = None
+    if warm.is_supported():
+        settings = {"packages": _package_folders(), "auto_class": auto_class}
+        command = [*_command(), "fork_server"]
+        process = warm.WarmProcess(command, _environment(threads), settings, threads)
+    with warm.keep(process):
+        yield
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-I", str(Path(__file__).resolve().parent)]
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _package_folders() -> list[str]:

@@ -4,6 +4,11 @@
 |---|---|
 | `divergences.py` | losses of logits, hidden states and attention; all are exported here |
 | `chunked.py` | the loss of a language model, computed without storing all logits |
+| `chunk_loss.py` | the loss of one chunk and its gradient, by a kernel or by autograd |
+| `chunk_sizes.py` | how many rows of logits are in memory at once |
+| `products.py` | products of bfloat16 and float16 factors with a float32 result |
+| `fused.py` | which losses a GPU computes in one kernel, and whether it does so correctly |
+| `kernels.py` | that kernel, in Triton |
 | `sparse.py` | a teacher's distribution as a few of its tokens |
 
 `loss.divergence` in a recipe is the name of a function of this package, or the dotted path of

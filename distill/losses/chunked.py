@@ -3,9 +3,10 @@
     logits = hidden @ weight^T + bias
     d loss / d hidden = G @ weight,  d loss / d weight = G^T @ hidden,  where G = d loss / d logits
 
-The rows are processed in chunks. G of a chunk overwrites its logits, and is added to the gradients
-before the next chunk is processed. So the forward pass computes the gradients too, and memory does
-not grow with N * V. Values and gradients equal those of the full logits, up to rounding.
+The rows are processed in chunks. G of a chunk is added to the gradients before the next chunk is
+processed. So the forward pass computes the gradients too, and memory does not grow with N * V.
+Values and gradients equal those of the full logits, up to rounding. Logits and G are float32 also
+where the factors are not; only for the products with G is it rounded (`products.py`).
 
 N = rows, V = vocabulary, D = width, n = rows of a chunk, K = number of summed values.
 """
@@ -15,19 +16,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-CHUNK_BYTES = 1 << 25  # float32 logits of a chunk; enough rows for an efficient matrix product
-# If not all logits fit into one chunk, a chunk has at most max(MIN_ROWS, 1 / SHARE of the rows), so
-# that it needs little memory compared with all hidden states.
-SHARE, MIN_ROWS = 16, 64
-# Bytes of float32 logits per call of the loss on a CPU: intermediate results fit into its cache.
-CACHE_BYTES = 1 << 20
-# Rows of the head's gradient that are computed in low precision before they are added in float32.
-BLOCK = 4096
-
-# (student_nV, teacher_nV or None, *columns_n) -> (K,), sums over rows; the first is the loss.
-LossSums = Callable[..., Tensor]
+from distill.losses.chunk_loss import ChunkLoss, LossSums
+from distill.losses.chunk_sizes import (
+    chunk_bytes,
+    chunk_rows,
+    chunk_slices,
+    device_memory,
+    rows_within,
+)
+from distill.losses.fused import FusedLoss
+from distill.losses.products import (
+    Products,
+    at_least_float32,
+    autocast_dtype,
+    linear_float32,
+    products_of,
+)
 
 
 class FactoredLogits(NamedTuple):
@@ -38,8 +43,8 @@ class FactoredLogits(NamedTuple):
     bias_V: Tensor | None
 
     def logits(self) -> Tensor:
-        """The product, (N, V)."""
-        return F.linear(*self)
+        """The product, (N, V), at least float32."""
+        return linear_float32(*self)
 
 
 LogitRows = FactoredLogits | Tensor
@@ -52,6 +57,7 @@ class _Arguments(NamedTuple):
     teacher: LogitRows | None
     columns: tuple[Tensor, ...]
     rows: int
+    loss: FusedLoss | None
 
 
 def sum_in_chunks(
@@ -60,6 +66,7 @@ def sum_in_chunks(
     teacher: LogitRows | None = None,
     columns: tuple[Tensor, ...] = (),
     rows: int | None = None,
+    loss: FusedLoss | None = None,
 ) -> Tensor:
     """Sum a loss over all rows.
 
@@ -68,56 +75,97 @@ def sum_in_chunks(
         student: Factors, which are processed in chunks, or logits, which are processed at once.
         teacher: Factors or logits; None if the loss needs no teacher.
         columns: Labels and other inputs per row, (N, ...).
-        rows: Rows of a chunk; None chooses them, with at most CHUNK_BYTES of logits.
+        rows: Rows of a chunk; None chooses them by the device (`chunk_sizes.py`).
+        loss: The same as `sums`, for a GPU's kernel; None if there is none. The only column is
+            then the labels.
 
     Returns:
         (K,). From factors, only the first value has a gradient.
     """
-    if isinstance(student, FactoredLogits) and _matmul_dtype(student) == torch.float16:
-        # A gradient scaler must scale the loss before float16 gradients are computed.
-        student = student.logits()
     if isinstance(student, Tensor):
         return sums(student, None if teacher is None else full_logits(teacher), *columns)
-    rows = rows or _choose_rows(len(student.hidden_ND), len(student.weight_VD))
+    weight_VD = student.weight_VD
+    rows = rows or chunk_rows(
+        len(student.hidden_ND), len(weight_VD), device_memory(weight_VD.device)
+    )
     factors = (
         student
         if torch.is_grad_enabled()
         else (None if tensor is None else tensor.detach() for tensor in student)
     )
-    loss, others = _ChunkedSum.apply(_Arguments(sums, teacher, columns, rows), *factors)
-    return torch.cat([loss[None], others])
+    # A compiler calls it as it is; without one, importing the compiler would take seconds.
+    apply = torch.compiler.disable(_apply) if torch.compiler.is_compiling() else _apply
+    value, others = apply(_Arguments(sums, teacher, columns, rows, loss), *factors)
+    return torch.cat([value[None], others])
 
 
-def _choose_rows(rows: int, width: int) -> int:
-    most = rows_within(width, CHUNK_BYTES)
-    return most if rows <= most else min(most, max(MIN_ROWS, rows // SHARE))
+def logit_chunks(teacher: LogitRows, dtype: torch.dtype | None = None) -> Callable[[slice], Tensor]:
+    """A function that returns some rows of a teacher's logits.
 
+    The factors are converted once, for all chunks; they are multiplied in `dtype`, by default the
+    teacher's, also under autocast.
+    """
+    if isinstance(teacher, Tensor):
+        return teacher.__getitem__
+    products = products_of(dtype or teacher.weight_VD.dtype, teacher.weight_VD.device)
+    with torch.no_grad():
+        hidden_ND, weight_VD, bias_V = products.factors(*teacher)
 
-def rows_within(width: int, size: int) -> int:
-    """Rows of `width` float32 numbers that fit into `size` bytes, at least 1."""
-    return max(1, size // (4 * width))
+    @torch.no_grad()
+    def chunk(part: slice) -> Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return products.linear(hidden_ND[part], weight_VD, bias_V)
 
-
-def chunk_slices(rows: int, size: int) -> Iterator[slice]:
-    """Slices of `size` rows that cover all rows; one empty slice if there are no rows."""
-    return (slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size))
+    return chunk
 
 
 def teacher_chunk(teacher: LogitRows, part: slice) -> Tensor:
-    """Some rows of a teacher's logits, in the teacher's dtype also under autocast."""
-    if isinstance(teacher, FactoredLogits):
-        with torch.no_grad(), torch.autocast(teacher.hidden_ND.device.type, enabled=False):
-            return teacher._replace(hidden_ND=teacher.hidden_ND[part]).logits()
-    return teacher[part]
+    """Some rows of a teacher's logits; from factors, at least float32."""
+    return logit_chunks(teacher)(part)
+
+
+def rows_in_chunks(
+    *models: LogitRows, rows: int | None = None
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Some rows at a time of the logits of several models, outside of training.
+
+    Args:
+        models: Rows of the same tokens; factors are multiplied as training multiplies them.
+        rows: Rows of a chunk; None chooses them by the device (`chunk_sizes.py`).
+
+    Yields:
+        Which rows, and each model's logits for them, (n, V), in float32 or float64.
+    """
+    sizes = [_shape(model) for model in models]
+    rows = rows or rows_within(max(width for _, width in sizes), chunk_bytes(_device(models[0])))
+    chunks = [_autocast_chunks(model) for model in models]
+    for part in chunk_slices(sizes[0][0], rows):
+        yield part, [at_least_float32(chunk(part)) for chunk in chunks]
+
+
+def _autocast_chunks(model: LogitRows) -> Callable[[slice], Tensor]:
+    dtype = None if isinstance(model, Tensor) else autocast_dtype(model.weight_VD)
+    return logit_chunks(model, dtype)
+
+
+def _device(rows: LogitRows) -> torch.device:
+    return rows.device if isinstance(rows, Tensor) else rows.hidden_ND.device
+
+
+def _shape(rows: LogitRows) -> tuple[int, int]:
+    """N and V."""
+    if isinstance(rows, FactoredLogits):
+        return len(rows.hidden_ND), len(rows.weight_VD)
+    return rows.shape[0], rows.shape[1]
 
 
 def full_logits(teacher: LogitRows) -> Tensor:
     """All rows of a teacher's logits, (N, V), in float32 or float64."""
-    return _at_least_float32(teacher_chunk(teacher, slice(None)))
+    return at_least_float32(teacher_chunk(teacher, slice(None)))
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _apply(*arguments: Any) -> Any:
+    return _ChunkedSum.apply(*arguments)
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -137,81 +185,61 @@ class _ChunkedSum(torch.autograd.Function):
             _zeros_like(tensor) if tensor is not None and need else None
             for tensor, need in zip(tensors, needed, strict=True)
         ]
-        student = _cast(FactoredLogits(*tensors))
+        products = products_of(autocast_dtype(weight_VD), weight_VD.device)
+        student = FactoredLogits(*products.factors(hidden_ND, weight_VD, bias_V))
+        loss = ChunkLoss(
+            arguments.sums,
+            arguments.loss,
+            None if arguments.teacher is None else logit_chunks(arguments.teacher),
+            arguments.columns,
+            products,
+            any(needed),
+        )
         total: Any = 0
         for part in chunk_slices(len(hidden_ND), arguments.rows):
-            logits_nV = student._replace(hidden_ND=student.hidden_ND[part]).logits()
-            total = total + _replace_by_gradient(arguments, logits_nV, part, any(needed))
-            _accumulate(gradients, logits_nV, student, part)
-        ctx.gradients = [
-            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(gradients, tensors, strict=True)
-        ]
-        loss, others = total[0], total[1:]
+            with torch.autocast(weight_VD.device.type, enabled=False):
+                logits_nV = products.linear(student.hidden_ND[part], *student[1:])
+            values_K, gradient_nV = loss(logits_nV, part)
+            del logits_nV  # deleted at once, so that no two chunks are in memory
+            total = total + values_K
+            with torch.autocast(weight_VD.device.type, enabled=False):
+                _accumulate(gradients, gradient_nV, student, part, products)
+            del gradient_nV
+        ctx.gradients = gradients
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        value, others = total[0], total[1:]
         ctx.mark_non_differentiable(others)
-        return loss, others
+        return value, others
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
-        # The gradients are as large as the head: they are scaled in place and not kept.
+        # The gradients are as large as the head: they are scaled in place and not kept. They are
+        # rounded last, because a gradient scaler makes up for small numbers of float16.
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if gradient is None else gradient.mul_(outer[0]) for gradient in gradients)
+        scaled = (
+            None if gradient is None else gradient.mul_(outer[0]).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
         return None, *scaled
-
-
-def _cast(factors: FactoredLogits) -> FactoredLogits:
-    """The factors in the dtype in which autocast multiplies, converted once for all chunks."""
-    hidden_ND, weight_VD, bias_V = factors
-    dtype = _matmul_dtype(factors)
-    return FactoredLogits(
-        hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-    )
-
-
-def _matmul_dtype(factors: FactoredLogits) -> torch.dtype:
-    """The dtype in which the factors are multiplied."""
-    device, dtype = factors.hidden_ND.device.type, factors.weight_VD.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return dtype
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _replace_by_gradient(
-    arguments: _Arguments, logits_nV: Tensor, chunk: slice, needs_gradient: bool
-) -> Tensor:
-    """The sums of a chunk, (K,); overwrites the student's logits with the gradient if needed."""
-    sums, teacher, columns, _ = arguments
-    teacher_nV = None if teacher is None else teacher_chunk(teacher, chunk)
-    columns = tuple(column[chunk] for column in columns)
-    total: Any = 0
-    # On a GPU, one large kernel is faster.
-    size = CACHE_BYTES if logits_nV.device.type == "cpu" else CHUNK_BYTES
-    for part in chunk_slices(len(logits_nV), rows_within(logits_nV.shape[1], size)):
-        teacher_rows = None if teacher_nV is None else _at_least_float32(teacher_nV[part])
-        with torch.set_grad_enabled(needs_gradient):
-            student_rows = logits_nV[part].detach().requires_grad_(needs_gradient)
-            values_K = sums(student_rows, teacher_rows, *(column[part] for column in columns))
-            if needs_gradient:
-                logits_nV[part] = torch.autograd.grad(values_K[0], student_rows)[0]
-        total = total + values_K.detach()
-    return total
-
-
 def _accumulate(
-    gradients: list[Tensor | None], gradient_nV: Tensor, student: FactoredLogits, part: slice
+    gradients: list[Tensor | None],
+    gradient_nV: Tensor,
+    student: FactoredLogits,
+    part: slice,
+    products: Products,
 ) -> None:
     """Add a chunk's contribution to the gradients of hidden states, weight and bias."""
     hidden_ND, weight_VD, bias_V = gradients
     if hidden_ND is not None:
-        hidden_ND[part] = gradient_nV @ student.weight_VD
-    if weight_VD is not None and gradient_nV.dtype == weight_VD.dtype:
-        weight_VD.addmm_(gradient_nV.T, student.hidden_ND[part])
-    elif weight_VD is not None:
-        for block in chunk_slices(len(weight_VD), BLOCK):
-            weight_VD[block] += gradient_nV[:, block].T @ student.hidden_ND[part]
+        hidden_ND[part] = products.hidden_gradient(gradient_nV, student.weight_VD)
+    if weight_VD is not None:
+        products.add_weight_gradient(weight_VD, gradient_nV, student.hidden_ND[part])
     if bias_V is not None:
-        bias_V += gradient_nV.sum(0, dtype=bias_V.dtype)
+        sum_V = gradient_nV.sum(0, dtype=bias_V.dtype)
+        bias_V += sum_V if products.scale == 1 else sum_V / products.scale

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 IGNORED = -100  # class label of a row without a label
+MAX_DIFFERENCE = 1e15  # between finite logits: the squares of larger ones overflow
 MAX_LOGIT = 1e30  # logits are clamped to +-MAX_LOGIT: the -inf of a vocabulary mask would give NaN
 
 # Divergences for each kind of logits; the first is the default.
@@ -51,15 +52,17 @@ def cross_entropy(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     )
 
 
-def binary_cross_entropy(logits_NC: Tensor, labels_NC: Tensor) -> Tensor:
-    """-y log sigmoid(x) - (1 - y) log sigmoid(-x), mean over C, (N,).
+def binary_cross_entropy(
+    logits_NC: Tensor, labels_NC: Tensor, weights_C: Tensor | None = None
+) -> Tensor:
+    """-w y log sigmoid(x) - (1 - y) log sigmoid(-x), mean over C, (N,); without weights, w = 1.
 
     0 for rows with NaN labels.
     """
     logits_NC, labels_NC = _pair(logits_NC, labels_NC)
     missing_NC = labels_NC.isnan()
     values_NC = nn.functional.binary_cross_entropy_with_logits(
-        logits_NC, labels_NC.masked_fill(missing_NC, 0), reduction="none"
+        logits_NC, labels_NC.masked_fill(missing_NC, 0), pos_weight=weights_C, reduction="none"
     )
     return values_NC.mean(-1).masked_fill(missing_NC.any(-1), 0)
 
@@ -147,10 +150,12 @@ def total_variation(student_NC: Tensor, teacher_NC: Tensor, temperature: float) 
 def logit_mse(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Tensor:
     """T^2 * (student / T - teacher / T)^2, mean over C, in squared logits; T cancels.
 
-    Source: Ba and Caruana 2014.
+    A logit that is infinite in one model, as a mask makes it, counts as 0: no finite logit is near
+    it, and its square would hide all others. Source: Ba and Caruana 2014.
     """
     student_NC, teacher_NC = _pair(student_NC, teacher_NC)
-    return (student_NC - teacher_NC).square().mean(-1)
+    difference_NC = student_NC - teacher_NC
+    return difference_NC.masked_fill(difference_NC.abs() > MAX_DIFFERENCE, 0).square().mean(-1)
 
 
 def sigmoid_kl(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Tensor:

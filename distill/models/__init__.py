@@ -3,18 +3,34 @@
 | file | contents |
 |---|---|
 | `hub.py` | names -> folders; errors of transformers as one sentence |
+| `model_files.py` | what a name leads to, from its config files alone |
 | `loading.py` | a name or a config -> a model |
 | `stored_tensors.py` | the tensors in a model's file compared with those of its architecture |
+| `generation_settings.py` | stop tokens and sampling settings, which travel with a model |
+| `start_tokens.py` | tokens that start and end texts, for models from a config |
 | `saving.py` | a model -> a folder that transformers loads |
 | `tokenizers.py` | a name or training texts -> a tokenizer |
-| `architectures.py` | tables of the differences between model families |
+| `tiny_models.py` | a config -> a narrow random model, on which its family is examined |
+| `block_probe.py` | runs of one block with changes: which layers depend on which |
+| `block_structure.py` | a transformer block -> its attention and feed-forward network |
+| `families.py` | a model or config -> the structure of its family, its blocks |
+| `attention_parts.py` | a block -> its queries, keys and values, fused or not |
+| `hidden_states.py` | whether the blocks of a family have hidden states of their own |
+| `positions.py` | a config -> the longest input |
+| `layer_proof.py` | layers of any family -> a shorter config, proven to answer as it must |
+| `architectures.py` | a table of families whose layers fit into another family |
 | `layer_selection.py` | layers of a teacher -> a student |
+| `vocabulary.py` | compares the tokens of two tokenizers |
+| `logit_width.py` | logits of tokens that do not exist: removed or sliced |
 | `preflight.py` | checks that teacher, student and data agree; fingerprints |
+| `precision.py` | the float type of exports and measurements |
 | `forward.py` | a batch -> logits, or hidden states and head; devices |
 """
 
-from distill.models.architectures import attention_projections, blocks, embedding_module
+from distill.models.families import blocks
 from distill.models.forward import (
+    eval_mode,
+    evaluated_rows,
     factored_logits,
     forward_arguments,
     has_linear_head,
@@ -24,44 +40,85 @@ from distill.models.forward import (
     on_device,
     resolve_device,
     resolve_teacher_dtype,
+    set_checkpointing,
     supports_bf16,
 )
-from distill.models.hub import local_files, resolve_path, silence_transformers, translate_errors
+from distill.models.generation_settings import (
+    generation_identity,
+    inherit_generation,
+    stop_tokens,
+)
+from distill.models.hub import (
+    local_files,
+    redirect_library_logs,
+    resolve_path,
+    silence_transformers,
+    translate_errors,
+)
 from distill.models.layer_selection import TensorReport, group_names, select_layers
-from distill.models.loading import best_attention, load, load_trained
+from distill.models.loading import (
+    best_attention,
+    check_config_keys,
+    load,
+    load_trained,
+    skeleton,
+    without_weights,
+)
+from distill.models.logit_width import cut_to_vocabulary, num_logits, shared_logits
+from distill.models.model_files import check_files
+from distill.models.precision import (
+    checkpoint_dtype,
+    measured_dtype,
+    resolve_export_dtype,
+    with_dtype_of,
+)
 from distill.models.preflight import (
+    better_names,
     check_labels,
     check_length,
     check_not_quantized,
-    check_vocabulary,
     fingerprint,
     max_positions,
-    num_logits,
+    only_ids,
     set_labels,
-    shared_logits,
-    vocabulary_size,
 )
-from distill.models.saving import has_own_code, save, write_auto_map
-from distill.models.tokenizers import build_tokenizer, load_tokenizer, train_tokenizer
+from distill.models.saving import has_own_code, save, save_tokenizer, write_auto_map
+from distill.models.tokenizers import (
+    Tokenizers,
+    build_tokenizers,
+    load_tokenizer,
+    pair_tokenizers,
+    train_tokenizer,
+)
+from distill.models.vocabulary import check_unused, check_vocabulary, vocabulary_size
 
 __all__ = [
     "TensorReport",
-    "attention_projections",
+    "Tokenizers",
     "best_attention",
+    "better_names",
     "blocks",
-    "build_tokenizer",
+    "build_tokenizers",
+    "check_config_keys",
+    "check_files",
     "check_labels",
     "check_length",
     "check_not_quantized",
+    "check_unused",
     "check_vocabulary",
-    "embedding_module",
+    "checkpoint_dtype",
+    "cut_to_vocabulary",
+    "eval_mode",
+    "evaluated_rows",
     "factored_logits",
     "fingerprint",
     "forward_arguments",
+    "generation_identity",
     "group_names",
     "has_linear_head",
     "has_own_code",
     "head_inputs",
+    "inherit_generation",
     "load",
     "load_tokenizer",
     "load_trained",
@@ -69,19 +126,30 @@ __all__ = [
     "logit_rows",
     "logits",
     "max_positions",
+    "measured_dtype",
     "num_logits",
     "on_device",
+    "only_ids",
+    "pair_tokenizers",
+    "redirect_library_logs",
     "resolve_device",
+    "resolve_export_dtype",
     "resolve_path",
     "resolve_teacher_dtype",
     "save",
+    "save_tokenizer",
     "select_layers",
+    "set_checkpointing",
     "set_labels",
     "shared_logits",
     "silence_transformers",
+    "skeleton",
+    "stop_tokens",
     "supports_bf16",
     "train_tokenizer",
     "translate_errors",
     "vocabulary_size",
+    "with_dtype_of",
+    "without_weights",
     "write_auto_map",
 ]

@@ -7,7 +7,6 @@ N = selected rows.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,8 +15,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from distill import internals
+from distill.errors import UserError
+from distill.losses.chunk_sizes import chunk_bytes
 from distill.losses.chunked import FactoredLogits
+from distill.losses.products import LOW_PRECISION, autocast_dtype, linear_float32
 from distill.recipe.config import Teacher, Trainer
+
+NEW_NAME = "activation_checkpointing_enable"
 
 
 def resolve_device(trainer: Trainer) -> str:
@@ -56,6 +60,18 @@ def on_device(device: str, *models: Any) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set a model to eval mode inside the context, then restore each module's training mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The model's logits, (B, C) or (B, L, C); inputs unknown to its forward are dropped."""
     known = forward_arguments(model)
@@ -83,12 +99,41 @@ def logit_rows(
             logits. Ignored if the head is not a plain nn.Linear, or is sharded.
 
     Returns:
-        Logits, (N, classes), or their factors.
+        Logits, (N, classes), or their factors. Logits of a head that is a plain nn.Linear are
+        float32 also where it multiplies in lower precision.
     """
-    head: Any = model.get_output_embeddings() if factors else None
-    if type(head) is not nn.Linear or isinstance(head.weight, DTensor):
+    head: Any = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
         return select(logits(model, inputs))[:, :classes]
-    return factored_logits(head_inputs(model, inputs, select), head, classes)
+    if factors and not isinstance(head.weight, DTensor):
+        return factored_logits(head_inputs(model, inputs, select), head, classes)
+    if autocast_dtype(head.weight) not in LOW_PRECISION:
+        return select(logits(model, inputs))[:, :classes]
+    # The weight is read inside, because a sharded one is complete only there.
+    with _replace_forward(head, lambda states: linear_float32(states, head.weight, head.bias)):
+        return select(logits(model, inputs))[:, :classes]
+
+
+def evaluated_rows(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    select: Callable[[Tensor], Tensor],
+    factors: bool,
+) -> FactoredLogits | Tensor:
+    """Rows of a model's logits outside of training; see :func:`logit_rows`.
+
+    Factors are returned where the logits of all positions would take more than a chunk, since the
+    device must not hold (B, L, V) for a large vocabulary, and where the model would round them to
+    low precision.
+    """
+    all_logits = 4 * inputs["input_ids"].numel() * _head_width(model) if factors else 0
+    factored = all_logits > chunk_bytes(model.device) or (factors and model.dtype.itemsize < 4)
+    return logit_rows(model, inputs, select, None, factored)
+
+
+def _head_width(model: PreTrainedModel) -> int:
+    """The number of logits of a position; 0 if the model has no linear head."""
+    return getattr(model.get_output_embeddings(), "out_features", 0)
 
 
 def head_inputs(
@@ -134,11 +179,30 @@ def _replace_forward(module: nn.Module, function: Callable[[Tensor], Tensor]) ->
         del module.forward
 
 
+def set_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Make blocks compute their activations again for the gradients, or keep them.
+
+    Raises:
+        UserError: The model cannot compute them again.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"student.gradient_checkpointing is true, but {type(model).__name__} has no blocks "
+            "that support it: leave it out"
+        )
+    # Earlier versions of transformers have only the second name, later ones deprecate it.
+    name = "activation_checkpointing" if hasattr(model, NEW_NAME) else "gradient_checkpointing"
+    if enabled:
+        getattr(model, f"{name}_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_disable")()
+
+
+_ARGUMENTS: dict[type, frozenset[str]] = {}  # a compiler can follow it, unlike `lru_cache`
+
+
 def forward_arguments(model: nn.Module) -> frozenset[str]:
     """The names of the arguments of a model's forward."""
-    return _parameters(type(model).forward)
-
-
-@lru_cache
-def _parameters(forward: Callable) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+    if type(model) not in _ARGUMENTS:
+        _ARGUMENTS[type(model)] = frozenset(inspect.signature(type(model).forward).parameters)
+    return _ARGUMENTS[type(model)]

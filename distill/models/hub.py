@@ -3,6 +3,9 @@
 Errors of transformers are raised as a UserError of one sentence, and its output is silenced.
 """
 
+import logging
+import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
@@ -14,6 +17,9 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import UserError
+
+# Libraries that add handlers to their loggers.
+_PRINTING = ("transformers", "datasets", "huggingface_hub", "lightning", "torch", "torchmetrics")
 
 
 def resolve_path(name: str, key: str) -> str:
@@ -92,15 +98,28 @@ def translate_errors(name: str, key: str, local: bool = True) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{key} is {name}, but {_explain(error, local)}") from error
     except (ValueError, TypeError, RuntimeError, KeyError, StrictDataclassError) as error:
-        message = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{key} is {name}, but transformers cannot use it ({message}): "
+            f"{key} is {name}, but transformers cannot use it ({first_sentences(str(error))}): "
             "correct it, or choose another one"
         ) from error
 
 
+def first_sentences(text: str, length: int = 300) -> str:
+    """The sentences at the beginning of a message that fit into a length, at least one.
+
+    A single longer one ends at a word, with ``...``.
+    """
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"])", " ".join(text.split()))
+    fitting = sentences.pop(0)
+    while sentences and len(fitting) + 1 + len(sentences[0]) <= length:
+        fitting += f" {sentences.pop(0)}"
+    if len(fitting) > length:
+        return textwrap.shorten(fitting, length, placeholder=" ...")
+    return fitting.rstrip(".")
+
+
 def _explain(error: OSError, local: bool) -> str:
-    first = str(error).strip().partition("\n")[0].rstrip(".")
+    first = first_sentences(str(error).strip().partition("\n")[0])
     if local:
         return f"this folder cannot be read ({first}): save or download the model again"
     return (
@@ -109,17 +128,27 @@ def _explain(error: OSError, local: bool) -> str:
     )
 
 
+def redirect_library_logs() -> None:
+    """Let libraries log through the root logger, not through handlers that print."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] not in _PRINTING:
+            continue
+        logger = logging.getLogger(name)
+        for handler in [each for each in logger.handlers if type(each) is logging.StreamHandler]:
+            logger.removeHandler(handler)
+        logger.propagate = True
+
+
 @contextmanager
-def silence_transformers(bars: bool = True) -> Iterator[None]:
-    """Turn off the log and, with `bars`, the progress bars of transformers inside the context.
+def silence_transformers() -> Iterator[None]:
+    """Turn off the log and the progress bars of transformers inside the context.
 
     This library logs the relevant parts itself.
     """
     verbosity = transformers_logging.get_verbosity()
     shows_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if bars:
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

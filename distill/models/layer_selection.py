@@ -1,6 +1,6 @@
 """Build a student from a teacher's layers, with a report of every tensor of both models."""
 
-import copy
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,14 +12,17 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from distill import internals
 from distill.errors import UserError
-from distill.models.architectures import SHARED_KEYS, TRANSLATIONS, Translation, architecture
+from distill.models.architectures import SHARED_KEYS, TRANSLATIONS, Translation
+from distill.models.families import family_of, stacks
 from distill.models.hub import silence_transformers
+from distill.models.layer_proof import copy_blocks, layer_count, shorten_config
 from distill.models.loading import from_config
 from distill.remote_code.modeling import CompressionConfig
 from distill.tasks.base import Task
 
 # Config keys that describe the teacher's weights and do not apply to the student.
 NOT_INHERITED = {"compression", "auto_map"}
+log = logging.getLogger("distill")
 _NAME_ANOTHER = "set student.model or student.config in place of student.layers"
 
 
@@ -65,9 +68,12 @@ def select_layers(
     source = teacher.config.model_type
     target = architecture or source
     translation = _translation(source, target)
-    _check_layers(layers, teacher.config.num_hidden_layers)
+    _check_layers(layers, layer_count(teacher))
     if translation is None:
-        config = _shorten_config(teacher.config, layers)
+        _log_shared_layers(teacher, layers)
+        config = shorten_config(teacher.config, layers)
+        for key in NOT_INHERITED & vars(config).keys():
+            delattr(config, key)
     else:
         config = _translate_config(teacher.config, layers, target, translation, task)
     with silence_transformers():
@@ -88,7 +94,6 @@ def _check_uncompressed(teacher: PreTrainedModel) -> None:
 
 def _translation(source: str, target: str) -> Translation | None:
     if target == source:
-        architecture(source)
         return None
     if (source, target) not in TRANSLATIONS:
         choices = [source, *(student for teacher, student in TRANSLATIONS if teacher == source)]
@@ -124,17 +129,14 @@ def _require(config: PreTrainedConfig, required: Any, target: str) -> None:
             )
 
 
-def _shorten_config(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
-    """The teacher's config with these layers only, including settings with a value per layer."""
-    if layers != list(range(config.num_hidden_layers)):
-        _require(config, architecture(config.model_type).requires, config.model_type)
-    shortened = copy.deepcopy(config)
-    shortened.num_hidden_layers = len(layers)
-    for key in NOT_INHERITED & vars(shortened).keys():
-        delattr(shortened, key)
-    if shortened.to_dict().get("layer_types") is not None:
-        shortened.layer_types = [config.layer_types[layer] for layer in layers]
-    return shortened
+def _log_shared_layers(teacher: PreTrainedModel, layers: list[int]) -> None:
+    passes = family_of(teacher).passes
+    if passes > 1:
+        log.info(
+            "the teacher's %d layers share their weights: a student of %d of them needs less time, "
+            "but has as many parameters",
+            *(passes, len(layers)),
+        )
 
 
 def _translate_config(
@@ -156,18 +158,34 @@ def _copy_tensors(
     translation: Translation | None,
 ) -> TensorReport:
     """Copy the teacher's tensors whose (translated) name and shape the student has."""
-    report, targets, sources = TensorReport(), student.state_dict(), teacher.state_dict()
-    folded = translation.folded if translation else {}
+    report = TensorReport()
+    if translation is None:
+        report.copied = {
+            target: (name,) for target, name in copy_blocks(student, teacher, layers).items()
+        }
+    else:
+        report.copied = _translate_tensors(student, teacher, layers, translation)
+    used = {source for added in report.copied.values() for source in added}
+    report.initialized = [name for name in student.state_dict() if name not in report.copied]
+    report.dropped = [name for name in teacher.state_dict() if name not in used]
+    return report
+
+
+def _translate_tensors(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    layers: list[int],
+    translation: Translation,
+) -> dict[str, tuple[str, ...]]:
+    copied, targets, sources = {}, student.state_dict(), teacher.state_dict()
     for name, tensor in sources.items():
         target = _target_name(name, teacher, student, layers, translation)
         if target in targets and targets[target].shape == tensor.shape:
-            added = (name, *(extra for extra, table in folded.items() if table == name))
+            folded = translation.folded.items()
+            added = (name, *(extra for extra, table in folded if table == name))
             targets[target].copy_(_add_first_rows(added, sources))
-            report.copied[target] = added
-    used = {source for added in report.copied.values() for source in added}
-    report.initialized = [name for name in targets if name not in report.copied]
-    report.dropped = [name for name in sources if name not in used]
-    return report
+            copied[target] = added
+    return copied
 
 
 def _add_first_rows(names: tuple[str, ...], tensors: dict[str, Tensor]) -> Tensor:
@@ -183,19 +201,18 @@ def _target_name(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     layers: list[int],
-    translation: Translation | None,
+    translation: Translation,
 ) -> str | None:
     """The student's name of a tensor of the teacher; None if the student does not have it."""
     old, new = (
-        f"{model.base_model_prefix}.{architecture(model.config.model_type).blocks}."
-        for model in (teacher, student)
+        f"{model.base_model_prefix}.{next(iter(stacks(model)))}." for model in (teacher, student)
     )
     if not name.startswith(old):
-        return name if translation is None else _replace_prefix(name, translation.outer)
+        return _replace_prefix(name, translation.outer)
     number, _, rest = name.removeprefix(old).partition(".")
     if int(number) not in layers:
         return None
-    inner = rest if translation is None else _replace_prefix(rest, translation.block)
+    inner = _replace_prefix(rest, translation.block)
     return inner and f"{new}{layers.index(int(number))}.{inner}"
 
 

@@ -1,7 +1,12 @@
 """Load a model by name or config, with the task's head, in float32 and eval mode."""
 
 import copy
+import importlib.util
 import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,15 +23,19 @@ from transformers import (
 
 from distill import internals
 from distill.errors import UserError
-from distill.models.architectures import ARCHITECTURES
 from distill.models.hub import resolve_path, silence_transformers, translate_errors
+from distill.models.model_files import check_files, check_head
+from distill.models.positions import counts_from_padding
+from distill.models.precision import measured_dtype
 from distill.models.preflight import check_labels, compare_labels
 from distill.models.saving import REMOTE_CLASS
+from distill.models.start_tokens import set_decoder_tokens
 from distill.models.stored_tensors import check_tensors, is_in_head
 from distill.remote_code import container
 from distill.tasks.base import Task
 
 log = logging.getLogger("distill")
+_WITHOUT_WEIGHTS = ContextVar("without_weights", default=False)
 
 
 def load(
@@ -61,11 +70,41 @@ def load(
     return loaded.eval()
 
 
-def load_trained(
-    model: str, task: Task, role: str, tokenizer: PreTrainedTokenizerBase
+def skeleton(
+    model: str | None,
+    config: dict[str, Any] | None,
+    task: Task,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """Load a model whose tensors are all in its file and whose labels are the task's."""
-    loaded = load(model, None, task, role, tokenizer, strict=True)
+    """A model as :func:`load` builds it, from its config alone: on the meta device, no weights."""
+    with without_weights():
+        if model is None:
+            built = random(config or {}, task, role, tokenizer)
+        else:
+            key = f"{role}.model"
+            content = AutoConfig.from_pretrained(
+                resolve_path(model, key), trust_remote_code=False, **task.model_kwargs()
+            )
+            check_head(content, task.auto_class, key, model)
+            built = from_config(content, task)
+    _fit_tokenizer(built, tokenizer, role)
+    return built
+
+
+def load_trained(
+    model: str,
+    task: Task,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str = "float32",
+) -> PreTrainedModel:
+    """Load a model whose tensors are all in its file and whose labels are the task's.
+
+    Compressed ones are loaded in float32 whatever `dtype` is.
+    """
+    loaded = pretrained(model, task, role, strict=True, dtype=dtype).eval()
+    _fit_tokenizer(loaded, tokenizer, role)
     check_labels(loaded, task, role)
     return loaded
 
@@ -77,7 +116,9 @@ def random(
 
     The tokenizer gives the defaults of `vocab_size` and of the ids of special tokens.
     """
-    options = _check_keys(config, f"{role}.config")
+    key = f"{role}.config"
+    check_config_keys(config, key)
+    options = copy.deepcopy(config)
     model_type = options.pop("model_type")
     # A family's default ids refer to its own vocabulary.
     tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
@@ -88,10 +129,11 @@ def random(
             "eos_token_id": tokenizer.eos_token_id,
             "bos_token_id": tokenizer.bos_token_id,
         }
-    with translate_errors(str(config), f"{role}.config"), silence_transformers():
-        return from_config(
-            AutoConfig.for_model(model_type, **(tokens | options | task.model_kwargs())), task
-        )
+    with translate_errors(str(config), key), silence_transformers():
+        built = AutoConfig.for_model(model_type, **(tokens | options | task.model_kwargs()))
+        check_head(built, task.auto_class, f"{key}.model_type", model_type)
+        set_decoder_tokens(built, options, tokenizer)
+        return from_config(built, task)
 
 
 def from_config(
@@ -106,30 +148,42 @@ def from_config(
     """
     auto = getattr(transformers, task.auto_class)
     task.adapt_config(config)
-    loaded: PreTrainedModel = auto.from_config(
-        config, dtype=torch.float32, attn_implementation=attention or best_attention()
-    )
+    with torch.device("meta") if _WITHOUT_WEIGHTS.get() else nullcontext():
+        loaded: PreTrainedModel = auto.from_config(
+            config, dtype=torch.float32, attn_implementation=attention or best_attention()
+        )
     return loaded.eval()
 
 
-def pretrained(name: str, task: Task, role: str, strict: bool = False) -> PreTrainedModel:
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside the context, models that are built from a config are on the meta device."""
+    token = _WITHOUT_WEIGHTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_WEIGHTS.reset(token)
+
+
+def pretrained(
+    name: str, task: Task, role: str, strict: bool = False, dtype: str = "float32"
+) -> PreTrainedModel:
     """Load a model by name. Without `strict`, tensors of its head may be missing from its file."""
     key = f"{role}.model"
     where = resolve_path(name, key)
     local = Path(where).is_dir()
-    if local and not (Path(where) / "config.json").is_file():
-        raise UserError(
-            f"{key} is {name}, but this folder has no config.json: "
-            "name a folder that save_pretrained wrote"
-        )
-    with translate_errors(name, key, local), silence_transformers(bars=local):
+    check_files(name, key)
+    if not local:
+        log.info("%s: %s is fetched from the Hub, or read from its cache", role, name)
+    with translate_errors(name, key, local), silence_transformers():
         declared = dict(AutoConfig.from_pretrained(where, trust_remote_code=False).id2label)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **task.model_kwargs())
+        check_head(config, task.auto_class, key, name)
         task.adapt_config(config)
         loaded, report = _model_class(config, task).from_pretrained(
             where,
             config=config,
-            dtype=torch.float32,
+            dtype=getattr(torch, measured_dtype(Path(where), dtype) if local else dtype),
             attn_implementation=best_attention(),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in `report`, and check_tensors refuses them
@@ -188,8 +242,7 @@ def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
         )
     if pad_id == tokenizer.pad_token_id:
         return
-    family = ARCHITECTURES.get(model.config.model_type)
-    if pad_id is not None and family is not None and family.positions_after_pad:
+    if pad_id is not None and counts_from_padding(model.config):
         raise UserError(
             f"the {role}'s padding id is {pad_id}, but the tokenizer's is "
             f"{tokenizer.pad_token_id}, and the {role} counts positions from it: "
@@ -198,23 +251,32 @@ def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _check_keys(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """A copy of the config; UserError if its model type or one of its keys is unknown."""
+def check_config_keys(config: Mapping[str, Any], key: str) -> None:
+    """UserError if the model type or a key of the config of a random model is unknown."""
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
+        suggestions = get_close_matches(model_type, CONFIG_MAPPING.keys(), n=3)
         raise UserError(
             f"{key}.model_type is {model_type}, but it must be a model type of transformers: "
-            "choose one, such as bert, gpt2 or llama"
+            f"choose one, such as {', '.join(suggestions or ('bert', 'gpt2', 'llama'))}"
         )
     family = CONFIG_MAPPING[model_type]
-    known = family().to_dict().keys() | family.attribute_map.keys()
-    for name in config.keys() - known:
-        suggestions = get_close_matches(name, known, n=3) or sorted(known)[:8]
+    known = family().to_dict().keys() | family.attribute_map.keys() | _keys_read(family.__module__)
+    for name in (name for name in config if name not in known):
         raise UserError(
             f"{key} has {name}, but a {model_type} config has no such key: "
-            f"did you mean {', '.join(suggestions)}?"
+            f"did you mean {', '.join(get_close_matches(name, known, n=3, cutoff=0))}?"
         )
-    return copy.deepcopy(config)
+
+
+def _keys_read(module: str) -> set[str]:
+    """Keys that the code of a family reads, some of which its config does not list."""
+    modeling = importlib.util.find_spec(module.replace("configuration_", "modeling_"))
+    if modeling is None or modeling.origin is None:
+        return set()
+    pattern = r"config\.([a-z]\w*)\b(?!\()|getattr\(\w*config, \"(\w+)\""
+    matches = re.findall(pattern, Path(modeling.origin).read_text())
+    return {name for names in matches for name in names if name}
 
 
 def best_attention() -> str:

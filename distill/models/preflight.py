@@ -1,31 +1,31 @@
-"""Checks that teacher, student and data agree: labels, token ids, lengths.
+"""Checks that teacher, student and data agree: labels, lengths.
 
 Also the fingerprint of a model, which is part of the key of stored results.
 """
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel
 
 from distill.errors import UserError
-from distill.models.architectures import ARCHITECTURES
+from distill.models.hub import resolve_path, silence_transformers, translate_errors
+from distill.models.positions import positions
 from distill.tasks.base import Task
 
 # Keys of a config that do not change a model's outputs.
 INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "architectures")
 MAX_SHOWN = 6  # names in a message
-log = logging.getLogger("distill")
 
 
 def check_labels(model: PreTrainedModel, task: Task, role: str) -> None:
-    """Set the task's label names in the model's config.
+    """Set the task's label names in the model's config, unless only the model's are names.
 
     Args:
         model: A model whose head has been trained.
@@ -35,8 +35,10 @@ def check_labels(model: PreTrainedModel, task: Task, role: str) -> None:
     Raises:
         UserError: The label names in the model's config differ from the task's.
     """
-    compare_labels(model.config.id2label, task.names, role)
-    set_labels(model, task)
+    declared = model.config.id2label or {}
+    compare_labels(declared, task.names, role)
+    if not only_ids(task.names) or only_ids(declared.values()):
+        set_labels(model, task)
 
 
 def set_labels(model: PreTrainedModel, task: Task) -> None:
@@ -62,7 +64,7 @@ def compare_labels(declared: Any, names: tuple[str, ...], role: str) -> None:
             f"have {len(names)} ({_shorten(names)}): "
             "take a model without a trained head, or data with the same labels"
         )
-    if _only_ids(declared.values()) or _only_ids(names):
+    if only_ids(declared.values()) or only_ids(names):
         return
     for i, name in enumerate(names):
         if declared[i].casefold() != name.casefold():
@@ -73,94 +75,35 @@ def compare_labels(declared: Any, names: tuple[str, ...], role: str) -> None:
             )
 
 
-def _only_ids(names: Iterable[str]) -> bool:
+def better_names(names: tuple[str, ...], model: str) -> tuple[str, ...]:
+    """The label names of a model for data whose labels are numbers.
+
+    Args:
+        names: Label names of the data.
+        model: Folder or name of the model.
+
+    Returns:
+        Names in the order of their ids; () if the data have names, or the model no better ones.
+    """
+    where = resolve_path(model, "teacher.model")
+    local = Path(where).is_dir()
+    if not names or not only_ids(names) or (local and not (Path(where) / "config.json").is_file()):
+        return ()
+    with translate_errors(model, "teacher.model", local), silence_transformers():
+        declared = AutoConfig.from_pretrained(where, trust_remote_code=False).id2label
+    if len(declared) != len(names) or only_ids(declared.values()):
+        return ()
+    return tuple(declared[i] for i in range(len(names)))
+
+
+def only_ids(names: Iterable[str]) -> bool:
+    """Whether names only repeat the ids: `LABEL_0` or `0`."""
     return all(re.fullmatch(rf"(LABEL_)?{i}", name) for i, name in enumerate(names))
 
 
 def _shorten(names: Iterable[str]) -> str:
     shown = list(names)
     return ", ".join(shown[:MAX_SHOWN]) + (", ..." if len(shown) > MAX_SHOWN else "")
-
-
-def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase,
-    reference: PreTrainedTokenizerBase,
-    names: tuple[str, str] = ("student", "teacher"),
-) -> None:
-    """Check that two vocabularies agree, since all models read the same encoded examples.
-
-    Args:
-        tokenizer: Compared with `reference`.
-        reference: The tokenizer that encodes the examples.
-        names: The owners of the two tokenizers, for the message.
-
-    Raises:
-        UserError: Ids have different tokens; the message has the first ones.
-    """
-    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
-    expected = {i: token for token, i in reference.get_vocab().items()}
-    differing = [
-        i for i in sorted(tokens.keys() | expected.keys()) if tokens.get(i) != expected.get(i)
-    ]
-    if differing:
-        shown = "; ".join(
-            f"{i} is {tokens.get(i, 'nothing')} and {expected.get(i, 'nothing')}"
-            for i in differing[:3]
-        )
-        raise UserError(
-            f"the vocabularies of {names[0]} and {names[1]} differ at {len(differing)} ids "
-            f"({shown}), but both must read the same ids: take two models with one tokenizer, "
-            "or build the student from the teacher's layers"
-        )
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of ids that a model needs: the highest id of a token, plus 1."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def shared_logits(
-    tokenizer: PreTrainedTokenizerBase,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    existing: bool = False,
-) -> int | None:
-    """The number of tokens to which the logits of two language models are sliced.
-
-    Args:
-        tokenizer: The tokenizer of both models.
-        student: The student.
-        teacher: The teacher.
-        existing: Slice logits of equal width too, where they are wider than the vocabulary.
-
-    Returns:
-        The size of the vocabulary; None if nothing is sliced, as for classifiers.
-
-    Raises:
-        UserError: One of the models has fewer logits than the vocabulary has tokens.
-    """
-    widths = num_logits(student), num_logits(teacher)
-    if widths[0] == widths[1] and not (existing and widths[0] > vocabulary_size(tokenizer)):
-        return None
-    shared = vocabulary_size(tokenizer)
-    if min(widths) < shared:
-        raise UserError(
-            f"the tokenizer has {shared} ids, but the student's logits have {widths[0]} classes "
-            f"and the teacher's {widths[1]}: take models that can predict every token"
-        )
-    log.info(
-        "the student's logits have %d classes, the teacher's %d: "
-        "both are sliced to the %d tokens of the vocabulary",
-        *widths,
-        shared,
-    )
-    return shared
-
-
-def num_logits(model: PreTrainedModel) -> int:
-    """The width of the logits: tokens of a language model's head, or labels."""
-    head = model.get_output_embeddings()
-    return head.out_features if isinstance(head, nn.Linear) else model.config.num_labels or 0
 
 
 def check_not_quantized(model: PreTrainedModel, role: str) -> None:
@@ -185,12 +128,8 @@ def check_length(model: PreTrainedModel, length: int, role: str) -> None:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest input in tokens; None if the config does not limit it."""
-    most: int | None = getattr(model.config, "max_position_embeddings", None)
-    family = ARCHITECTURES.get(model.config.model_type)
-    if most is not None and family is not None and family.positions_after_pad:
-        return most - int(model.config.pad_token_id) - 1
-    return most
+    """The longest input in tokens; None if the model does not limit it."""
+    return positions(model.config).limit
 
 
 def fingerprint(model: nn.Module) -> str:

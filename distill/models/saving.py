@@ -22,11 +22,29 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
             model.save_pretrained(folder)
         except SafetensorError as error:  # raised in place of OSError, for a full disk for example
             raise OSError(errno.EIO, str(error), str(folder)) from error
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     write_auto_map(model, folder, container.needs_code(model.config))
     for weights in folder.glob("*.safetensors"):
         # safetensors creates files that only the user can read.
         weights.chmod((folder / "config.json").stat().st_mode)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer that truncates and pads as when it was loaded, not as in its last call."""
+    if tokenizer.is_fast:
+        backend, loaded = tokenizer.backend_tokenizer, tokenizer.init_kwargs
+        if "truncation_strategy" not in loaded:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(
+                loaded["max_length"],
+                stride=loaded["stride"],
+                strategy=loaded["truncation_strategy"],
+                direction=loaded["truncation_side"],
+            )
+        if "pad_to_multiple_of" not in loaded:
+            backend.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def has_own_code(folder: Path) -> bool:

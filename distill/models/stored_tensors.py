@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
-from distill.models.architectures import ARCHITECTURES, blocks
+from distill.models.families import block_lists
 
 
 def check_tensors(
@@ -49,8 +49,8 @@ def is_in_head(tensor: str, model: PreTrainedModel) -> bool:
 
 
 def _is_beyond_last_block(tensor: str, model: PreTrainedModel) -> bool:
-    family = ARCHITECTURES.get(model.config.model_type)
-    block = family and re.match(
-        rf"(?:{model.base_model_prefix}\.)?{re.escape(family.blocks)}\.(\d+)\.", tensor
-    )
-    return bool(block) and int(block.group(1)) >= len(blocks(model))  # type: ignore[union-attr]
+    for path, modules in block_lists(model.base_model).items():
+        block = re.match(rf"(?:{model.base_model_prefix}\.)?{re.escape(path)}\.(\d+)\.", tensor)
+        if block and int(block.group(1)) >= len(modules):
+            return True
+    return False

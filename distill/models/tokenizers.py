@@ -1,8 +1,9 @@
-"""Load or train the tokenizer of a run."""
+"""Load or train the tokenizers of a run."""
 
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
@@ -10,43 +11,93 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from distill.errors import UserError
 from distill.models.hub import resolve_path, silence_transformers, translate_errors
-from distill.models.preflight import check_vocabulary
+from distill.models.vocabulary import added_tokens, check_vocabulary, encode_alike
 from distill.tasks.base import Task
 from distill.tasks.special_tokens import CLASSIFICATION_TOKENS
 
 log = logging.getLogger("distill")
 
 
-def build_tokenizer(
-    vocab_size: int | None, named: Mapping[str, str | None], task: Task, texts: Iterable[str]
-) -> PreTrainedTokenizerBase:
-    """Load or train the tokenizer of a run, and check that all named models have its vocabulary.
+class Tokenizers(NamedTuple):
+    """The tokenizers of a run."""
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase | None = None  # None: the teacher reads the student's ids
+
+
+def build_tokenizers(
+    vocab_size: int | None,
+    named: Mapping[str, str | None],
+    task: Task,
+    texts: Iterable[str],
+    shared: bool = False,
+) -> Tokenizers:
+    """Load or train the tokenizers of a run.
 
     Args:
-        vocab_size: Tokens of a tokenizer to train on `texts`; None loads the first that is named.
-        named: Names of `tokenizer`, `teacher` and `student`, in this order; None for a role without
-            a name.
-        task: Decides the special tokens of a trained tokenizer.
+        vocab_size: Tokens of a tokenizer to train on `texts`; None loads those that are named.
+        named: Names of `tokenizer`, `teacher` and `student`; None for a role without a name.
+        task: Decides whether two vocabularies may differ, and the special tokens of a trained one.
         texts: The training texts; read only to train a tokenizer.
+        shared: Whether the student has the teacher's embeddings, and so its ids.
 
     Raises:
-        UserError: There is no tokenizer, or a named model has another vocabulary.
+        UserError: There is no tokenizer, or two models must share one and do not.
     """
     names = {role: name for role, name in named.items() if name is not None}
-    tokenizer: PreTrainedTokenizerBase
+    loaded: dict[str, PreTrainedTokenizerBase] = {}
     if vocab_size is not None:
-        tokenizer = train_tokenizer(texts, vocab_size, task.special_tokens())
-    elif names:
-        role = next(iter(names))
-        tokenizer = load_tokenizer(names.pop(role), f"{role}.model")
-    else:
+        loaded["tokenizer"] = train_tokenizer(texts, vocab_size, task.special_tokens())
+    loaded |= {role: load_tokenizer(name, f"{role}.model") for role, name in names.items()}
+    if not loaded:
         raise UserError(
             "the recipe has no tokenizer, but models built from a config have none: "
             "set tokenizer.vocab_size or tokenizer.model"
         )
-    for role, name in names.items():
-        check_vocabulary(load_tokenizer(name, f"{role}.model"), tokenizer, (role, "tokenizer"))
-    return tokenizer
+    chosen, teacher, student = (loaded.get(role) for role in ("tokenizer", "teacher", "student"))
+    if chosen is not None and student is not None:
+        check_vocabulary(student, chosen, ("student", "tokenizer"))
+    if chosen is not None and teacher is not None and shared:
+        check_vocabulary(teacher, chosen, ("teacher", "tokenizer"))
+    first = chosen or teacher or student
+    assert first is not None
+    if teacher is None or (chosen or student) is None or shared:
+        return Tokenizers(first)
+    return pair_tokenizers(chosen or student, teacher, task, first)
+
+
+def pair_tokenizers(
+    student: Any, teacher: PreTrainedTokenizerBase, task: Task, first: Any
+) -> Tokenizers:
+    """The tokenizers of two models.
+
+    Args:
+        student: The student's.
+        teacher: The teacher's.
+        task: Models that predict tokens must share them, up to tokens that were added to one.
+        first: The one that encodes the examples if both encode alike.
+
+    Returns:
+        Both where they differ. If the models predict tokens, `student` is then the one with fewer.
+
+    Raises:
+        UserError: The models predict tokens, and their vocabularies differ.
+    """
+    if encode_alike(student, teacher):
+        return Tokenizers(first)
+    if not task.predicts_tokens:
+        log.info(
+            "teacher and student have different tokenizers, of %d and %d tokens: "
+            "each text is encoded twice",
+            len(teacher),
+            len(student),
+        )
+        return Tokenizers(student, teacher)
+    smaller, larger = sorted((student, teacher), key=len)
+    surplus = added_tokens(larger, smaller)
+    if surplus is None:
+        check_vocabulary(student, teacher)
+    return Tokenizers(smaller, larger) if surplus else Tokenizers(first)
 
 
 def load_tokenizer(name: str, key: str = "tokenizer.model") -> PreTrainedTokenizerBase:
@@ -61,7 +112,7 @@ def load_tokenizer(name: str, key: str = "tokenizer.model") -> PreTrainedTokeniz
     """
     where = resolve_path(name, key)
     local = Path(where).is_dir()
-    with translate_errors(name, key, local), silence_transformers(bars=local):
+    with translate_errors(name, key, local), silence_transformers():
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     # From a folder with only a config, transformers builds a tokenizer of special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_ids):

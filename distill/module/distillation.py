@@ -1,16 +1,14 @@
 """One training step of a student: batch -> logits -> rows -> loss and its parts.
 
-The student and the projections of the extra loss terms are the module's only children. The teacher
-is not registered as a submodule, so it is in no checkpoint, optimizer or DDP bucket, and `.train()`
-does not change it.
+Only the student and the projections of the extra loss terms have a state. The teacher is no
+submodule, so it is in no checkpoint, optimizer or DDP bucket, and `.train()` does not change it.
 
 N = rows of logits that count, C = classes or vocabulary.
 """
 
-import inspect
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from itertools import zip_longest
 from typing import Any, cast
@@ -19,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import losses
+from distill import internals, losses, models
 from distill.compress.restore import restore_structure
 from distill.data import batch_from_columns, is_dummy_batch
 from distill.errors import UserError
-from distill.losses import chunked
-from distill.models import blocks, factored_logits, has_linear_head, logit_rows, logits
+from distill.losses import chunked, fused
+from distill.module.label_loss import LabelLoss
+from distill.module.loss_functions import resolve_divergence, term_value
 from distill.module.optimization import OptimizedModule
+from distill.module.step_losses import peak
 from distill.processes import fsdp, ranks
 from distill.recipe import config, targets
 from distill.tasks.base import Task
@@ -72,11 +72,16 @@ class Distillation(OptimizedModule):
         self.task, self.loss = task, loss or config.Loss()
         self.classes: int | None = None
         self.chunked = (
-            self.loss.chunk != 0 and task.selects_positions and has_linear_head(student.eval())
+            self.loss.chunk != 0
+            and task.selects_positions
+            and models.has_linear_head(student.eval())
         )
         self.student = student.train()
         self.terms = nn.ModuleDict(
-            {name: targets.instantiate(spec) for name, spec in self.loss.terms.items()}
+            {
+                name: targets.instantiate(f"loss.terms.{name}", spec, Term)  # type: ignore[type-abstract]
+                for name, spec in self.loss.terms.items()
+            }
         )
         # A module in a tuple is not registered as a submodule.
         self._teacher: tuple[Any, ...] = (
@@ -84,9 +89,16 @@ class Distillation(OptimizedModule):
         )
         self._unsharded: tuple[Any, ...] = ()  # student and teacher while FSDP trains copies
         self._factored_teacher = (
-            self.chunked and isinstance(teacher, PreTrainedModel) and has_linear_head(teacher)
+            self.chunked
+            and isinstance(teacher, PreTrainedModel)
+            and models.has_linear_head(teacher)
         )
+        self.label_loss = LabelLoss(task, self.loss.class_weights)
         self._divergence = resolve_divergence(task, self.loss)
+        label_loss = task.label_loss if self.label_loss.weights_C is None else self.label_loss
+        self._fused = fused.recognize(
+            label_loss, self._divergence, self.loss.alpha, self.loss.temperature
+        )
         self._outcomes: list[dict[str, Tensor]] = []  # of the current validation run
         self.attach_terms()
 
@@ -99,6 +111,10 @@ class Distillation(OptimizedModule):
                 "hold: give a teacher, or set loss.alpha=1"
             )
         return self._teacher[0]
+
+    def models(self) -> list[Any]:
+        """The student, and its teacher or the teacher's head, if there is one."""
+        return [self.student, *self._teacher]
 
     def named_terms(self) -> Iterable[tuple[str, Term]]:
         """The extra loss terms by their names in the recipe."""
@@ -114,18 +130,34 @@ class Distillation(OptimizedModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The loss of one micro-batch, for Lightning to differentiate."""
         # A dummy batch adds 0 to the gradient; in eval mode, observers ignore it.
-        with eval_mode(self.student) if is_dummy_batch(batch) else nullcontext():
-            parts = self.parts(batch)
-        self.add_to_step(parts)
-        # The loss is already divided by the rows of all micro-batches and ranks, and Lightning and
-        # DDP divide by their numbers again.
-        return parts["loss"] * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        with models.eval_mode(self.student) if is_dummy_batch(batch) else nullcontext():
+            parts, peaks = self._parts_and_peaks(batch)
+        self.step_losses.add(parts, peaks, self.trainer.global_step + 1)
+        # Lightning and DDP divide again by the numbers of micro-batches and ranks.
+        divided = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return parts["loss"] if divided == 1 else parts["loss"] * divided
 
     def parts(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of one micro-batch and its parts, by name.
 
         Their sums over the micro-batches and ranks of an optimizer step are those of the step.
         """
+        return self._parts_and_peaks(batch)[0]
+
+    def _parts_and_peaks(self, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The parts of the loss, and the largest logits of student and teacher."""
+        if self._compiled is not None:
+            sums, *peaks = self._compiled(batch.without_numbers())
+        else:
+            sums, *peaks = self._sums_and_peaks(batch)
+        parts = dict(zip(PARTS, (sums / max(batch.rows, 1)).unbind(), strict=True))
+        for name, term in self.named_terms():
+            parts[name] = term_value(name, term, batch)
+            parts["loss"] = parts["loss"] + term.weight * parts[name]
+        return parts, peaks
+
+    def _sums_and_peaks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of the loss summed over the rows, the largest logits of student and teacher."""
         teacher = self._teacher_logits(batch)
         student = self._logits(self.student, batch, self.chunked)
         sparse = batch.teacher if isinstance(batch.teacher, SparseTargets) else ()
@@ -134,25 +166,34 @@ class Distillation(OptimizedModule):
             teacher_NC = None if teacher is None else chunked.full_logits(teacher)
             sums = self._sum_losses(student, teacher_NC, *targets_N)
         else:  # hidden states and head of a language model
+            kernel = None if sparse else self._fused
             sums = chunked.sum_in_chunks(
-                self._sum_losses, student, teacher, targets_N, self.loss.chunk
+                self._sum_losses, student, teacher, targets_N, self.loss.chunk, kernel
             )
-        parts = dict(zip(PARTS, sums / max(batch.rows, 1), strict=True))
-        for name, term in self.named_terms():
-            parts[name] = term(batch)
-            parts["loss"] = parts["loss"] + term.weight * parts[name]
-        return parts
+        return sums, peak(student, sums), peak(teacher, sums)
+
+    def compile_step(self) -> bool:
+        """Compile forwards and loss as one graph, if logits are few and models have no hooks."""
+        # The product of a language model's head is replaced in each step (`logit_rows`).
+        language_model = self.student.get_output_embeddings() is not None
+        if self.chunked or language_model or self.terms or self.trainer.world_size > 1:
+            return False
+        graphs = self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
+        mode = "reduce-overhead" if graphs else None
+        self._compiled = torch.compile(self._sums_and_peaks, mode=mode)
+        return True
 
     def _sum_losses(
         self, student_NC: Tensor, teacher_NC: Tensor | None, labels: Tensor, *sparse: Tensor
     ) -> Tensor:
         """Loss, supervised part and divergence, each summed over these rows, (3,)."""
-        supervised_N = self.task.label_loss(student_NC, labels)
-        divergence_N = torch.zeros_like(supervised_N)
+        supervised_N = self.label_loss(student_NC, labels)
         if sparse:
             divergence_N = losses.sparse_kl(student_NC, self.loss.temperature, *sparse)
         elif teacher_NC is not None:
             divergence_N = self._divergence(student_NC, teacher_NC, self.loss.temperature)
+        else:
+            divergence_N = torch.zeros_like(supervised_N)
         loss_N = losses.distillation(supervised_N, divergence_N, self.loss.alpha)
         return torch.stack([loss_N.sum(), supervised_N.sum(), divergence_N.sum()])
 
@@ -161,22 +202,23 @@ class Distillation(OptimizedModule):
         if not self.loss.needs_teacher or isinstance(batch.teacher, SparseTargets):
             return None
         if isinstance(batch.teacher, CachedHidden):
-            return factored_logits(batch.teacher.states_ND, self.teacher, self.classes)
+            return models.factored_logits(batch.teacher.states_ND, self.teacher, self.classes)
         if batch.teacher is not None:
             return batch.teacher[:, : self.classes]
         # The teacher computes in the dtype of its weights, whatever the Trainer's precision.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self._logits(self.teacher, batch, self._factored_teacher)
+            return self._logits(self.teacher, batch.for_teacher(), self._factored_teacher)
 
     def _logits(self, model: Any, batch: Batch, factored: bool) -> chunked.LogitRows:
         """The rows of a model's logits that enter the loss, (N, C), or their factors."""
-        return logit_rows(
-            model,
-            batch.inputs,
-            lambda positions: self.task.select_rows(positions, batch),
-            self.classes,
-            factored,
-        )
+        with internals.known_padding(batch.padded) if batch.padded is not None else nullcontext():
+            return models.logit_rows(
+                model,
+                batch.inputs,
+                lambda positions: self.task.select_rows(positions, batch),
+                self.classes,
+                factored,
+            )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         """Convert a batch of a user's data loader, a dictionary of tensors, to a :class:`Batch`."""
@@ -189,11 +231,10 @@ class Distillation(OptimizedModule):
     # ---- validation
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        rows_NC = self.task.select_rows(logits(self.student, batch.inputs), batch)[
-            :, : self.classes
-        ]
+        select = partial(self.task.select_rows, batch=batch)
+        rows = models.evaluated_rows(self.student, batch.inputs, select, self.chunked)
         if not is_dummy_batch(batch):
-            outcomes = self.task.outcomes(rows_NC.float(), batch)
+            outcomes = self.task.outcomes_of(rows, batch, self.classes)
             self._outcomes.append({name: column.cpu() for name, column in outcomes.items()})
 
     def on_validation_epoch_end(self) -> None:
@@ -221,7 +262,9 @@ class Distillation(OptimizedModule):
         self._unsharded = (self.student, *self._teacher)
         self._replace_models(
             *(
-                fsdp.shard(model, blocks, mesh) if isinstance(model, PreTrainedModel) else model
+                fsdp.shard(model, models.blocks, mesh)
+                if isinstance(model, PreTrainedModel)
+                else model
                 for model in self._unsharded
             )
         )
@@ -237,6 +280,7 @@ class Distillation(OptimizedModule):
             teacher.to(self.device)
 
     def on_fit_end(self) -> None:
+        self._compiled = None
         if self._unsharded:
             self._replace_models(*self._unsharded)
             self._unsharded = ()
@@ -244,39 +288,10 @@ class Distillation(OptimizedModule):
             teacher.to("cpu")  # where the Trainer leaves the student
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["student_config"] = self.student.config.to_json_string(use_diff=False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the structure of a compressed student before its weights are loaded."""
         restore_structure(self.student, json.loads(checkpoint["student_config"]))
         self.attach_terms()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode inside the context, then restore each module's training mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    yield
-    for module in training:
-        module.training = True
-
-
-def resolve_divergence(task: Task, loss: config.Loss) -> Any:
-    """The divergence of the recipe, by default the task's first.
-
-    Returns:
-        A function (student_NC, teacher_NC, temperature) -> divergence_N.
-
-    Raises:
-        UserError: if the divergence is not for the task's kind of logits.
-    """
-    name = loss.divergence or task.divergences[0]
-    if "." not in name and name not in task.divergences:
-        raise UserError(
-            f"loss.divergence is {name}, but {type(task).__name__} needs one that suits its "
-            f"logits: choose from {', '.join(task.divergences)}"
-        )
-    function = targets.import_object(name if "." in name else f"distill.losses.{name}")
-    has_beta = "beta" in inspect.signature(function).parameters
-    return partial(function, beta=loss.beta) if has_beta else function

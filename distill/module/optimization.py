@@ -10,7 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from distill import internals
-from distill.processes import fsdp, ranks
+from distill.errors import RunFailed
+from distill.module.low_bit_optimizer import adamw_8bit, set_lr
+from distill.module.step_losses import TEACHER, StepLosses
+from distill.processes import fsdp
 from distill.recipe import config
 
 
@@ -25,9 +28,11 @@ class OptimizedModule(L.LightningModule):
     def __init__(self, optimizer: config.Optimizer, steps: int | None) -> None:
         super().__init__()
         self.settings, self.steps = optimizer, steps or 0
-        self._parts: dict[str, Tensor] = {}  # sums over the micro-batches of the current step
-        self._last_parts: dict[str, Tensor] = {}  # sums of the last completed step
+        self.rate_key = "optimizer.lr"  # the learning rate's key in the recipe
+        self.step_losses = StepLosses()
         self._gradient_norm = torch.zeros(())
+        self._compiled: Any = None  # losses of a batch as one graph
+        self._parameters_in_order: list[nn.Parameter] = []
 
     def setup(self, stage: str) -> None:
         if not self.steps and stage == "fit":
@@ -39,21 +44,35 @@ class OptimizedModule(L.LightningModule):
 
     # ---- losses and logging
 
-    def add_to_step(self, parts: dict[str, Tensor]) -> None:
-        """Add the losses of a micro-batch to those of its optimizer step."""
-        for name, value in parts.items():
-            self._parts[name] = self._parts.get(name, 0) + value.detach()
-
     def last_step_losses(self) -> dict[str, Tensor]:
         """The losses of the last optimizer step, summed over all ranks, which must all call it.
 
         Empty before the first step.
         """
-        if not self._last_parts:
-            return {}
-        parts = torch.stack([value.float() for value in self._last_parts.values()])
-        names = (f"train/{name}" for name in self._last_parts)
-        return dict(zip(names, ranks.all_reduce_sum(parts), strict=True))
+        return self.step_losses.last_step()
+
+    def check_finite(self) -> None:
+        """Check the losses of all steps since the last check; all ranks must call it.
+
+        Raises:
+            RunFailed: if one was not finite, with the step, and the part that caused it.
+        """
+        first = self.step_losses.first_not_finite()
+        if first is None or self.trainer.precision == "16-mixed":
+            return  # the gradient scaler of float16 skips such steps
+        name = f"the {first.part} of step {first.step} became {first.value:g}"
+        if first.part == TEACHER:
+            raise RunFailed(
+                f"{name}, but a student can only learn finite ones: set teacher.dtype=float32, or "
+                "choose another teacher"
+            )
+        raise RunFailed(
+            f"{self.rate_key} is {self.settings.lr:g}, but with it the training diverged "
+            f"({name}): lower {self.rate_key}"
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Compute the gradient norm and log the step.
@@ -61,13 +80,13 @@ class OptimizedModule(L.LightningModule):
         Loggers are called directly, and only every `log_every_n_steps`, because Lightning's `log`
         costs milliseconds in every step.
         """
-        self._last_parts, self._parts = self._parts, {}
+        self.step_losses.end_step()
         logged = self._is_logged()
         if self.settings.clip is None and not logged:
             return
-        gradients = [
-            parameter.grad for parameter in self.parameters() if parameter.grad is not None
-        ]
+        if not self._parameters_in_order:  # listing them takes a millisecond
+            self._parameters_in_order = list(self.parameters())
+        gradients = [each.grad for each in self._parameters_in_order if each.grad is not None]
         self._gradient_norm = nn.utils.get_total_norm(gradients)
         if logged:
             self._log_step(optimizer)
@@ -78,6 +97,7 @@ class OptimizedModule(L.LightningModule):
         return number % interval == 0 or number >= self.steps
 
     def _log_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.check_finite()
         values = self.last_step_losses() | {
             "train/grad_norm": fsdp.full_tensors(self._gradient_norm),
             "train/lr": optimizer.param_groups[0]["lr"],
@@ -86,6 +106,17 @@ class OptimizedModule(L.LightningModule):
         row["epoch"] = self.trainer.current_epoch
         for logger in self.trainer.loggers:
             logger.log_metrics(row, self.trainer.global_step)
+
+    def optimizer_zero_grad(
+        self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._compiled is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        # A CUDA graph that starts again overwrites its outputs, the gradients among them.
+        if self._compiled is not None and self.step_losses.complete:
+            self.trainer.optimizers[0].zero_grad()
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
@@ -100,27 +131,32 @@ class OptimizedModule(L.LightningModule):
             return
         norm = fsdp.full_tensors(self._gradient_norm)
         # On a GPU, comparing the norm is a CPU-GPU sync point.
-        if norm.is_cuda or not norm <= limit:
-            nn.utils.clip_grads_with_norm_(list(self.parameters()), limit, self._gradient_norm)
+        if norm.is_cuda or not norm.numpy() <= limit:
+            nn.utils.clip_grads_with_norm_(self._parameters_in_order, limit, self._gradient_norm)
 
     # ---- optimizer and schedule
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
         # With fp16 a fused optimizer would unscale the gradients after they were clipped.
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=settings.lr, fused=fused)
+        fused, groups = self.trainer.precision != "16-mixed", self._parameter_groups()
+        optimizer: torch.optim.Optimizer
+        if settings.bits == 8:
+            optimizer = adamw_8bit(groups, settings.lr)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
         name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         schedule = get_scheduler(name, optimizer, round(settings.warmup * self.steps), self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """Set the learning rate of the schedule, which a resumed run with more steps changes."""
+        self._parameters_in_order = []
         schedule = cast(LambdaLR, self.lr_schedulers())
         for group, base, rate in zip(
             schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):
-            group["lr"] = base * rate(schedule.last_epoch)
+            set_lr(group, float(base) * rate(schedule.last_epoch))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Matrices with weight decay, vectors (biases and norms) without."""
@@ -143,6 +179,7 @@ class OptimizedModule(L.LightningModule):
         current = {parameter for group in groups for parameter in group["params"]}
         for removed in optimizer.state.keys() - current:
             del optimizer.state[removed]
+        self._parameters_in_order = []
         self.attach_terms()
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):

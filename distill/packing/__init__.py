@@ -110,7 +110,7 @@ def is_measured(settings: config.Export) -> bool:
     """
     if settings.format is None or settings.format in capabilities.RUNTIMES:
         return False
-    plain = settings.format == "dense" and settings.dtype == "float32"
+    plain = settings.format == "dense" and settings.stored_dtype == "float32"
     return not plain or settings.quantize is not None
 
 
@@ -162,11 +162,15 @@ def final_student(spec: ExportSpec, student: Path, temporary: Path) -> Path:
 
 
 def write_format(spec: ExportSpec, student: Path, target: Path) -> None:
-    """Write weights, config and tokenizer, which truncates texts to the length of training."""
+    """Write weights, config and tokenizer.
+
+    Texts to classify are truncated to the length of training, prompts to that of the model.
+    """
     settings, tokenizer = spec.settings, copy.deepcopy(spec.tokenizer)
     model = models.load_trained(str(student), spec.task, "student", spec.tokenizer)
-    tokenizer.model_max_length = spec.task.max_length
-    dtype = getattr(torch, settings.dtype)
+    if not spec.task.generates:
+        tokenizer.model_max_length = spec.task.max_length
+    dtype = getattr(torch, settings.stored_dtype)
     if settings.format in capabilities.RUNTIMES:
         runtime_folder.save(replace(spec, tokenizer=tokenizer), model, target)
     elif settings.format == "packed":

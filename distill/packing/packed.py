@@ -40,7 +40,7 @@ def save(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtyp
         model.config.save_pretrained(target)
         if model.can_generate():
             model.generation_config.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        models.save_tokenizer(tokenizer, target)
     write_auto_map(model, target, code=True)
     save_file(tensors, target / container.FILE, metadata)
     (target / container.FILE).chmod((target / "config.json").stat().st_mode)

@@ -49,6 +49,9 @@ def save(spec: ExportSpec, student: PreTrainedModel, target: Path) -> None:
     settings, task, tokenizer = spec.settings, spec.task, spec.tokenizer
     format = str(settings.format)
     check(format, student, tokenizer)
+    models.save_tokenizer(tokenizer, target)  # its chat template and settings
+    if student.can_generate():
+        student.generation_config.save_pretrained(target)
     runtime_tokenizer = task.runtime_tokenizer(tokenizer)
     _set_input_names(tokenizer, len(task.request_columns(spec.data)))
     quantize = capabilities.resolve_quantize(format, settings.quantize)
@@ -58,11 +61,11 @@ def save(spec: ExportSpec, student: PreTrainedModel, target: Path) -> None:
         cache=task.generates,
         quantize=quantize,
         calibration=list(spec.calibration_inputs()) if quantize == "static" else [],
-        dtype=settings.dtype,
+        dtype=settings.stored_dtype,
     )
     cached = import_module(f"distill.packing.{format}").save(student, options, target)
     runtime_tokenizer.save(str(target / "tokenizer.json"))
-    content = runtime_config(task, tokenizer, student, settings.dtype, cached)
+    content = runtime_config(task, tokenizer, student, settings.stored_dtype, cached)
     (target / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -95,5 +98,6 @@ def runtime_config(
         "cached": cached,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        "stop_token_ids": models.stop_tokens(student, tokenizer),
         "precision": PRECISIONS[dtype],
     }

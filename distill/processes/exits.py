@@ -17,6 +17,7 @@ from typing import Any
 
 from distill import internals
 from distill.errors import UserError
+from distill.recipe.references import hide
 
 __all__ = [
     "ERROR_FILE",
@@ -60,6 +61,7 @@ def report_failure(message: str) -> None:
     Args:
         message: One sentence without a line break, ``<thing> is <value>, but <rule>: <way out>``.
     """
+    message = hide(message)
     _record(UserError(message))
     if LAUNCHER_PID not in os.environ:
         print(f"distill: {message}", file=sys.stderr)

@@ -25,10 +25,13 @@ __all__ = [
     "rank_zero_first",
     "restore_partial_sums",
     "run_on_rank_zero",
+    "single_process",
     "world_size",
 ]
 
 T = TypeVar("T")
+
+_is_single = False  # see `single_process`
 
 
 def rank() -> int:
@@ -48,7 +51,21 @@ def is_rank_zero() -> bool:
 
 def in_process_group() -> bool:
     """Whether this process has joined a process group."""
-    return distributed.is_available() and distributed.is_initialized()
+    return distributed.is_available() and distributed.is_initialized() and not _is_single
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Inside the block, this process is alone: for code that only one rank runs.
+
+    A collective in it would be taken for the next one of the other ranks.
+    """
+    global _is_single
+    before, _is_single = _is_single, True
+    try:
+        yield
+    finally:
+        _is_single = before
 
 
 def all_gather(value: T) -> list[T]:

@@ -105,7 +105,7 @@ def check_export(format: str | None, dtype: str, quantize: str | None, bits: int
         return
     chosen = FORMATS[format]
     _check_installed(chosen)
-    if dtype not in chosen.dtypes:
+    if dtype not in ("auto", *chosen.dtypes):
         rule = f"{chosen.label} supports {' and '.join(chosen.dtypes)} only"
         raise UserError(f"export.dtype is {dtype}, but {rule}: set export.dtype=float32")
     choices = (*(["int8"] if chosen.runtime else []), *chosen.quantize)
@@ -193,7 +193,12 @@ def techniques_of(callbacks: Mapping[str, Any]) -> list[QuantizedLayers]:
     Raises:
         UserError: if a callback cannot be built.
     """
-    built = {name: targets.instantiate(spec) for name, spec in callbacks.items()}
+    from lightning.pytorch.callbacks import Callback
+
+    built = {
+        name: targets.instantiate(f"callbacks.{name}", spec, Callback)
+        for name, spec in callbacks.items()
+    }
     return [
         replace(layers, key=f"callbacks.{name}")
         for name, callback in built.items()

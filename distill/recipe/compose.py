@@ -5,23 +5,21 @@ of the shipped recipes and of the folder `recipes` in the current directory, whi
 """
 
 import copy
-import re
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from distill import store
 from distill.errors import UserError
-from distill.recipe import capabilities, targets
-from distill.recipe.config import SPARSE, Loss, Run, Student, Teacher, Trainer
+from distill.recipe import capabilities, targets, yaml_files
+from distill.recipe.config import SPARSE, Loss, Optimizer, Run, Student, Teacher, Trainer
+from distill.recipe.references import check_references, hide_in_values
 
 __all__ = [
     "SHIPPED",
     "available_recipes",
-    "explain_error",
     "load_recipe",
-    "quote_override",
     "read_recipe",
     "save_recipe",
     "validate",
@@ -45,19 +43,13 @@ def read_recipe(file: Path) -> DictConfig:
     Raises:
         UserError: if it is not a YAML file of keys.
     """
-    try:
-        recipe = OmegaConf.load(file)
-    except Exception as error:
-        reason = " ".join(str(error).split())
+    recipe = yaml_files.load_mapping(file)
+    if "hydra" in recipe:
         raise UserError(
-            f"recipe {file} cannot be read ({reason}), but it must be a YAML file of keys: "
-            "correct it"
-        ) from error
-    if not isinstance(recipe, DictConfig):
-        raise UserError(
-            f"recipe {file} holds {type(recipe).__name__}, but it must be a YAML file of keys: "
-            f"see {SHIPPED}"
+            f"recipe {file} has the key hydra, but a recipe cannot change Hydra's settings, which "
+            "run code: remove it, and set hydra.run.dir on the command line"
         )
+    check_references(OmegaConf.to_container(recipe))
     return OmegaConf.merge({"name": file.stem}, recipe)  # type: ignore[return-value]
 
 
@@ -91,14 +83,16 @@ def validate(composed: DictConfig) -> Run:
 
     Raises:
         UserError: if a value is refused, alone or together with others.
-        OmegaConfBaseException: if there is no such key, see :func:`explain_error`.
+        OmegaConfBaseException: if there is no such key, see `explain.py`.
     """
     if missing := OmegaConf.missing_keys(composed):
         raise UserError(
             f"{', '.join(sorted(missing))} is not given, but recipe {composed.name} needs it: "
             "set it in the recipe"
         )
-    plain = OmegaConf.to_container(composed)  # merging again refuses keys added with +
+    plain = OmegaConf.to_container(composed)
+    check_references(plain)  # also those of the command line
+    # Merging again refuses keys added with +.
     run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), plain))
     assert isinstance(run, Run)
     # callbacks.x=null on the command line removes a callback of the recipe
@@ -108,7 +102,7 @@ def validate(composed: DictConfig) -> Run:
         for name, spec in specs.items():
             targets.check_target(f"{section}.{name}", spec)
     _check_loss(run.loss, run.teacher, run.student)
-    _check_trainer(run.trainer, run.data.batch_size)
+    _check_trainer(run.trainer, run.optimizer, run.data.batch_size)
     export = run.export
     capabilities.check_export(export.format, export.dtype, export.quantize, export.bits)
     return run
@@ -131,31 +125,19 @@ def with_absolute_paths(run: Run) -> Run:
 
 def save_recipe(run: Run, file: Path) -> None:
     """Write the run as a recipe that reproduces it from any directory."""
-    text = OmegaConf.to_yaml(OmegaConf.structured(with_absolute_paths(run)))
+    plain = hide_in_values(asdict(with_absolute_paths(run)))
+    text = OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.structured(Run), plain))
     store.write_file(file, f"# python -m distill.train recipe={file.absolute()}\n{text}".encode())
-
-
-def quote_override(text: str) -> str:
-    """Quote a value for Hydra's command line, where a backslash is special before a quote only."""
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
-    return f"'{escaped}'"
-
-
-def explain_error(error: OmegaConfBaseException) -> str:
-    """An error of OmegaConf in one line: the key and, if it does not exist, the nearest one."""
-    key, section = str(error.full_key or error.key), error.object_type
-    if section is not None and "not in" in str(error):
-        known = list(getattr(section, "__dataclass_fields__", {}))
-        suggestion = targets.did_you_mean(key.rpartition(".")[2], known)
-        return f"{key} is given, but there is no such key: {suggestion}"
-    return f"{key}: {str(error).splitlines()[0]}: correct it in the recipe or on the command line"
 
 
 def _check_loss(loss: Loss, teacher: Teacher | None, student: Student) -> None:
     """Check the keys that need a teacher."""
     if loss.divergence is not None:
         path = loss.divergence
-        targets.read_signature(path if "." in path else f"distill.losses.{path}")
+        try:
+            targets.read_signature(path if "." in path else f"distill.losses.{path}")
+        except UserError as error:
+            raise UserError(f"loss.divergence is {path}: {error}") from error
     if teacher is not None:
         _check_outputs(teacher.outputs, loss)
         return
@@ -188,8 +170,8 @@ def _check_outputs(outputs: str, loss: Loss) -> None:
         )
 
 
-def _check_trainer(trainer: Trainer, batch_size: int) -> None:
-    """Check the keys of the trainer against each other."""
+def _check_trainer(trainer: Trainer, optimizer: Optimizer, batch_size: int) -> None:
+    """Check the keys of the trainer and the optimizer against each other."""
     if trainer.accumulate > batch_size:
         raise UserError(
             f"trainer.accumulate is {trainer.accumulate}, but data.batch_size is {batch_size}, and "
@@ -199,6 +181,11 @@ def _check_trainer(trainer: Trainer, batch_size: int) -> None:
         raise UserError(
             "trainer.compile is true, but trainer.strategy=fsdp gathers the weights of each block "
             "when it is used: leave trainer.compile out"
+        )
+    if trainer.strategy == "fsdp" and optimizer.bits == 8:
+        raise UserError(
+            "optimizer.bits is 8, but trainer.strategy=fsdp divides the moments among the ranks: "
+            "leave optimizer.bits out"
         )
     if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from distill.errors import UserError
 from distill.recipe.config_models import (
     OUTPUTS,
     SPARSE,
@@ -73,8 +74,9 @@ class Export:
     format: str | None = "dense"
     """dense; packed: 2 to 8 bits per weight; torchao: int8 tensors; onnx, openvino, executorch: for
     these runtimes; null: no export"""
-    dtype: str = "float32"
-    """float type of the weights that are not quantized: float32, bfloat16 or float16"""
+    dtype: str = "auto"
+    """float type of the weights that are not quantized, in which the models are also measured:
+    float32, bfloat16 or float16; auto: that of the teacher's checkpoint where the format has it"""
     quantize: str | None = None
     """quantization after training. weights: weights only; dynamic, static: inputs of linear
     layers too, to 8 bits; int8: the default mode of the runtime; null: none"""
@@ -82,15 +84,23 @@ class Export:
     """bits per weight of quantize, 2 to 8"""
     examples: int = 200
     """test examples on which the predictions of export and student are compared"""
+    smaller: bool = True
+    """refuse an export whose weights take no fewer bytes than the teacher's; false allows it, as
+    for a student of its teacher's size"""
 
     def __post_init__(self) -> None:
-        check_choice("export.dtype", self.dtype, DTYPES)
+        check_choice("export.dtype", self.dtype, ("auto", *DTYPES))
         check_positive("export.examples", self.examples, "200 is a good start")
         check_range("export.bits", self.bits, 2, 8, "8 changes least, 4 takes half the bytes")
         if self.format is not None:
             check_choice("export.format", self.format, tuple(FORMATS))
         if self.quantize is not None:
             check_choice("export.quantize", self.quantize, QUANTIZE)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The float type of the export; `auto` that is not resolved is float32."""
+        return "float32" if self.dtype == "auto" else self.dtype
 
 
 @dataclass
@@ -119,3 +129,9 @@ class Run:
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**32 - 1, "0 is as good as any")
+        finetunes = self.teacher is not None and self.teacher.finetune is not None
+        if self.loss.class_weights is not None and self.loss.alpha == 0 and not finetunes:
+            raise UserError(
+                f"loss.class_weights is {self.loss.class_weights}, but loss.alpha is 0, so that no "
+                "label is in the loss: set loss.alpha above 0, or leave it out"
+            )

@@ -21,8 +21,8 @@ class Data:
     """The examples and how they are batched."""
 
     source: str = MISSING
-    """Hub dataset, local file or folder (CSV, JSON, Parquet), or dotted path of a function that
-    returns a DatasetDict"""
+    """Hub dataset, local file or folder (CSV, TSV, JSON, Parquet, text; also .gz), or dotted path
+    of a function that returns a DatasetDict"""
     config: str | None = None
     """Hub configuration, such as sst2"""
     train: str = "train"
@@ -35,8 +35,9 @@ class Data:
     """share of the training examples held out for each split that is null"""
     text: list[str] = field(default_factory=lambda: ["text"])
     """text column, or two columns for pairs"""
-    label: str | None = "label"
-    """label column; an empty cell is an unlabeled example"""
+    label: Any = "label"
+    """label column; an empty cell is an unlabeled example; for MultiLabelClassification also a list
+    of columns that hold 0 and 1"""
     labels: list[str] | None = None
     """label names in the order of their ids; null: as the dataset declares them, else sorted"""
     labelled: int | None = None
@@ -47,25 +48,42 @@ class Data:
     """examples per optimizer step, over all micro-batches and processes"""
     group_by_length: bool = True
     """batch examples of similar length, which saves padding"""
+    pad_to_multiple_of: int | None = None
+    """round the lengths of training batches up to a multiple; null: not, or with trainer.compile to
+    one of 8 lengths"""
     workers: int = 0
-    """processes that load batches; 0 loads in the training process"""
+    """processes that load batches; 0 loads in a thread of the training process"""
 
     def __post_init__(self) -> None:
         check_range("data.holdout", self.holdout, 0.001, 0.5, "0.1 holds out a tenth")
         check_positive("data.batch_size", self.batch_size, "32 is a good start")
         check_positive("data.labelled", self.labelled, "leave it out to keep every label")
         check_range("data.workers", self.workers, 0, inf, "0 loads in the training process")
+        check_positive("data.pad_to_multiple_of", self.pad_to_multiple_of, "null does not round")
         if not 1 <= len(self.text) <= 2:
             raise UserError(
                 f"data.text is {list(self.text)}, but it must name one column, or two for pairs: "
                 "write [premise, hypothesis]"
             )
-        columns = [*self.text, *([] if self.label is None else [self.label])]
+        if isinstance(self.label, int | float):  # a column whose name is a number
+            self.label = str(self.label)
+        labels = self.label if isinstance(self.label, list) else [self.label or "-"]
+        if not labels or not all(isinstance(column, str) for column in labels):
+            raise UserError(
+                f"data.label is {self.label}, but it must name a column, or several in a list: "
+                "write label: topic, or label: null if there is none"
+            )
+        columns = [*self.text, *([] if self.label is None else labels)]
         if len(set(columns)) < len(columns):
             raise UserError(
                 f"data.text is {list(self.text)} and data.label is {self.label}, "
                 "but each must be another column: rename one"
             )
+
+    @property
+    def label_column(self) -> str | None:
+        """The label column, or the one that several columns of 0 and 1 are joined into."""
+        return "+".join(self.label) if isinstance(self.label, list) else self.label
 
 
 @dataclass
@@ -143,6 +161,9 @@ class Student:
     """config of a randomly initialized model: model_type, hidden_size, ..."""
     layers: list[int] | None = None
     """indices, from 0, of the teacher's layers that the student is initialized from"""
+    gradient_checkpointing: bool = False
+    """keep only the inputs of each block in memory, and compute the rest again for the gradients:
+    less memory, about a third more time"""
     architecture: str | None = None
     """model_type of a student built from layers, such as distilbert; null: the teacher's"""
 

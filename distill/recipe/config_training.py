@@ -29,11 +29,16 @@ class Loss:
     """function of distill.losses, or a dotted path; null: the task's default"""
     beta: float = 0.5
     """weight of the teacher in the mixture of jensen_shannon and skew_kl, in (0, 1)"""
+    class_weights: Any = None
+    """factors of the loss against the labels, also in teacher.finetune: {name: factor}, a list in
+    the order of the labels, or balanced (examples / (classes * examples of the class)); with
+    several labels per text, of the labels that are 1 (balanced: those without / those with the
+    label); null: all 1"""
     terms: dict[str, Any] = field(default_factory=dict)
     """name -> {_target_: class of distill.terms or your own, weight: ..., its arguments}"""
     chunk: int | None = None
     """for language models: token positions whose logits are in memory at once; null: as many as
-    take 32 MB; 0: all"""
+    take 32 MB, on a GPU 1/128 of its memory; 0: all"""
 
     @property
     def needs_teacher(self) -> bool:
@@ -51,12 +56,29 @@ class Loss:
                 f"loss.beta is {self.beta:g}, but it must lie between 0 and 1: "
                 "0.5 mixes evenly, forward_kl and reverse_kl are the limits"
             )
+        self._check_class_weights()
         for name in self.terms:
             if name in _LOGGED_PARTS or not name.isidentifier():
                 raise UserError(
                     f"loss.terms has {name!r}, but the name of a term must be an identifier other "
                     f"than {', '.join(_LOGGED_PARTS)}: rename it"
                 )
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if isinstance(weights, dict):  # YAML reads 1 and yes as other things than names
+            self.class_weights = weights = {str(name): each for name, each in weights.items()}
+        factors = [*weights.values()] if isinstance(weights, dict) else weights
+        if weights in (None, "balanced"):
+            return
+        numbers = isinstance(factors, list | tuple) and all(
+            isinstance(each, int | float) and 0 <= each < inf for each in factors
+        )
+        if not numbers or not any(factors):
+            raise UserError(
+                f"loss.class_weights is {weights}, but it must hold a factor, at least 0, for "
+                "each label: write {name: factor, ...}, balanced, or null"
+            )
 
 
 @dataclass
@@ -73,6 +95,8 @@ class Optimizer:
     """decay after the warmup: constant, linear or cosine"""
     clip: float | None = 1.0
     """largest gradient norm; null: no clipping"""
+    bits: int = 32
+    """bits of each of AdamW's two moments per weight: 32, or 8, which needs torchao"""
 
     def __post_init__(self) -> None:
         check_positive("optimizer.lr", self.lr, "5e-5 is a good start")
@@ -81,6 +105,11 @@ class Optimizer:
         check_range("optimizer.warmup", self.warmup, 0, 1, hint)
         check_choice("optimizer.schedule", self.schedule, _SCHEDULES)
         check_positive("optimizer.clip", self.clip, "null turns clipping off")
+        if self.bits not in (8, 32):
+            raise UserError(
+                f"optimizer.bits is {self.bits}, but it must be 32 or 8: "
+                "8 takes a quarter of the memory"
+            )
 
 
 @dataclass
@@ -112,7 +141,8 @@ class Trainer:
     accumulate: int = 1
     """micro-batches per optimizer step, whose gradients are accumulated"""
     precision: str = "auto"
-    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed if the device supports it, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed (on a CPU bf16-mixed); auto: bf16-mixed if the device
+    supports it, else 32-true"""
     accelerator: str = "auto"
     """auto, cpu or gpu"""
     devices: int = 1
@@ -127,7 +157,10 @@ class Trainer:
     """stop after this many validation runs without improvement; null: never"""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     compile: bool = False
-    """torch.compile the student: the first steps take about a minute, later ones are faster on most
+    """compile a step with torch.compile: the first take minutes, later ones are faster on most
+    GPUs"""
+    deterministic: bool = True
+    """the same weights at each repetition and resume; false: algorithms that are faster on most
     GPUs"""
     progress: bool = True
     """show a progress bar"""

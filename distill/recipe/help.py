@@ -58,9 +58,11 @@ def _lines(field: Field, hint: Any, doc: str, indent: str) -> Iterator[str]:
 
 def _entry(key: str, doc: str) -> str:
     """The key, and its documentation in the second column."""
-    first, *more = textwrap.wrap(doc, _WIDTH - _COLUMN) or [""]
-    start = f"{key:{_COLUMN - 1}} {first}".rstrip()
-    return "\n".join([start, *(" " * _COLUMN + line for line in more)])
+    lines = textwrap.wrap(doc, _WIDTH - _COLUMN) or [""]
+    if len(key) >= _COLUMN:
+        lines.insert(0, "")
+    start = f"{key:{_COLUMN - 1}} {lines[0]}".rstrip()
+    return "\n".join([start, *(" " * _COLUMN + line for line in lines[1:])])
 
 
 def _default(field: Field) -> str:

@@ -1,28 +1,36 @@
 """`_target_`: a dotted path -> the class or function it names, called with the keys beside it.
 
 Its signature is the schema of those keys. It is read from the source text, so that a misspelled
-argument is refused before torch is imported.
+argument is refused before torch is imported, and code that is not trusted before it is imported.
 """
 
 import ast
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
 from difflib import get_close_matches
-from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from distill.errors import UserError
+from distill.recipe import trust
 
 __all__ = [
     "Signature",
     "check_target",
+    "describe_error",
     "did_you_mean",
+    "import_function",
     "import_object",
     "instantiate",
     "read_signature",
+    "user_error",
 ]
+
+T = TypeVar("T")
 
 
 class Signature(NamedTuple):
@@ -32,41 +40,107 @@ class Signature(NamedTuple):
     required: list[str]
 
 
-def instantiate(spec: dict[str, Any]) -> Any:
-    """Call the class or function that `_target_` names, with the other keys as arguments.
+def instantiate(key: str, spec: dict[str, Any], base: type[T]) -> T:
+    """Call the class that `_target_` names, with the other keys as arguments.
+
+    Args:
+        key: key of the recipe, for messages.
+        spec: `_target_` and the arguments beside it.
+        base: the class must be a subclass of it; nothing else is called.
 
     Raises:
-        UserError: if it cannot be imported, or raises TypeError or ValueError.
+        UserError: if it cannot be imported, is no such class, or its constructor raises.
 
     Example:
-        >>> instantiate({"_target_": "collections.Counter", "a": 2})
-        Counter({'a': 2})
+        >>> instantiate("task", {"_target_": "distill.tasks.Regression"}, Task)
+        <distill.tasks.regression.Regression object>
     """
     arguments = dict(spec)
     path = arguments.pop("_target_")
+    created = import_object(path)
+    if not (isinstance(created, type) and issubclass(created, base)):
+        raise UserError(
+            f"{key} is {path}, but that is no subclass of {base.__module__}.{base.__qualname__}: "
+            "name one"
+        )
     try:
-        return import_object(path)(**arguments)
-    except (TypeError, ValueError) as error:
+        return created(**arguments)
+    except TypeError as error:
         raise UserError(
             f"{path} is given {arguments}, but it does not accept them ({error}): "
             "correct its arguments"
         ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise user_error(key, path, error) from error
+
+
+def import_function(
+    key: str, path: str, *arguments: str, optional: Collection[str] = ()
+) -> Callable[..., Any]:
+    """Import a function that accepts these arguments by position; it is not called.
+
+    Args:
+        key: key of the recipe, for messages.
+        path: dotted path of the function.
+        arguments: names of the arguments.
+        optional: names of arguments that are passed by keyword if the function has them.
+
+    Raises:
+        UserError: if it cannot be imported, or does not accept them.
+    """
+    function = import_object(path)
+    try:
+        if isinstance(function, type) or not callable(function):
+            raise TypeError("it is no function")
+        signature = inspect.signature(function)
+        signature.bind(*arguments, **{n: n for n in optional if n in signature.parameters})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{key} is {path}, but it must be a function of ({', '.join(arguments)}), "
+            f"and {error}: name another, or change its arguments"
+        ) from error
+    return function
 
 
 def import_object(path: str) -> Any:
-    """Import the object that a dotted path names.
+    """Import the object that a dotted path names, from a module that is trusted.
 
     Raises:
-        UserError: if it does not exist.
+        UserError: if it does not exist, or is defined in a module that is not trusted.
     """
+    read_signature(path)
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        target = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module's code may raise anything
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"{path} cannot be imported ({error}), but it must be the dotted path of a class or "
-            "function: check its spelling"
+            f"{path} cannot be imported ({describe_error(error)}), but it must be the dotted path "
+            "of a class or function: correct it"
         ) from error
+    origin = getattr(target, "__module__", None)
+    if isinstance(origin, str) and origin in sys.modules:
+        trust.find_module(origin, path)  # it may be assigned rather than imported by name
+    return target
+
+
+def user_error(key: str, path: str, error: BaseException) -> UserError:
+    """The error of code that a recipe names, as one sentence with its place in that code."""
+    return UserError(
+        f"{key} is {path}, but it raised {describe_error(error)}: correct it, or name another"
+    )
+
+
+def describe_error(error: BaseException) -> str:
+    """The type and first line of an exception, and the last line of the user's code before it."""
+    text = str(error).strip().split("\n")[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame for frame in frames if trust.in_project(frame.filename)]
+    place = f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""
+    return f"{type(error).__name__}{': ' * bool(text)}{text}{place}"
 
 
 def check_target(key: str, spec: dict[str, Any]) -> None:
@@ -79,8 +153,8 @@ def check_target(key: str, spec: dict[str, Any]) -> None:
     Raises:
         UserError: if the target does not exist, an argument is unknown, or one is missing.
     """
-    path = spec.get("_target_")
-    if not isinstance(path, str) or "." not in path:
+    path = spec.get("_target_") if isinstance(spec, dict) else spec
+    if not isinstance(spec, dict) or not isinstance(path, str) or "." not in path:
         raise UserError(
             f"{key}._target_ is {path}, but it must be the dotted path of a class: "
             "such as distill.tasks.SingleLabelClassification"
@@ -141,19 +215,15 @@ def read_signature(path: str) -> Signature | None:
 
 def _parse_module(module: str, path: str) -> ast.Module | None:
     """Parse a module without importing it or its parents; None if it has no Python source."""
-    spec, folders, name = None, None, ""
-    for part in module.split("."):
-        name = f"{name}.{part}" if name else part
-        spec = PathFinder.find_spec(name, folders)
-        if spec is None:
-            raise UserError(
-                f"{path} names the module {module}, but there is no such module: "
-                "check its spelling, or install it"
-            )
-        folders = spec.submodule_search_locations or []
+    spec = trust.find_module(module, path)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
-    return ast.parse(Path(spec.origin).read_text())
+    try:
+        return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path} is in {spec.origin}, but that is no Python source ({error}): correct it"
+        ) from error
 
 
 def _imported_names(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,6 @@
 """The modules of a compressed model. This file needs torch and transformers only.
 
-It is copied into every export that the config alone does not describe:
-
-    AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+It is copied into every export that the config alone does not describe; see `container.py`.
 
 Shapes: O = output features, or rows of an embedding; I = input features; G = groups of weights that
 share a scale or a codebook; K = 2^bits; N = tokens; D = features.
@@ -43,6 +41,8 @@ class CompressionConfig:
 
     shapes: dict[str, list[int]] = field(default_factory=dict)
     """Linear layers whose widths differ from the config: name -> [in_features, out_features]."""
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Numbers of heads that a forward reads from its module: name of the module -> values."""
     low_rank: dict[str, int] = field(default_factory=dict)
     """Linear layers stored as two factors: name of the layer -> rank."""
     activations: dict[str, list[float] | None] = field(default_factory=dict)
@@ -66,6 +66,7 @@ class CompressionConfig:
         activations = described.get("activations", {}).items()
         return cls(
             shapes=dict(described.get("shapes", {})),
+            attributes=dict(described.get("attributes", {})),
             low_rank=dict(described.get("low_rank", {})),
             activations={name: quantized["range"] for name, quantized in activations},
             weights=dict(described.get("weights", {})),
@@ -98,8 +99,7 @@ class LowRank(nn.Module):
     Args:
         in_features: size of the input.
         out_features: size of the output.
-        rank: features between the two layers.
-        bias: whether the second layer has a bias.
+        rank, bias: features between the two layers; whether the second has a bias.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> None:
@@ -253,11 +253,14 @@ def build_compressed_layers(model: nn.Module, compression: CompressionConfig) ->
 
     Args:
         model: changed in place; the weights of changed layers are uninitialized.
-        compression: `shapes`, `low_rank` and `activations` are applied.
+        compression: `shapes`, `attributes`, `low_rank` and `activations` are applied.
     """
     for name, (in_features, out_features) in compression.shapes.items():
         resize(model.get_submodule(name), in_features, out_features)
     update_key_groups(model)
+    for name, values in compression.attributes.items():
+        for attribute, value in values.items():
+            setattr(model.get_submodule(name), attribute, value)
     for name, rank in compression.low_rank.items():
         if not isinstance(model.get_submodule(name), LowRank):
             factorize(model, name, rank)

@@ -4,19 +4,24 @@
 |---|---|
 | `base.py` | :class:`Task`, the interface of a task |
 | `batch.py` | :class:`Batch`, the input of models and loss |
+| `collation.py` | encoded examples -> padded tensors |
 | `classification.py` | one class per text |
 | `multi_label.py` | any number of classes per text |
 | `regression.py` | a number per text |
 | `language.py` | the next token |
 | `labels.py` | cells of a label column -> label names |
+| `class_metrics.py` | metrics of classifiers from counts |
+| `class_weights.py` | factors of the supervised loss by class |
 | `serving.py` | the interface that export and evaluation use, with defaults |
 | `text_classes.py`, `generation.py` | its implementations for classifiers and language models |
+| `comparison.py` | how an export's predictions compare with the student's |
+| `trial.py` | calls the functions of a task once, before training |
 | `special_tokens.py` | special tokens of trained tokenizers |
 
 A custom task is a subclass of `Task` under any dotted path.
 """
 
-from distill.tasks.base import Task, sum_per_example
+from distill.tasks.base import Task, build_task, sum_per_example
 from distill.tasks.batch import Batch
 from distill.tasks.classification import SingleLabelClassification
 from distill.tasks.labels import Labels
@@ -35,5 +40,6 @@ __all__ = [
     "Regression",
     "SingleLabelClassification",
     "Task",
+    "build_task",
     "sum_per_example",
 ]

@@ -10,7 +10,7 @@ N = rows.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,11 +20,17 @@ from transformers import PreTrainedConfig
 
 from distill import losses
 from distill.errors import UserError
+from distill.losses.chunked import LogitRows, full_logits, rows_in_chunks
+from distill.recipe import targets
 from distill.recipe.config import Data
+from distill.tasks import class_weights
 from distill.tasks.batch import Batch
 from distill.tasks.labels import Labels
 from distill.tasks.serving import Serving
 from distill.tasks.special_tokens import CLASSIFICATION_TOKENS
+
+# Values of the column `truncated`: a text was truncated or split, its prompt lost its beginning.
+SPLIT, SHORTENED = 1, 2
 
 
 class Task(Serving, ABC):
@@ -44,6 +50,8 @@ class Task(Serving, ABC):
 
     # Whether `select_rows` only indexes positions, so that it can index hidden states too.
     selects_positions: ClassVar[bool] = False
+    # Whether the classes are the tokens of the vocabulary, which teacher and student must share.
+    predicts_tokens: ClassVar[bool] = False
     uses_labels: ClassVar[bool] = True  # whether the label column is read
     label_feature: ClassVar[Any] = Value("int64")  # type of the column `labels` after encoding
 
@@ -105,13 +113,19 @@ class Task(Serving, ABC):
 
         Returns:
             Columns `input_ids`, `labels`, `size` (see :class:`Batch`), `length` (tokens), `rows`,
-            `truncated` (1 if a text was too long, at most once per text). If a text can become
-            several examples, also `first_window`, which is 1 for the first of them.
+            `truncated` (0, or what was done to a text that was too long: SPLIT, SHORTENED or their
+            sum, at most once per text). If a text can become several examples, also
+            `first_window`, which is 1 for the first of them.
         """
 
     @abstractmethod
     def collate(self, examples: list[dict[str, Any]], pad_id: int) -> Batch:
-        """Stack encoded examples, padded on the right to the longest, into one batch."""
+        """Stack encoded examples, padded on the right to the longest, into one batch.
+
+        Args:
+            examples: Rows of :meth:`encode`; lists of integers may be NumPy arrays.
+            pad_id: Id of the padding token.
+        """
 
     # ---- predictions
 
@@ -131,9 +145,79 @@ class Task(Serving, ABC):
     def label_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
         """Loss of each row against its label, (N,), in nats; exactly 0 where there is no label."""
 
-    @abstractmethod
+    def class_weights(self, weights: Any, cells: Iterable[Any] | None) -> list[float] | None:
+        """Factors of the label loss by class, in the order of `names`.
+
+        Args:
+            weights: `loss.class_weights` of the recipe.
+            cells: Labels of the training examples, which `balanced` counts.
+
+        Raises:
+            UserError: The weights do not fit the labels.
+        """
+        if weights is None:
+            return None
+        if not self.names:
+            raise UserError(
+                f"loss.class_weights is {weights}, but {type(self).__name__} has no classes: "
+                "leave it out"
+            )
+        if weights != "balanced":
+            return class_weights.in_order(weights, self.names)
+        if cells is None:
+            raise UserError(
+                "loss.class_weights is balanced, but there are no training labels to count: "
+                "give a factor for each label"
+            )
+        return self.balanced_weights(cells)
+
+    def balanced_weights(self, cells: Iterable[Any]) -> list[float]:
+        """Factors with which all classes weigh the same."""
+        return class_weights.balanced_one_of_c(cells, self.names)
+
+    def weighted_label_loss(self, logits_NC: Tensor, labels: Tensor, weights_C: Tensor) -> Tensor:
+        """:meth:`label_loss` times the factor of each row's class, (N,)."""
+        return self.label_loss(logits_NC, labels) * weights_C[labels.clamp(min=0)]
+
     def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Inputs of :meth:`compute_metrics` for each example: tensors of shape (B, ...)."""
+        """Inputs of :meth:`compute_metrics` for each example: tensors of shape (B, ...).
+
+        By default those of :meth:`row_outcomes`, summed over the rows of each example; evaluation
+        then needs only some rows of logits at a time.
+        """
+        return self.sum_outcomes(self.row_outcomes(logits_NC, batch.labels), batch)
+
+    def row_outcomes(self, logits_NC: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What a row contributes to the outcomes of its example, each (N,)."""
+        raise NotImplementedError(
+            f"{type(self).__name__} defines neither outcomes nor row_outcomes"
+        )
+
+    def sum_outcomes(self, columns_N: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Outcomes of examples from those of their rows."""
+        return {name: sum_per_example(column, batch) for name, column in columns_N.items()}
+
+    def outcomes_of(
+        self, rows: LogitRows, batch: Batch, classes: int | None = None
+    ) -> dict[str, Tensor]:
+        """The outcomes of a batch from rows of logits or their factors, some rows at a time.
+
+        Args:
+            rows: Rows that :meth:`select_rows` selected.
+            batch: The batch that the model was called on.
+            classes: Number of leading logits that count; None: all.
+        """
+        if not self.has_row_outcomes():
+            return self.outcomes(full_logits(rows)[:, :classes].float(), batch)
+        parts = [
+            self.row_outcomes(logits_nC[:, :classes].float(), batch.labels[part])
+            for part, (logits_nC,) in rows_in_chunks(rows)
+        ]
+        return self.sum_outcomes(join_columns(parts), batch)
+
+    def has_row_outcomes(self) -> bool:
+        """Whether outcomes are sums over rows, so that not all logits are needed at once."""
+        return type(self).outcomes is Task.outcomes
 
     @abstractmethod
     def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
@@ -150,6 +234,14 @@ class Task(Serving, ABC):
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         """1 for rows in which both models make the same prediction, else 0, (N,)."""
 
+    def class_indicators(self, logits_NC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Predicted and true classes of labelled rows, to detect another order of the classes.
+
+        Returns:
+            1 for each predicted and each true class, (N, C); (N, 1) numbers; None without either.
+        """
+        return None
+
     def divergence(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         """The task's default divergence at temperature 1, (N,)."""
         return getattr(losses, self.divergences[0])(student_NC, teacher_NC, 1.0)
@@ -162,28 +254,9 @@ class Task(Serving, ABC):
         ]
 
 
-def pad_column(examples: list[dict[str, Any]], column: str, value: int) -> Tensor:
-    """One column of token ids, padded with `value` on the right, (B, L)."""
-    longest = max(len(example[column]) for example in examples)
-    return torch.tensor(
-        [example[column] + [value] * (longest - len(example[column])) for example in examples],
-        dtype=torch.long,
-    )
-
-
-def model_inputs(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """Arguments of a model's forward, each (B, L): input_ids, attention_mask, token_type_ids.
-
-    Token types are returned for pairs only: those of single texts are 0, the default of all models.
-    """
-    inputs = {"input_ids": pad_column(examples, "input_ids", pad_id)}
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    inputs["attention_mask"] = (
-        torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
-    ).long()
-    if "token_type_ids" in examples[0]:
-        inputs["token_type_ids"] = pad_column(examples, "token_type_ids", 0)
-    return inputs
+def build_task(spec: dict[str, Any]) -> Task:
+    """The task of a recipe, from its key `task`; UserError if it is none."""
+    return targets.instantiate("task", spec, Task)  # type: ignore[type-abstract]
 
 
 def check_max_length(max_length: Any, least: int, reason: str) -> int:
@@ -194,6 +267,11 @@ def check_max_length(max_length: Any, least: int, reason: str) -> int:
             f"{reason}"
         )
     return max_length
+
+
+def join_columns(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate columns by name."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def sum_per_example(values_N: Tensor, batch: Batch) -> Tensor:

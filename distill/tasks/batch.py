@@ -35,3 +35,15 @@ class Batch(NamedTuple):
     teacher: Tensor | CachedHidden | SparseTargets | None = None
     rows: float = 1.0  # rows of the global batch: the normalizer of the loss
     tokens: float = 1.0  # tokens of the global batch: the normalizer of loss terms
+    padded: bool | None = None  # whether a row has padding; None: unknown
+    # The same examples as an online teacher with another tokenizer reads them.
+    teacher_batch: "Batch | None" = None
+
+    def for_teacher(self) -> "Batch":
+        """The batch that an online teacher reads."""
+        return self if self.teacher_batch is None else self.teacher_batch
+
+    def without_numbers(self) -> "Batch":
+        """The batch without what a compiled graph would take as constants."""
+        other = None if self.teacher_batch is None else self.teacher_batch.without_numbers()
+        return self._replace(rows=1.0, tokens=1.0, padded=None, teacher_batch=other)

@@ -10,18 +10,17 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torchmetrics.functional import classification as metrics
+from torch.nn.functional import one_hot
 
 from distill import losses
 from distill.errors import UserError
 from distill.recipe.config import Data
-from distill.tasks import labels
-from distill.tasks.base import Task, check_max_length, model_inputs
+from distill.tasks import class_metrics, labels
+from distill.tasks.base import Task, check_max_length
 from distill.tasks.batch import Batch
+from distill.tasks.collation import model_inputs
 from distill.tasks.labels import Labels
 from distill.tasks.text_classes import TextClassification
-
-ECE_BINS = 15  # bins of the expected calibration error
 
 
 class SingleLabelClassification(TextClassification, Task):
@@ -78,7 +77,7 @@ class SingleLabelClassification(TextClassification, Task):
             return_overflowing_tokens=not tokenizer.is_fast,
         )
         ids = tokens["input_ids"]
-        cells = examples[data.label] if data.label in examples else [None] * len(ids)
+        cells = examples.get(data.label_column or "", [None] * len(ids))
         columns = {"input_ids": ids, "labels": [self._target(cell) for cell in cells]}
         if pairs and "token_type_ids" in tokens:
             columns["token_type_ids"] = tokens["token_type_ids"]
@@ -111,6 +110,10 @@ class SingleLabelClassification(TextClassification, Task):
     def label_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
         return losses.cross_entropy(logits_NC, labels)
 
+    def class_indicators(self, logits_NC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        classes = logits_NC.shape[1]
+        return one_hot(logits_NC.argmax(-1), classes), one_hot(labels, classes)
+
     def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
         confidence, prediction = logits_NC.softmax(-1).max(-1)
         return {
@@ -121,25 +124,22 @@ class SingleLabelClassification(TextClassification, Task):
         }
 
     def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """Accuracy, F1, Matthews correlation, mean loss in nats, calibration error, F1 by class."""
+        """Accuracy, F1, Matthews correlation, mean loss in nats, calibration error, F1 by class.
+
+        Classes without examples have no F1.
+        """
         columns = keep_rows(columns, columns["label"] != losses.IGNORED)
         label, prediction = columns["label"], columns["prediction"]
         if len(label) == 0:
             return {self.primary_metric: math.nan}
-        correct, predictions = prediction == label, (prediction, label, len(self.names))
-        f1_C = metrics.multiclass_f1_score(*predictions, average="none", validate_args=False)
-        f1 = metrics.multiclass_f1_score(*predictions, average="macro", validate_args=False)
-        mcc = metrics.multiclass_matthews_corrcoef(*predictions, validate_args=False)
-        ece = metrics.binary_calibration_error(
-            columns["confidence"], correct.long(), ECE_BINS, validate_args=False
-        )
+        counts = class_metrics.count_one_of_c(prediction, label, len(self.names))
         return {
-            "accuracy": float(correct.float().mean()),
-            "macro_f1": float(f1),
-            "mcc": float(mcc),
+            "accuracy": float((prediction == label).float().mean()),
+            "macro_f1": counts.macro_f1(),
+            "mcc": class_metrics.matthews_correlation(counts, len(label)),
             "nll": float(columns["nll"].mean()),
-            "ece": float(ece),
-        } | {f"f1/{name}": float(value) for name, value in zip(self.names, f1_C, strict=True)}
+            "ece": class_metrics.calibration_error(columns["confidence"], prediction == label),
+        } | counts.f1_by_name(self.names)
 
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         return (student_NC.argmax(-1) == teacher_NC.argmax(-1)).float()

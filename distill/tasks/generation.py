@@ -4,21 +4,23 @@ Shapes: L = tokens of a text, N = predicted tokens, V = vocabulary, B = texts of
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from distill import losses
+from distill.losses.chunked import LogitRows, rows_in_chunks
 from distill.recipe.config import Data
-from distill.tasks.serving import (
+from distill.tasks.comparison import (
+    NEAR,
+    SPACING,
     Comparison,
     NotComparableError,
     RuntimeComparison,
-    Serving,
-    is_likeliest,
 )
+from distill.tasks.serving import Serving
 
 if TYPE_CHECKING:
     from distill.tasks.batch import Batch
@@ -41,6 +43,7 @@ class TextGeneration(Serving):
     program = "generate"
     answer = "next_token"
     generates = True
+    compares_positions = True
     example = EXAMPLE
 
     def request_columns(self, data: Data) -> list[str]:
@@ -74,19 +77,25 @@ class TextGeneration(Serving):
         self,
         answers: Sequence[dict[str, Any]],
         batches: Sequence["Batch"],
-        logits: Iterable[Tensor],
+        logits: Iterable[Any],
         model_config: Any,
     ) -> Comparison:
         """Compare, at every token, the next one, its logit, and the log-sum-exp of all logits."""
-        agreed, differences, scale = [], [], 0.0
-        for answer, batch, (logits_LV,) in zip(answers, batches, logits, strict=True):
+        agreed, gaps, differences, scale = [], [], [], 0.0
+        for answer, batch, rows in zip(answers, batches, logits, strict=True):
             _check_ids(answer["ids"], batch.inputs["input_ids"][0].tolist())
-            scale = max(scale, float(logits_LV.abs().max()))
-            agreed.append(is_likeliest(logits_LV, torch.tensor(answer["next"]), scale))
-            differences.append(_top_differences([answer], logits_LV))
-        agreed_N = torch.cat(agreed)
+            student = _TopLogits.of(rows, torch.tensor(answer["next"]))
+            scale = max(scale, student.scale)
+            gap_N = student.top_N - student.chosen_N
+            agreed.append((gap_N <= NEAR * scale).float())
+            gaps.append(gap_N / student.top_N.abs())
+            differences.append(student.differences([answer]))
+        agreed_N, gap_N = torch.cat(agreed), torch.cat(gaps)
+        ties = {
+            dtype: int(((gap_N <= eps) & (agreed_N == 0)).sum()) for dtype, eps in SPACING.items()
+        }
         difference = float(torch.cat(differences).max())
-        return Comparison(len(agreed_N), float(agreed_N.mean()), difference, scale)
+        return Comparison(len(agreed_N), float(agreed_N.mean()), difference, scale, ties)
 
     def runtime_tokenizer(self, tokenizer: Any) -> Tokenizer:
         """A tokenizer that also adds the start token, and truncates on the left."""
@@ -114,12 +123,11 @@ class TextGeneration(Serving):
         served: Sequence[Tensor],
     ) -> RuntimeComparison:
         """Compare the next token of each text, its logit, and the log-sum-exp of all logits."""
-        student_BV = torch.cat(list(served))
-        scale = float(student_BV.abs().max())
         next_B = torch.tensor([answer["next"] for answer in answers])
-        difference = float(_top_differences(answers, student_BV).max())
-        agreed_B = is_likeliest(student_BV, next_B, scale)
-        return RuntimeComparison(agreed_B, difference, scale, None, None)
+        student = _TopLogits.of(torch.cat(list(served)), next_B)
+        agreed_B = (student.top_N - student.chosen_N <= NEAR * student.scale).float()
+        difference = float(student.differences(answers).max())
+        return RuntimeComparison(agreed_B, difference, student.scale, None, None)
 
     def compare_answers(
         self, answers: Sequence[Any], reference: Sequence[Any], batches: Sequence["Batch"]
@@ -163,9 +171,30 @@ def _check_ids(ids: list[int], expected: list[int]) -> None:
         )
 
 
-def _top_differences(answers: Sequence[dict[str, Any]], logits_NV: Tensor) -> Tensor:
-    """Absolute differences of largest logits and log-sum-exps to those of the answers, (2 * N,)."""
-    top_N, total_N = (
-        torch.tensor([answer[key] for answer in answers]).flatten() for key in ("top", "logsumexp")
-    )
-    return torch.cat([logits_NV.amax(-1) - top_N, logits_NV.logsumexp(-1) - total_N]).abs()
+class _TopLogits(NamedTuple):
+    """What a comparison needs of rows of logits, on the CPU."""
+
+    top_N: Tensor
+    chosen_N: Tensor  # the logit of the token that the export predicts
+    logsumexp_N: Tensor
+    scale: float  # largest absolute logit
+
+    @classmethod
+    def of(cls, rows: LogitRows, next_N: Tensor) -> Self:
+        """Computed for some rows at a time."""
+        parts, scale = [], 0.0
+        for part, (logits_nV,) in rows_in_chunks(rows):
+            next_n1 = next_N[part, None].to(logits_nV.device)
+            chosen_n = logits_nV.gather(1, next_n1)[:, 0]
+            parts.append(torch.stack([logits_nV.amax(-1), chosen_n, logits_nV.logsumexp(-1)]))
+            scale = max(scale, float(logits_nV.abs().max()))
+        top_N, chosen_N, logsumexp_N = torch.cat(parts, 1).cpu()
+        return cls(top_N, chosen_N, logsumexp_N, scale)
+
+    def differences(self, answers: Sequence[dict[str, Any]]) -> Tensor:
+        """Absolute differences of largest logits and log-sum-exps to the answers', (2 * N,)."""
+        top_N, total_N = (
+            torch.tensor([answer[key] for answer in answers]).flatten()
+            for key in ("top", "logsumexp")
+        )
+        return torch.cat([self.top_N - top_N, self.logsumexp_N - total_N]).abs()

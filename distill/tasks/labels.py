@@ -4,7 +4,11 @@ The recipe lists the names, or the column's type declares them, or they are the 
 A label's id is its index among the names.
 """
 
+import ast
+import json
+import logging
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +17,8 @@ from datasets import ClassLabel, Dataset
 
 from distill.errors import UserError
 from distill.recipe.config import Data
+
+log = logging.getLogger(__name__)
 
 HIDDEN = -1  # id of labels that a test set hides, a convention of data sets on the Hub
 CHUNK = 1000  # rows that are read at a time
@@ -31,8 +37,10 @@ def read_names(train: Dataset, data: Data) -> tuple[str, ...]:
     """Label names: `data.labels`, or those that the column's type declares, or its sorted values.
 
     Raises:
-        UserError: There are no names, or a name occurs twice.
+        UserError: There are no names, or a name occurs twice, or two of the column differ in white
+            space or case only.
     """
+    check_one_column(data)
     column = str(data.label)
     if data.labels is not None:
         names = tuple(data.labels)
@@ -46,6 +54,7 @@ def read_names(train: Dataset, data: Data) -> tuple[str, ...]:
             cell for batch in train.select_columns([column]).iter(CHUNK) for cell in batch[column]
         )
         names = tuple(declared(train.features[column]) or _distinct(cells, column))
+        check_different(names, column)
     if len(set(names)) < len(names):
         raise UserError(
             f"data.labels is {shorten(names)}, but a name may occur only once: "
@@ -53,10 +62,41 @@ def read_names(train: Dataset, data: Data) -> tuple[str, ...]:
         )
     if not names:
         raise UserError(
-            f"column {column!r} of the training split holds no label, but names are needed: "
-            "list them in data.labels"
+            f"column {column!r} of the training split is empty and holds no label, but names are "
+            "needed: name another column in data.label, or list the names in data.labels"
         )
     return names
+
+
+def check_one_column(data: Data) -> None:
+    """UserError if the recipe names several label columns."""
+    if isinstance(data.label, list):
+        raise UserError(
+            f"data.label is {data.label}, but the task reads one column of labels: name one, "
+            "or use distill.tasks.MultiLabelClassification, which takes a column of 0 and 1 "
+            "for each label"
+        )
+
+
+def check_different(names: Iterable[str], column: str) -> None:
+    """UserError if two names of a column differ in white space or case only."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(_normalized(name), name)
+        if other != name:
+            raise UserError(
+                f"column {column!r} has the labels {other!r} and {name!r}, but labels that differ "
+                "in white space or case only are hardly two classes: correct the cells, or list "
+                "every label in data.labels to keep them apart"
+            )
+
+
+def _normalized(name: str) -> str:
+    """A name without what cannot be seen: white space at its ends, case, forms of a character."""
+    visible = "".join(
+        c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf"
+    )
+    return " ".join(visible.split()).casefold()
 
 
 def declared(feature: Any) -> list[str] | None:
@@ -82,6 +122,9 @@ def parse_label(cell: Any, names: Sequence[str], declared: Sequence[str] | None)
     if name not in names:
         # YAML reads yes and no as booleans.
         hint = ", 'yes' and 'no' in quotes" if {"True", "False"} & {*names} else ""
+        alike = [other for other in names if _normalized(other) == _normalized(name)]
+        if alike:
+            hint += f" (it differs from {alike[0]!r} in white space or case only)"
         raise ValueError(
             f"the labels are {shorten(names)}: correct it, or list every label in data.labels{hint}"
         )
@@ -119,7 +162,7 @@ def shorten(names: Iterable[Any]) -> str:
 
 
 def _distinct(cells: Iterable[Any], column: str) -> list[str]:
-    """The names in a column: sorted texts and booleans, or integers that count from 0."""
+    """The names in a column: sorted texts and booleans, or integers in their order."""
     values = {cell for cell in cells if not is_missing(cell)}
     if all(isinstance(value, str | bool) for value in values):
         return sorted(map(str, values))
@@ -129,14 +172,31 @@ def _distinct(cells: Iterable[Any], column: str) -> list[str]:
             f"column {column!r} holds {wrong!r}, but labels must be names or integers: "
             "choose another column as data.label"
         )
-    ids = sorted({int(value) for value in values} - {HIDDEN})
-    if ids != list(range(len(ids))):
-        raise UserError(
-            f"column {column!r} holds the numbers {shorten(ids)}, but numbers without names must "
-            "count 0, 1, 2, ...: list them as names in data.labels, such as "
-            f"{[str(value) for value in ids[:MAX_SHOWN]]}"
-        )
+    ids = sorted({int(value) for value in values})
+    shown = [number for number in ids if number != HIDDEN]
+    if shown == [*range(len(shown))]:
+        if shown != ids:
+            log.info("column %r holds %d in places: these examples have no label", column, HIDDEN)
+        return [str(value) for value in shown]
+    log.info(
+        "column %r holds the numbers %s, which are the names of its labels", column, shorten(ids)
+    )
     return [str(value) for value in ids]
+
+
+def parse_list(cell: Any) -> Any:
+    """The list that a string holds, as JSON or as Python prints it; other cells unchanged."""
+    if not isinstance(cell, str) or not (
+        cell.strip().startswith("[") and cell.strip().endswith("]")
+    ):
+        return cell
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parsed = parse(cell.strip())
+        except (ValueError, SyntaxError):
+            continue
+        return parsed if isinstance(parsed, list) else cell
+    return cell
 
 
 def _is_integer(name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import List, Value
 from torch import Tensor
@@ -17,8 +18,9 @@ from transformers import PreTrainedConfig
 from distill import losses
 from distill.errors import UserError
 from distill.recipe.config import Data
-from distill.tasks.base import Task, check_max_length, model_inputs, sum_per_example
+from distill.tasks.base import SHORTENED, SPLIT, Task, check_max_length
 from distill.tasks.batch import Batch
+from distill.tasks.collation import model_inputs, pad_column
 from distill.tasks.generation import TextGeneration, start_token
 from distill.tasks.special_tokens import LANGUAGE_TOKENS
 
@@ -32,8 +34,10 @@ class CausalLanguageModelling(TextGeneration, Task):
     tokenizer has neither.
 
     Texts longer than `max_length` are split into windows that overlap by one token, which is
-    context in the second. Each token is predicted exactly once: the number of predicted tokens does
-    not depend on `max_length`. Windows without predicted tokens are left out.
+    context in the second. A prompt that does not fit with its completion loses its beginning, down
+    to half a window; a completion that does not fit beside that half is split into windows, each
+    with the half before it as context. Each token is predicted exactly once: the number of
+    predicted tokens does not depend on `max_length`. Windows without predicted tokens are left out.
 
     Args:
         max_length: Tokens of a window.
@@ -44,6 +48,7 @@ class CausalLanguageModelling(TextGeneration, Task):
     maximize = False
     divergences = losses.ONE_OF_C
     selects_positions = True
+    predicts_tokens = True
     uses_labels = False
     label_feature = List(Value("int64"))
 
@@ -69,8 +74,9 @@ class CausalLanguageModelling(TextGeneration, Task):
         """Tokenize texts into windows.
 
         `labels` holds the token at each position, or -100 for context; `size` is the number of
-        UTF-8 bytes of the predicted tokens. `first_window` is 1 for the first window of a text,
-        `truncated` is 1 for the first of several windows.
+        UTF-8 bytes of the predicted tokens. `first_window` is 1 for the first window of a text;
+        `truncated` of the first is SPLIT if there are several, plus SHORTENED if the prompt lost
+        its beginning.
         """
         columns: dict[str, list[Any]] = {
             name: []
@@ -85,16 +91,29 @@ class CausalLanguageModelling(TextGeneration, Task):
             )
         }
         texts = zip(*(_tokenize(examples[column], tokenizer) for column in data.text), strict=True)
+        start = start_token(tokenizer)
         for parts in texts:
-            for window in _windows(_join(list(parts), tokenizer), self.max_length):
+            for window in self._windows(list(parts), start, tokenizer.eos_token_id):
                 for name, value in window.items():
                     columns[name].append(value)
         return columns
 
+    def _windows(
+        self, parts: list["_Tokens"], start: list[int], end: int | None
+    ) -> Iterator[dict[str, Any]]:
+        """The windows of a text, or of a prompt and its completion."""
+        if len(parts) == 1:
+            return _windows(_with_context(start, parts[0]), self.max_length)
+        prompt, (ids, _, sizes) = parts
+        if end is not None:
+            ids, sizes = [*ids, end], [*sizes, 0]
+        text = _with_context([*start, *prompt.ids], _Tokens(ids, ids, sizes))
+        return _completion_windows(text, start, self.max_length)
+
     def collate(self, examples: list[dict[str, Any]], pad_id: int) -> Batch:
         """Pad the windows; the logits at position i are compared with the label at i + 1."""
-        labels_BL = _shift([example["labels"] for example in examples])
-        positions = (labels_BL != losses.IGNORED).flatten().nonzero()[:, 0]
+        labels_BL = _shift(pad_column(examples, "labels", losses.IGNORED))
+        positions = torch.from_numpy(np.flatnonzero(labels_BL.numpy() != losses.IGNORED))
         return Batch(
             inputs=model_inputs(examples, pad_id),
             labels=labels_BL.flatten()[positions],
@@ -108,17 +127,16 @@ class CausalLanguageModelling(TextGeneration, Task):
     def select_rows(self, logits: Tensor, batch: Batch) -> Tensor:
         return logits.flatten(0, 1)[batch.positions]
 
-    def label_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
-        return losses.cross_entropy(logits_NC, labels)
+    # The function itself, by which `distill.losses.fused` recognizes it.
+    label_loss = staticmethod(losses.cross_entropy)  # type: ignore[assignment]
 
-    def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
-        correct_N = (logits_NC.argmax(-1) == batch.labels).float()
-        return {
-            "nll": sum_per_example(self.label_loss(logits_NC, batch.labels), batch),
-            "tokens": sum_per_example(torch.ones_like(correct_N), batch),
-            "correct": sum_per_example(correct_N, batch),
-            "bytes": batch.size,
-        }
+    def row_outcomes(self, logits_NC: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        correct_N = (logits_NC.argmax(-1) == labels).float()
+        nll_N = self.label_loss(logits_NC, labels)
+        return {"nll": nll_N, "tokens": torch.ones_like(correct_N), "correct": correct_N}
+
+    def sum_outcomes(self, columns_N: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        return super().sum_outcomes(columns_N, batch) | {"bytes": batch.size}
 
     def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
         """Perplexity, bits per UTF-8 byte, loss in nats per token, share of correct tokens."""
@@ -177,15 +195,12 @@ def _byte_sizes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     return [len(text[start:end].encode()) for start, end in pairwise(edges)][: len(offsets)]
 
 
-def _join(parts: list[_Tokens], tokenizer: Any) -> _Tokens:
-    """The tokens of a text, or of a prompt and its completion, with special tokens."""
-    prompt = parts[0].ids if len(parts) == 2 else []
-    ids, _, sizes = parts[-1]
-    if len(parts) == 2 and tokenizer.eos_token_id is not None:
-        ids, sizes = [*ids, tokenizer.eos_token_id], [*sizes, 0]
-    context = [*start_token(tokenizer), *prompt]
+def _with_context(context: list[int], text: _Tokens) -> _Tokens:
+    """The text after tokens that are not predicted."""
     return _Tokens(
-        [*context, *ids], [losses.IGNORED] * len(context) + ids, [0] * len(context) + sizes
+        [*context, *text.ids],
+        [losses.IGNORED] * len(context) + text.ids,
+        [0] * len(context) + text.sizes,
     )
 
 
@@ -194,26 +209,48 @@ def _windows(text: _Tokens, max_length: int) -> Iterator[dict[str, Any]]:
     first = True
     for start in range(0, len(text.ids) - 1, max_length - 1):
         end = start + max_length
-        predicted = slice(start + 1, end)
-        rows = sum(label != losses.IGNORED for label in text.labels[predicted])
-        if rows:
-            ids = text.ids[start:end]
-            yield {
-                "input_ids": ids,
-                "labels": [losses.IGNORED, *text.labels[predicted]],
-                "length": len(ids),
-                "rows": rows,
-                "size": sum(text.sizes[predicted]),
-                "truncated": int(first and len(text.ids) > max_length),
-                "first_window": int(first),
-            }
+        window = _window(text, text.ids[start : start + 1], slice(start + 1, end))
+        if window["rows"]:
+            truncated = SPLIT if first and len(text.ids) > max_length else 0
+            yield window | {"truncated": truncated, "first_window": int(first)}
             first = False
 
 
-def _shift(labels: list[list[int]]) -> Tensor:
+def _completion_windows(
+    text: _Tokens, start: list[int], max_length: int
+) -> Iterator[dict[str, Any]]:
+    """Encoded examples of a prompt and its completion; `start` precedes every context."""
+    size, half = len(text.ids), max(1, max_length // 2)
+    # Without any context, the first token is the context of the second.
+    prompt = max(1, sum(label == losses.IGNORED for label in text.labels))
+    position = prompt
+    while position < size:
+        room = min(position, max(max_length - (size - position), half))
+        context = text.ids[position - room : position]
+        if room < position and room > len(start):
+            context = [*start, *context[len(start) :]]
+        end = min(size, position + max_length - room)
+        first = position == prompt
+        truncated = (SPLIT if end < size else 0) + (SHORTENED if room < prompt else 0)
+        yield _window(text, context, slice(position, end)) | {
+            "truncated": truncated if first else 0,
+            "first_window": int(first),
+        }
+        position = end
+
+
+def _window(text: _Tokens, context: list[int], predicted: slice) -> dict[str, Any]:
+    """An encoded example: some tokens of a text after their context."""
+    ids, labels = [*context, *text.ids[predicted]], text.labels[predicted]
+    return {
+        "input_ids": ids,
+        "labels": [losses.IGNORED] * len(context) + labels,
+        "length": len(ids),
+        "rows": sum(label != losses.IGNORED for label in labels),
+        "size": sum(text.sizes[predicted]),
+    }
+
+
+def _shift(labels_BL: Tensor) -> Tensor:
     """The label for the logits at each position, (B, L), -100 if there is none."""
-    longest = max(map(len, labels))
-    return torch.tensor(
-        [[*row[1:], *[losses.IGNORED] * (longest - len(row) + 1)] for row in labels],
-        dtype=torch.long,
-    )
+    return torch.nn.functional.pad(labels_BL[:, 1:], (0, 1), value=losses.IGNORED)

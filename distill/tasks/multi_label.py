@@ -4,28 +4,29 @@ Shapes: N = examples, C = classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset, List, Value
 from torch import Tensor
-from torchmetrics.functional import classification as metrics
 
 from distill import losses
 from distill.errors import UserError
 from distill.recipe.config import Data
-from distill.tasks import labels
+from distill.tasks import class_metrics, class_weights, labels
 from distill.tasks.batch import Batch
-from distill.tasks.classification import ECE_BINS, SingleLabelClassification, keep_rows
+from distill.tasks.classification import SingleLabelClassification, keep_rows
 from distill.tasks.labels import Labels
 
-_LISTS = "JSON lines and Parquet can hold lists, CSV cannot"
+_LISTS = "JSON lines and Parquet can hold lists, a cell of CSV holds one in JSON"
+CHUNK = 1000  # rows that are read at a time
 
 
 class MultiLabelClassification(SingleLabelClassification):
     """Any number of classes per text.
 
-    A cell of the label column holds the names of its classes, or a 0 or 1 for each class.
+    A cell of the label column holds a list of the names of its classes, or of a 0 or 1 for each
+    class; or several columns hold 0 and 1, one for each class.
 
     Args:
         max_length: Tokens to which a text or pair is truncated, special tokens included.
@@ -44,6 +45,7 @@ class MultiLabelClassification(SingleLabelClassification):
 
         A list of numbers holds ids where the column declares names, else a 0 or 1 for each class.
         """
+        cell = labels.parse_list(cell)
         if labels.is_missing(cell):
             return None
         if not isinstance(cell, list):
@@ -76,6 +78,16 @@ class MultiLabelClassification(SingleLabelClassification):
     def label_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
         return losses.binary_cross_entropy(logits_NC, labels)
 
+    def class_indicators(self, logits_NC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        return logits_NC.sigmoid(), labels
+
+    def balanced_weights(self, cells: Iterable[Any]) -> list[float]:
+        return class_weights.balanced_any_of_c(cells, self.names)
+
+    def weighted_label_loss(self, logits_NC: Tensor, labels: Tensor, weights_C: Tensor) -> Tensor:
+        """The loss in which labels that are 1 count as often as the factor of their class, (N,)."""
+        return losses.binary_cross_entropy(logits_NC, labels, weights_C)
+
     def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {
             "label": batch.labels,
@@ -84,31 +96,24 @@ class MultiLabelClassification(SingleLabelClassification):
         }
 
     def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """F1, Matthews correlation, exact matches, loss in nats, calibration error, F1 by class."""
+        """F1, Matthews correlation, exact matches, loss in nats, calibration error, F1 by class.
+
+        Classes without examples have no F1.
+        """
         columns = keep_rows(columns, ~columns["label"].isnan().any(-1))
-        label, probability = columns["label"].long(), columns["probability"]
+        label, probability = columns["label"].bool(), columns["probability"]
         if len(label) == 0:
             return {self.primary_metric: math.nan}
-        predictions = probability, label, len(self.names)
-        f1_C, macro, micro = (
-            metrics.multilabel_f1_score(*predictions, average=average, validate_args=False)
-            for average in ("none", "macro", "micro")
-        )
-        mcc = metrics.multilabel_matthews_corrcoef(*predictions, validate_args=False)
-        ece = metrics.binary_calibration_error(
-            probability.flatten(), label.flatten(), ECE_BINS, validate_args=False
-        )
+        prediction = probability > 0.5
+        counts = class_metrics.count_any_of_c(prediction, label)
         return {
-            "macro_f1": float(macro),
-            "micro_f1": float(micro),
-            "mcc": float(mcc),
-            "exact_match": float(((probability > 0.5) == label).all(-1).float().mean()),
+            "macro_f1": counts.macro_f1(),
+            "micro_f1": counts.micro_f1(),
+            "mcc": class_metrics.pooled_matthews_correlation(counts, len(label)),
+            "exact_match": float((prediction == label).all(-1).float().mean()),
             "nll": float(columns["nll"].mean()),
-            "ece": float(ece),
-        } | {
-            f"f1/{name}": float(value)
-            for name, value in zip(self.names, f1_C.reshape(-1), strict=True)
-        }
+            "ece": class_metrics.calibration_error(probability.flatten(), label.flatten()),
+        } | counts.f1_by_name(self.names)
 
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         return ((student_NC > 0) == (teacher_NC > 0)).all(-1).float()
@@ -116,15 +121,30 @@ class MultiLabelClassification(SingleLabelClassification):
 
 def _read_names(train: Dataset, data: Data) -> tuple[str, ...]:
     """Label names; 0, 1, 2, ... for lists of 0 and 1 without names."""
+    if isinstance(data.label, list):
+        return _names_of_columns(data.label, data.labels)
     if data.labels is not None or data.label is None or labels.declared(train.features[data.label]):
         return labels.read_names(train, data)
-    cells = [cell for cell in train[data.label][:] if isinstance(cell, list)]
-    if any(isinstance(value, str) for cell in cells for value in cell):
-        return tuple(sorted({str(value) for cell in cells for value in cell}))
-    longest = max(map(len, cells), default=0)
+    names, longest = set[str](), 0
+    for batch in train.select_columns([data.label]).iter(CHUNK):
+        for cell in map(labels.parse_list, batch[data.label]):
+            if isinstance(cell, list):
+                names.update(value for value in cell if isinstance(value, str))
+                longest = max(longest, len(cell))
     if longest == 0:
         raise UserError(
             f"column {data.label!r} holds no list of labels, but a text may have several: "
-            f"give lists of names or of 0 and 1; {_LISTS}"
+            f"give lists of names or of 0 and 1 ({_LISTS}), or a column of 0 and 1 for each label"
         )
-    return tuple(map(str, range(longest)))
+    labels.check_different(sorted(names), data.label)
+    return tuple(sorted(names) if names else map(str, range(longest)))
+
+
+def _names_of_columns(columns: list[str], names: list[str] | None) -> tuple[str, ...]:
+    """The columns' own names, unless the recipe lists others in their order."""
+    if names is not None and len(names) != len(columns):
+        raise UserError(
+            f"data.labels is {labels.shorten(names)}, but data.label has {len(columns)} columns: "
+            "list a name for each in their order, or leave data.labels out"
+        )
+    return tuple(names or columns)

@@ -41,6 +41,7 @@ class Regression(SingleLabelClassification):
                 f"data.labels is {labels.shorten(data.labels)}, but a regression has no classes: "
                 "leave it out"
             )
+        labels.check_one_column(data)
         if data.label is None:
             return Labels()
         numbers = [
@@ -76,6 +77,9 @@ class Regression(SingleLabelClassification):
 
     def label_loss(self, logits_NC: Tensor, labels: Tensor) -> Tensor:
         return losses.squared_error(logits_NC, labels)
+
+    def class_indicators(self, logits_NC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        return logits_NC, labels
 
     def outcomes(self, logits_NC: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"label": batch.labels[:, 0], "prediction": logits_NC[:, 0]}

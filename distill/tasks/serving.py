@@ -8,7 +8,7 @@ N = rows of logits that count.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -17,38 +17,19 @@ from torch import Tensor
 
 from distill.recipe.config import Data
 from distill.tasks.batch import Batch
-
-# Predictions whose logits differ by less than this share of the largest logit are a tie.
-NEAR = 1e-4
+from distill.tasks.comparison import (
+    NEAR,
+    SPACING,
+    Comparison,
+    NotComparableError,
+    RuntimeComparison,
+    break_ties,
+)
 
 EXAMPLE = """from transformers import pipeline
 
 run = pipeline("{pipeline}", model="path/of/this/folder"{options})
 print(run({request}))"""
-
-
-class NotComparableError(Exception):
-    """The answers of an export cannot be compared with the student's; the message says why."""
-
-
-class Comparison(NamedTuple):
-    """How the answers of an export compare with the student's."""
-
-    rows: int  # compared rows: one per text, or one per token
-    agreement: float  # share of rows with the same prediction
-    difference: float  # largest absolute difference of a logit
-    scale: float  # largest absolute logit of the student
-
-
-class RuntimeComparison(NamedTuple):
-    """How the answers of a runtime's program compare with the student's."""
-
-    agreed_N: Tensor  # 1 where the prediction is the student's, else 0
-    difference: float  # largest absolute difference of a logit
-    scale: float  # largest absolute logit of the student
-    # Rows of logits of each batch, (N, C); None if the answers do not hold all logits.
-    export: list[Tensor] | None
-    student: list[Tensor] | None
 
 
 class Serving:
@@ -65,6 +46,8 @@ class Serving:
     answer: ClassVar[str] = "logits"
     # Whether keys and values of earlier tokens may be inputs and outputs of a runtime's graph.
     generates: ClassVar[bool] = False
+    # Whether :meth:`compare` takes the rows of all positions, possibly as factors.
+    compares_positions: ClassVar[bool] = False
 
     # Attributes and methods of Task that the defaults use.
     max_length: int
@@ -131,7 +114,7 @@ class Serving:
         self,
         answers: Sequence[dict[str, Any]],
         batches: Sequence[Batch],
-        logits: Iterable[Tensor],
+        logits: Iterable[Any],
         model_config: Any,
     ) -> Comparison:
         """Compare the answers of the proof script with the student's.
@@ -139,7 +122,8 @@ class Serving:
         Args:
             answers: one per element of :meth:`proof_requests`.
             batches: the encoded examples, one per batch.
-            logits: the student's logits of each batch, in float32 on the CPU.
+            logits: the student's logits of each batch, in float32 on the CPU; with
+                :attr:`compares_positions` the rows of all positions, on any device.
             model_config: the student's config.
 
         Raises:
@@ -159,11 +143,25 @@ class Serving:
         scale = float(student_NC.abs().max())
         agreed_N = self._agreed(export_NC, student_NC, scale)
         difference = float((export_NC - student_NC).abs().max())
-        return Comparison(len(agreed_N), float(agreed_N.mean()), difference, scale)
+        ties = {
+            dtype: int((self._agreed(export_NC, student_NC, 0, eps) > agreed_N).sum())
+            for dtype, eps in SPACING.items()
+        }
+        return Comparison(len(agreed_N), float(agreed_N.mean()), difference, scale, ties)
 
-    def _agreed(self, export_NC: Tensor, student_NC: Tensor, scale: float) -> Tensor:
-        tied_NC = break_ties(student_NC, export_NC, NEAR * scale / 2)
-        return self.agreement(export_NC, tied_NC)
+    def _agreed(
+        self, export_NC: Tensor, student_NC: Tensor, scale: float, spacing: float = 0.0
+    ) -> Tensor:
+        """1 for rows with the same prediction, but for ties.
+
+        Args:
+            export_NC: the export's logits.
+            student_NC: the student's.
+            scale: the student's largest absolute logit; a share NEAR of it is a tie.
+            spacing: share of a row's largest absolute logit that is a tie too.
+        """
+        near_N1 = (spacing * student_NC.abs().amax(-1, keepdim=True)).clamp(min=NEAR * scale)
+        return self.agreement(export_NC, break_ties(student_NC, export_NC, near_N1 / 2))
 
     def _rows(self, logits: Any, shape: Sequence[int], batch: Batch) -> Tensor:
         """The relevant rows of the logits of one batch, whose shape is checked."""
@@ -278,17 +276,3 @@ class Serving:
     def runtime_notes(self, cached: bool) -> list[str]:
         """Sentences for a runtime's model card; `cached`: keys and values are inputs."""
         return []
-
-
-def break_ties(student_NC: Tensor, export_NC: Tensor, near: float) -> Tensor:
-    """Move each logit of the student towards the export's by at most `near`.
-
-    A prediction that this changes was a tie.
-    """
-    return export_NC.clamp(student_NC - near, student_NC + near)
-
-
-def is_likeliest(student_NC: Tensor, chosen_N: Tensor, scale: float) -> Tensor:
-    """1 for tokens that are the student's most likely, or tied with it, else 0, (N,)."""
-    chosen_logit_N = student_NC.gather(1, chosen_N[:, None])[:, 0]
-    return (student_NC.amax(-1) - chosen_logit_N <= NEAR * scale).float()

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from distill.tasks.serving import Comparison, NotComparableError, Serving
+from distill.tasks.comparison import Comparison, NotComparableError
+from distill.tasks.serving import Serving
 
 if TYPE_CHECKING:
     from distill.tasks.batch import Batch
@@ -34,7 +34,7 @@ class TextClassification(Serving):
         self,
         answers: Sequence[dict[str, Any]],
         batches: Sequence["Batch"],
-        logits: Iterable[Tensor],
+        logits: Iterable[Any],
         model_config: Any,
     ) -> Comparison:
         """Compare logits by the name of their label, which also checks the order of the names."""

@@ -5,10 +5,12 @@ The file's bytes do not depend on the number of ranks. N = rows, W = stored numb
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ from datasets import Dataset
 from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from distill import data, models, store
 from distill.errors import UserError
@@ -109,22 +112,36 @@ def _write_share(
     missing = _missing_forwards(chunks, forward.batch_size) if forward.sharded else 0
     bar = Progress(console=Console(), transient=True, disable=not show_progress(forward.progress))
     with (
-        _on_device(outputs, forward),
+        on_device(outputs, forward),
         keep_freed_memory(),
         bar,
         pa.ipc.new_stream(str(file), schema) as stream,
+        ThreadPoolExecutor(1) as writer,
     ):
         bar_id = bar.add_task("teacher outputs", total=sum(map(len, chunks)))
+        written: Future[None] | None = None
         for chunk in chunks:
-            batching = data.Batching(forward.batch_size)
+            pinned = outputs.teacher.device.type == "cuda"
+            batching = data.Batching(forward.batch_size, pinned=pinned)
             loader = data.make_loader(examples.select(chunk), outputs.task, pad_id, batching)
-            columns = compute_columns(
-                outputs, loader, chunk, lambda count: bar.advance(bar_id, count)
-            )
-            stream.write_batch(pa.record_batch(columns, schema=schema))
+            rows = run_teacher(outputs, loader, chunk, lambda count: bar.advance(bar_id, count))
+            if written is not None:  # at most two chunks are in memory
+                written.result()
+            written = writer.submit(_write, stream, outputs, rows, schema)
+        if written is not None:
+            written.result()
         for _ in range(missing):
             loader = data.make_loader(examples.select([0]), outputs.task, pad_id, data.Batching(1))
-            compute_columns(outputs, loader, range(1), lambda _: None)
+            run_teacher(outputs, loader, range(1), lambda _: None)
+
+
+def _write(
+    stream: pa.ipc.RecordBatchStreamWriter,
+    outputs: TeacherOutputs,
+    rows: "ChunkRows",
+    schema: pa.Schema,
+) -> None:
+    stream.write_batch(pa.record_batch(to_columns(outputs, rows), schema=schema))
 
 
 def _missing_forwards(chunks: list[range], batch_size: int) -> int:
@@ -134,7 +151,7 @@ def _missing_forwards(chunks: list[range], batch_size: int) -> int:
 
 
 @contextmanager
-def _on_device(outputs: TeacherOutputs, forward: Forward) -> Iterator[None]:
+def on_device(outputs: TeacherOutputs, forward: Forward) -> Iterator[None]:
     """Move the teacher to the device, or shard it over all ranks, inside the context."""
     teacher = outputs.teacher
     if not forward.sharded:
@@ -164,26 +181,63 @@ def split_chunks(examples: Dataset, width: int) -> list[range]:
     ]
 
 
+class ChunkRows(NamedTuple):
+    """The rows of a chunk's examples, batch by batch."""
+
+    parts: list[np.ndarray]  # (N, W)
+    examples: list[np.ndarray]  # the example that each row belongs to, (N,)
+    number: int  # examples
+
+
 @torch.inference_mode()
-def compute_columns(
+def run_teacher(
     outputs: TeacherOutputs, loader: data.Loader, numbers: range, advance: Callable[[int], None]
-) -> dict[str, pa.Array]:
-    """Compute the stored columns of a loader's examples, in dataset order.
+) -> ChunkRows:
+    """Run the teacher on a loader's examples.
+
+    Batches are collated by a thread, and the copy of a batch's rows to the CPU is waited for once
+    the next batch has been given to the device.
 
     Args:
-        outputs: computes the columns.
+        outputs: computes the rows.
         loader: batches of the examples.
         numbers: indices of the examples in the split.
         advance: called with the number of examples after each batch.
     """
-    parts, places = [], []
+    device = outputs.teacher.device
+    copies: list[_CopyToCpu] = []
+    places: list[np.ndarray] = []
     for micro, batch in zip(loader.plan, loader, strict=True):
-        batch = move_data_to_device(batch, outputs.teacher.device)
+        moved = move_data_to_device(batch, device)._replace(example=batch.example)
         examples = np.asarray(micro.indices)
-        parts.append(outputs.rows(batch, numbers.start + examples).cpu().numpy())
-        places.append(examples[batch.example.cpu().numpy()])
+        rows_NW = outputs.rows(moved, numbers.start + examples)
+        copies.append(_CopyToCpu(rows_NW))
+        places.append(examples[batch.example.numpy()])
         advance(len(micro.indices))
-    example_N = np.concatenate(places)
-    values_NW = np.concatenate(parts)[np.argsort(example_N, kind="stable")]
-    ends = np.bincount(example_N, minlength=len(loader.plan.lengths)).cumsum()
-    return outputs.columns(values_NW, ends)
+    return ChunkRows([copy.result() for copy in copies], places, len(loader.plan.lengths))
+
+
+class _CopyToCpu:
+    """A copy to the CPU that a GPU makes while it computes further batches."""
+
+    def __init__(self, rows_NW: Tensor) -> None:
+        self.done = None
+        if rows_NW.is_cuda:
+            target = torch.empty(rows_NW.shape, dtype=rows_NW.dtype, pin_memory=True)
+            target.copy_(rows_NW, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+            rows_NW = target
+        self.rows_NW = rows_NW
+
+    def result(self) -> np.ndarray:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.rows_NW.numpy()
+
+
+def to_columns(outputs: TeacherOutputs, rows: ChunkRows) -> dict[str, pa.Array]:
+    """The stored columns of a chunk's examples, in dataset order."""
+    example_N = np.concatenate(rows.examples)
+    values_NW = np.concatenate(rows.parts)[np.argsort(example_N, kind="stable")]
+    return outputs.columns(values_NW, np.bincount(example_N, minlength=rows.number).cumsum())

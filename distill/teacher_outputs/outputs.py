@@ -95,14 +95,20 @@ class LogitOutputs(TeacherOutputs):
 
     def __init__(self, teacher: PreTrainedModel, task: Task) -> None:
         super().__init__(teacher, task)
-        self.factors = False
         self.width = models.num_logits(teacher)
         self.size = 4 * self.width
 
     def rows(self, batch: Batch, examples: np.ndarray) -> Tensor:
-        logits_NC = self._logit_rows(batch)
-        assert isinstance(logits_NC, Tensor)
-        return logits_NC.float()
+        """The rows, on the CPU where all together are more than a chunk."""
+        rows = models.evaluated_rows(
+            self.teacher,
+            batch.inputs,
+            lambda logits: self.task.select_rows(logits, batch),
+            self.factors,
+        )
+        if isinstance(rows, Tensor):
+            return rows.float()
+        return torch.cat([logits.float().cpu() for _, (logits,) in chunked.rows_in_chunks(rows)])
 
     def arrays(self, values_NW: np.ndarray) -> Arrays:
         return {teacher_columns.LOGITS: matrix(values_NW)}

@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 from distill import models
 from distill.data import teacher_columns
 from distill.errors import UserError
-from distill.losses import chunked, sparse
+from distill.losses import chunk_sizes, chunked, sparse
+from distill.losses.chunk_sizes import chunk_bytes
 from distill.tasks.base import Task
 from distill.tasks.batch import Batch
 from distill.teacher_outputs.outputs import Arrays, TeacherOutputs, matrix
+
+DOUBLES = 8  # float32 logits in the memory of what sampling computes from each in float64
 
 
 class _SparseOutputs(TeacherOutputs):
@@ -43,11 +46,15 @@ class _SparseOutputs(TeacherOutputs):
     def rows(self, batch: Batch, examples: np.ndarray) -> Tensor:
         """Process the rows in chunks, so that not all logits are in memory at once."""
         logits, offset_N = self._logit_rows(batch, self.classes), self.offsets(batch, examples)
-        parts = chunked.chunk_slices(
-            len(offset_N), chunked.rows_within(models.num_logits(self.teacher), chunked.CHUNK_BYTES)
-        )
+        device = self.teacher.device
+        size = chunk_bytes(device) // (1 if device.type == "cpu" else DOUBLES)
+        rows = chunk_sizes.rows_within(models.num_logits(self.teacher), size)
+        chunk = chunked.logit_chunks(logits)
         return torch.cat(
-            [self.select(chunked.teacher_chunk(logits, part), offset_N[part]) for part in parts]
+            [
+                self.select(chunk(part), offset_N[part])
+                for part in chunk_sizes.chunk_slices(len(offset_N), rows)
+            ]
         )
 
     def offsets(self, batch: Batch, examples: np.ndarray) -> Tensor:
@@ -97,7 +104,7 @@ class SampledOutputs(_SparseOutputs):
             np.random.default_rng([self.seed, example]).random(count)
             for example, count in zip(examples, counts, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(offsets)).to(batch.example.device)
+        return torch.from_numpy(np.concatenate(offsets)).to(self.teacher.device, non_blocking=True)
 
     def select(self, logits_NC: Tensor, offset_N: Tensor) -> Tensor:
         counts_NC, entropy_N = sparse.sample_counts(

@@ -6,16 +6,19 @@
 | `hardware.py` | resolves `auto` for this device |
 | `techniques.py` | the recipe's callbacks -> objects, checked against each other |
 | `validation_runs.py` | when validation runs take place, which step did best, when to stop early |
-| `checkpoints.py` | when the state is saved, how it is written, which file a run resumes from |
+| `checkpoints.py` | when the state is saved, and the seed of each batch |
+| `checkpoint_writer.py` | writes checkpoints in a thread, while training goes on |
+| `checkpoint_files.py` | files of checkpoints: which one a run resumes from, which are kept |
 | `loggers.py` | metrics.csv and Weights & Biases |
 | `progress.py` | progress bar and log lines of a training |
-| `performance.py` | compilation of the student; what an online teacher adds to a step |
+| `throughput.py` | tokens per second, model FLOPs utilization, peak memory |
+| `performance.py` | compilation of a step; what an online teacher adds to a step |
 """
 
 from distill.training.hardware import check_device, resolve_auto, resolve_precision
 from distill.training.loggers import Tracker
 from distill.training.loop import Training, count_steps, fit, make_loaders
-from distill.training.techniques import bind_callbacks, build_callbacks
+from distill.training.techniques import bind_callbacks, build_callbacks, check_optimizer
 
 __all__ = [
     "Tracker",
@@ -23,6 +26,7 @@ __all__ = [
     "bind_callbacks",
     "build_callbacks",
     "check_device",
+    "check_optimizer",
     "count_steps",
     "fit",
     "make_loaders",

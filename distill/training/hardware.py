@@ -1,5 +1,6 @@
 """Resolves a recipe's `auto` for this device."""
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from distill import models
 from distill.errors import UserError
 from distill.recipe import config
+
+log = logging.getLogger(__name__)
 
 
 def check_device(trainer: config.Trainer) -> None:
@@ -23,7 +26,12 @@ def check_device(trainer: config.Trainer) -> None:
 
 
 def resolve_precision(trainer: config.Trainer) -> str:
-    """The Trainer's precision; `auto` is bf16-mixed on devices that compute in bfloat16."""
+    """The Trainer's precision; `auto` is bf16-mixed on devices that compute in bfloat16.
+
+    Lightning has no gradient scaler on CPUs and trains in bfloat16 there in place of float16.
+    """
+    if trainer.precision == "16-mixed" and models.resolve_device(trainer) == "cpu":
+        return "bf16-mixed"
     if trainer.precision != "auto":
         return trainer.precision
     return "bf16-mixed" if models.supports_bf16(trainer) else "32-true"
@@ -34,5 +42,9 @@ def resolve_auto(run: config.Run) -> config.Run:
     teacher = run.teacher
     if teacher is not None:
         teacher = replace(teacher, dtype=models.resolve_teacher_dtype(teacher, run.trainer))
-    trainer = replace(run.trainer, precision=resolve_precision(run.trainer))
-    return replace(run, teacher=teacher, trainer=trainer)
+    precision, recipe = resolve_precision(run.trainer), run.trainer.precision
+    if recipe not in ("auto", precision):
+        log.warning("trainer.precision is %s, which CPUs lack: %s is used", recipe, precision)
+    trainer = replace(run.trainer, precision=precision)
+    export = models.resolve_export_dtype(run.export, run.teacher, run.student)
+    return replace(run, teacher=teacher, trainer=trainer, export=export)

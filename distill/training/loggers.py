@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import Logger
 from distill import store
 from distill.processes import ranks
 from distill.recipe import config
+from distill.recipe.references import hide_in_values
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Tracker:
         self.run = None
         if ranks.is_rank_zero():
             name = f"{run.name}/{folder.name}"
-            self.run = start_wandb(run.tracking, name, asdict(run), folder)
+            self.run = start_wandb(run.tracking, name, hide_in_values(asdict(run)), folder)
 
     def loggers(self, stage: str) -> list[Any]:
         """The loggers of a stage on rank zero, none on other ranks.

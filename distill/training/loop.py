@@ -5,7 +5,7 @@ Configures Lightning's Trainer, for teacher and student alike.
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from lightning.pytorch.callbacks import Callback
 from distill import data, internals, store
 from distill.data import Loader
 from distill.errors import RunFailed
+from distill.models import resolve_device
 from distill.module import Distillation
 from distill.processes import ranks, signals, strategy
 from distill.processes.memory import keep_freed_memory
 from distill.recipe import config
 from distill.stages import show_progress
 from distill.tasks.base import Task
-from distill.training import checkpoints, performance
-from distill.training.checkpoints import AtomicCheckpointIO, CheckpointSaver, PerBatchSeed
+from distill.training import checkpoint_files, performance
+from distill.training.checkpoint_writer import AtomicCheckpointIO
+from distill.training.checkpoints import CheckpointSaver, PerBatchSeed
 from distill.training.hardware import resolve_precision
 from distill.training.loggers import CsvLogger
 from distill.training.progress import (
@@ -33,6 +35,7 @@ from distill.training.progress import (
     reraise_interrupt,
     silence_lightning,
 )
+from distill.training.throughput import Throughput
 from distill.training.validation_runs import (
     BestCheckpoint,
     PatientEarlyStopping,
@@ -77,6 +80,7 @@ def fit(training: Training) -> dict[str, float]:
         RunFailed: if no validation run had finite weights.
     """
     module, settings = training.module, training.settings
+    module.rate_key = training.rate_key
     best = BestCheckpoint(f"val/{module.task.primary_metric}", module.task.maximize)
     start = _resume_point(training)
     with silence_lightning(), signals.defer_stop_signals() as requests:
@@ -88,7 +92,7 @@ def fit(training: Training) -> dict[str, float]:
                 saver,
                 *training.callbacks,  # before the observers of their effects
                 *_observers(training, best),
-                *([performance.CompileBlocks()] if settings.compile else []),
+                *([performance.CompileStep()] if settings.compile else []),
             ],
         )
         with reraise_interrupt(trainer), keep_freed_memory():
@@ -100,10 +104,10 @@ def fit(training: Training) -> dict[str, float]:
 
 def _resume_point(training: Training) -> Path | None:
     """The checkpoint to resume from, if any; rows that will be logged again are dropped."""
-    start = ranks.run_on_rank_zero(lambda: checkpoints.newest_intact(training.folder))
+    start = ranks.run_on_rank_zero(lambda: checkpoint_files.newest_intact(training.folder))
     if start is not None:
         log.info("resuming from %s", start)
-    step = checkpoints.step_of(start) if start is not None else 0
+    step = checkpoint_files.step_of(start) if start is not None else 0
     for logger in training.loggers:
         if isinstance(logger, CsvLogger):
             logger.drop_from_step(step)
@@ -113,9 +117,11 @@ def _resume_point(training: Training) -> Path | None:
 def _observers(training: Training, best: BestCheckpoint) -> list[Callback]:
     """The callbacks that run validation and act on its metrics."""
     settings, steps = training.settings, training.module.steps
+    throughput = Throughput()
     observers = [
         ValidationSchedule(steps, settings.validations),
-        ConsoleLogger(best.metric),
+        throughput,
+        ConsoleLogger(best.metric, throughput),
         best,
     ]
     if settings.patience is not None:
@@ -132,6 +138,10 @@ def _build_trainer(training: Training, callbacks: list[Callback]) -> L.Trainer:
     settings, steps = training.settings, training.module.steps
     # `deterministic` would first fill all new memory with NaN, which takes 4 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if not settings.deterministic:
+        log.info(
+            "a training that resumes may end with other weights: trainer.deterministic is false"
+        )
     trainer = L.Trainer(
         **strategy.lightning_strategy(settings),
         precision=resolve_precision(settings),  # type: ignore[arg-type]
@@ -143,12 +153,12 @@ def _build_trainer(training: Training, callbacks: list[Callback]) -> L.Trainer:
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        deterministic="warn",
+        deterministic="warn" if settings.deterministic else False,
         log_every_n_steps=max(1, min(10, steps // 20)),
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_checkpointing=False,
         enable_model_summary=False,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(settings.checkpoint.keep)],
         logger=training.loggers,
         callbacks=callbacks,
     )
@@ -159,6 +169,7 @@ def _build_trainer(training: Training, callbacks: list[Callback]) -> L.Trainer:
 def _load_best(training: Training, best: BestCheckpoint) -> int:
     """Load the weights with the best metric into the student, and return their step."""
     module, folder = training.module, training.folder
+    ranks.barrier()  # the first has written the last checkpoint
     state = _state_dict(folder, best.step)
     if (
         best.step is None
@@ -179,17 +190,18 @@ def _load_best(training: Training, best: BestCheckpoint) -> int:
     module.student.load_state_dict(weights)
     module.eval()
     if ranks.is_rank_zero():
-        store.link_file(checkpoints.checkpoint_path(folder, best.step), folder / "best.ckpt")
-        store.link_file(checkpoints.newest(folder), folder / "last.ckpt")
+        store.link_file(checkpoint_files.checkpoint_path(folder, best.step), folder / "best.ckpt")
+        store.link_file(checkpoint_files.newest(folder), folder / "last.ckpt")
     return best.step
 
 
 def _state_dict(folder: Path, step: int | None) -> dict[str, torch.Tensor]:
-    """The state dict of a step's checkpoint, empty without a step."""
+    """The state dict of a step's checkpoint, mapped into memory; empty without a step."""
     if step is None:
         return {}
-    file = checkpoints.checkpoint_path(folder, step)
-    return torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    file = checkpoint_files.checkpoint_path(folder, step)
+    # What is not used, the optimizer's state above all, is not read.
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
 
 
 def count_steps(trainer: config.Trainer, steps_per_epoch: int, epochs: float | None = None) -> int:
@@ -206,20 +218,33 @@ def count_steps(trainer: config.Trainer, steps_per_epoch: int, epochs: float | N
 
 
 def make_loaders(
-    run: config.Run, train: Dataset, validation: Dataset, task: Task, pad_id: int
+    run: config.Run,
+    train: Dataset,
+    validation: Dataset,
+    task: Task,
+    pad_id: int,
+    teacher_pad_id: int | None = None,
 ) -> tuple[Loader, Loader]:
     """Training batches, in an order drawn from seed and epoch, and validation batches."""
-    settings, rank, world = run.data, ranks.rank(), ranks.world_size()
-    training = data.Batching(
-        settings.batch_size,
-        run.trainer.accumulate,
-        run.seed,
-        settings.group_by_length,
-        rank,
-        world,
+    settings = run.data
+    multiple = settings.pad_to_multiple_of
+    if multiple is None and run.trainer.compile:  # each length may need a graph of its own
+        multiple = 8 * math.ceil(task.max_length / 64)
+    batching = data.Batching(
+        run.evaluate.batch_size,
+        rank=ranks.rank(),
+        world=ranks.world_size(),
+        pinned=resolve_device(run.trainer) == "cuda",
     )
-    validating = data.Batching(run.evaluate.batch_size, rank=rank, world=world)
+    training = replace(
+        batching,
+        batch_size=settings.batch_size,
+        accumulate=run.trainer.accumulate,
+        seed=run.seed,
+        group_by_length=settings.group_by_length,
+        multiple=multiple,
+    )
     return (
-        data.make_loader(train, task, pad_id, training, settings.workers),
-        data.make_loader(validation, task, pad_id, validating),
+        data.make_loader(train, task, pad_id, training, settings.workers, teacher_pad_id),
+        data.make_loader(validation, task, pad_id, batching),
     )

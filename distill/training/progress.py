@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
+from distill.training.throughput import Throughput
+
 log = logging.getLogger(__name__)
 
 # Lightning's warnings about settings that are deliberate here.
@@ -41,10 +43,11 @@ class ConsoleLogger(Callback):
 
     Args:
         metric: name of the validation metric to show beside the loss.
+        throughput: measures the speed to show.
     """
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    def __init__(self, metric: str, throughput: Throughput) -> None:
+        self.metric, self.throughput = metric, throughput
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         values = {
@@ -52,7 +55,8 @@ class ConsoleLogger(Callback):
             for name in ("train/loss", self.metric)
             if name in trainer.callback_metrics
         }
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = [f"{name} {value:.4f}" for name, value in values.items()]
+        metrics = ", ".join(filter(None, [*shown, self.throughput.describe()]))
         line = f"step {trainer.global_step} of {trainer.max_steps}: {metrics}"
         bar = trainer.progress_bar_callback
         if isinstance(bar, ProgressBar):

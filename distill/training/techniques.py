@@ -13,6 +13,7 @@ from distill.callbacks.compression import (
     prefix_with_key,
 )
 from distill.errors import UserError
+from distill.module.low_bit_optimizer import check_low_bits
 from distill.recipe import capabilities, config, targets
 
 
@@ -39,6 +40,11 @@ def build_callbacks(
     return callbacks
 
 
+def check_optimizer(optimizer: config.Optimizer, callbacks: list[Callback]) -> None:
+    """UserError if the optimizer's moments cannot be stored in 8 bits in this run."""
+    check_low_bits(optimizer.bits, [technique.name for technique in compressions(callbacks)])
+
+
 def bind_callbacks(
     callbacks: list[Callback], tokenizer: Any, split: Dataset, columns: list[str], steps: int
 ) -> list[Callback]:
@@ -62,18 +68,13 @@ def bind_callbacks(
 
 def _build_callback(name: str, spec: dict[str, Any]) -> Callback:
     with prefix_with_key(name):
-        built = targets.instantiate(spec)
+        built = targets.instantiate(f"callbacks.{name}", spec, Callback)
     if isinstance(built, Compression):
         built.name = name
     if isinstance(built, ModelCheckpoint):
         raise UserError(
             f"callbacks.{name} is a ModelCheckpoint, but a run saves checkpoints itself: set "
             "trainer.checkpoint instead"
-        )
-    if not isinstance(built, Callback):
-        raise UserError(
-            f"callbacks.{name} is {spec['_target_']}, but that creates a {type(built).__name__}, "
-            "which is no callback: name a subclass of lightning.pytorch.callbacks.Callback"
         )
     return built
 

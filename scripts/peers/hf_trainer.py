@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 TUNED = sys.argv[2] == "tuned"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALPHA, TEMPERATURE = JOB["alpha"], JOB["temperature"]
 
 
@@ -24,7 +25,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         labels = inputs.pop("labels")
         student = model(**inputs).logits.float()
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(DEVICE, enabled=False):
             teacher = self._teacher[0](**inputs).logits.float()
         student_NC, teacher_NC = (
             F.log_softmax(each / TEMPERATURE, -1) for each in (student, teacher)
@@ -40,10 +41,13 @@ class DistillationTrainer(Trainer):
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    attention: dict[str, Any] = {"attn_implementation": "eager"} if TUNED else {}
+    attention: dict[str, Any] = {}
+    if TUNED and DEVICE == "cpu":
+        attention = {"attn_implementation": "eager"}
     teacher = load_model(
         "teacher", **attention, dtype=torch.bfloat16 if TUNED else torch.float32
     ).eval()
+    teacher.to(DEVICE)
     student = load_model("start", **attention, dtype=torch.float32)
     tuned: dict[str, Any] = (
         {"bf16": True, "train_sampling_strategy": "group_by_length"} if TUNED else {}
@@ -57,7 +61,7 @@ def main() -> None:
             seed=JOB["seed"],
             remove_unused_columns=False,
             report_to="none",
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=DEVICE == "cpu",
             **tuned,
         )
         examples: Any = load_split("train")

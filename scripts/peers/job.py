@@ -53,7 +53,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def accuracy(student: Any, examples: list[dict[str, Any]]) -> float:
-    student = student.float().eval()
+    student = student.float().cpu().eval()
     batches = (collate(examples[start : start + 32]) for start in range(0, len(examples), 32))
     right = (
         student(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1) == batch["labels"]
@@ -66,6 +66,8 @@ def timed(train: Callable[[], Any]) -> tuple[float, float]:
     """Seconds of wall time and of CPU time."""
     clock, processor = time.perf_counter(), time.process_time()
     train()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - clock, time.process_time() - processor
 
 

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill import models
-from distill.compress import structure
+from distill.compress import structure, widths
 from distill.errors import RunFailed, UserError
 from distill.export import verify_program
 from distill.export.checks import Tolerance
 from distill.export.proof_record import Generated
 from distill.isolated.scripts.runtime_models import load_program
-from distill.models.architectures import blocks
+from distill.models import blocks
 from distill.packing import ExportSpec, kv_cache, runtime_folder
 from distill.packing.graph import GraphOptions
 from distill.recipe import config
@@ -77,8 +77,8 @@ def model(name):
             tensor.mul_(3)
     if name.startswith("pruned"):
         structure.remove_groups(structure.heads(made, blocks(made)[0]), torch.tensor([False, True]))
-        structure.update_config(made)
-        made.config.compression = {"shapes": structure.update_config(made)}
+        widths.update_config(made)
+        made.config.compression = {"shapes": widths.update_config(made)}
         from distill.remote_code.modeling import update_key_groups
 
         update_key_groups(made)

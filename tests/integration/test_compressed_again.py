@@ -95,7 +95,7 @@ def test_rounded_inputs_and_factors_follow_one_another(made, tmp_path):
 
 def compressed_teacher(made, kind):
     """A teacher that a config alone cannot describe."""
-    from distill.compress import structure
+    from distill.compress import structure, widths
 
     teacher_model = made.model()
     if kind == "heads":
@@ -103,7 +103,7 @@ def compressed_teacher(made, kind):
             structure.remove_groups(
                 structure.heads(teacher_model, block), torch.tensor([True, False, True, False])
             )
-        teacher_model.config.compression = {"shapes": structure.update_config(teacher_model)}
+        teacher_model.config.compression = {"shapes": widths.update_config(teacher_model)}
     else:
         teacher_model.config.compression = {
             "weights": {"bert.embeddings.word_embeddings.weight": {"method": "linear", "bits": 8}}

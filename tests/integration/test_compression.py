@@ -64,7 +64,7 @@ def prepared(made, row):
     run = described(made, row)
     torch.manual_seed(0)
     teacher_model = made.model()
-    built, classes = student.build_student(run.student, run.teacher, made, teacher_model)
+    built, classes = student.build_student(run.student, made, teacher_model)
     module = Distillation(made.task, built, teacher_model, run.loss, run.optimizer, STEPS)
     module.classes = classes
     return module, callbacks_of(run, made)

@@ -17,8 +17,9 @@ from distill.evaluate.runtimes import measure_runtimes
 from distill.export.command import prepared
 from distill.packing import ExportSpec
 from distill.recipe import config
-from distill.tasks import Batch, Task, sum_per_example
-from distill.tasks.base import check_max_length, model_inputs, pad_column
+from distill.tasks import Batch, Task, build_task, sum_per_example
+from distill.tasks.base import check_max_length
+from distill.tasks.collation import model_inputs, pad_column
 from distill.tasks.labels import Labels
 from distill.train import train
 from tests.unit.tiny_runs import run_here
@@ -191,7 +192,7 @@ FORMATS = [
 def test_every_export_is_proven(folder, settings):
     run = replace(tiny(**RECIPE), export=config.Export(**settings))
     made, earlier = (
-        prepared(run.task, run.data, run.seed, folder),
+        prepared(build_task(run.task), run.data, run.seed, folder),
         (folder / "export").stat().st_ino,
     )
     spec = ExportSpec(run.export, run.data, made.task, made.tokenizer, made.raw["train"])
@@ -207,7 +208,7 @@ def test_every_export_is_proven(folder, settings):
 @installed("onnxruntime")
 def test_runtimes_are_measured(folder):
     run = tiny(**RECIPE)
-    made = prepared(run.task, run.data, run.seed, folder)
+    made = prepared(build_task(run.task), run.data, run.seed, folder)
     paths = evaluate.find_models(folder, run.teacher)
     report = measure_runtimes(run, made, paths, "test", ["torch", "onnx"])
     for name in ("torch", "onnx"):

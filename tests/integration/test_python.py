@@ -5,7 +5,7 @@ import json
 import lightning as L
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedModel
 
@@ -95,6 +95,11 @@ def test_labels_that_differ_are_refused_as_those_of_named_models(in_memory, made
         distill_model({"layers": [0]}, teacher, tokenizer, dataset, tmp_path, task=TASK, **SHORT)
 
 
+WITHOUT_LABELS = DatasetDict(
+    {name: Dataset.from_dict({"words": ["a", "b"]}) for name in ("train", "validation", "test")}
+)
+
+
 @pytest.mark.parametrize(
     ("change", "key", "value"),
     [
@@ -105,7 +110,7 @@ def test_labels_that_differ_are_refused_as_those_of_named_models(in_memory, made
         ({"optimizer": {"lrr": 1}}, "optimizer.lrr", "lr"),
         ({"trainer": {"devices": 2}}, "trainer.devices", "2"),
         ({"task": {"_target_": "distill.tasks.Clasification"}}, "task", "Clasification"),
-        ({"dataset": Dataset.from_dict({"words": ["a", "b"]})}, "data.label", "words"),
+        ({"dataset": WITHOUT_LABELS}, "data.label", "words"),
     ],
     ids=["dataset", "teacher", "student", "tokenizer", "typo", "devices", "class", "column"],
 )

@@ -40,10 +40,54 @@ def test_a_wrong_recipe_is_answered_before_torch_is_loaded(arguments, words, tmp
     assert not list(tmp_path.glob("runs/tiny/*"))
 
 
-def test_what_only_data_and_models_can_tell_is_answered_as_shortly(tmp_path):
-    code, _, err = call("train", "recipe=tiny", "teacher.config.hiden_size=3", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("teacher.config.hiden_size=3", ["hiden_size", "hidden_size"]),
+        ("student.layers=[0,9]", ["student.layers", "9"]),
+    ],
+)
+def test_what_only_data_and_models_can_tell_is_answered_as_shortly(argument, words, tmp_path):
+    code, _, err = call("train", "recipe=tiny", argument, cwd=tmp_path)
     assert code == 2, err
-    assert_one_sentence(err, "hiden_size", "hidden_size")
+    assert_one_sentence(err, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+NOISY = """
+import logging
+import warnings
+
+from lightning.pytorch.callbacks import Callback
+from transformers import GenerationConfig
+
+from distill.errors import UserError
+
+
+class Noisy(Callback):
+    def on_fit_start(self, trainer, module):
+        GenerationConfig(temperature=0.5)  # transformers logs that it has no effect
+        warnings.warn("a warning")
+        logging.getLogger(__name__).warning("a line of the user's own code")
+        raise UserError("thing is 1, but it must be 2: set it")
+"""
+
+
+def test_lines_of_libraries_are_in_the_log_of_the_run_and_not_on_the_terminal(tmp_path):
+    (tmp_path / "noisy.py").write_text(NOISY)
+    code, out, err = call(
+        *("train", "recipe=tiny", "+callbacks.noisy._target_=noisy.Noisy", "hydra.run.dir=run"),
+        cwd=tmp_path,
+    )
+    assert code == 2, err
+    log = (tmp_path / "run" / "train.log").read_text()
+    for line in ("generation flags", "a warning"):
+        assert line in log
+        assert line not in out + err
+    assert "a line of the user's own code" in err
+    assert "Error" not in err and "Warning" not in err
+    lines = [line for line in err.splitlines() if "%|" in line or "it/s" in line]
+    assert lines == []
 
 
 def test_a_refusal_takes_nothing_away_from_a_folder_that_was_there(tmp_path):

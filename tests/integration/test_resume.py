@@ -16,7 +16,7 @@ from distill.errors import UserError
 from distill.recipe import compose, config
 from distill.stages import VERSION, Stages
 from distill.train import train
-from distill.training import checkpoints, loggers
+from distill.training import checkpoint_files, checkpoints, loggers
 from tests.integration.commands import assert_one_sentence, call, run_folders, start
 from tests.techniques import TECHNIQUES
 from tests.unit.tiny_runs import run_here
@@ -155,7 +155,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_end_is_the_same(
 ):
     train(small(), tmp_path / "whole")
     cut(monkeypatch, small(), tmp_path / "cut")
-    newest = checkpoints.newest_intact(tmp_path / "cut" / "checkpoints")
+    newest = checkpoint_files.newest_intact(tmp_path / "cut" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-100])
     train(small(), tmp_path / "cut")
     assert (
@@ -223,11 +223,15 @@ def test_training_does_not_go_on_from_checkpoints_of_older_code(tmp_path, monkey
     cut(monkeypatch, small(), folder)
     written_by_older_code(folder)
     before = everything(folder)
-    with pytest.raises(UserError, match=f"resume is {folder}, but .* version 1, .* version 2"):
+    with pytest.raises(
+        UserError, match=f"resume is {folder}, but .* version 1, .* version {VERSION}"
+    ):
         train(small(), folder)
     assert everything(folder) == before
     (folder / "progress.json").write_text("damaged")
-    with pytest.raises(UserError, match=f"resume is {folder}, but .* version 1, .* version 2"):
+    with pytest.raises(
+        UserError, match=f"resume is {folder}, but .* version 1, .* version {VERSION}"
+    ):
         train(small(), folder)
 
 
@@ -506,7 +510,9 @@ def test_a_signal_in_training_saves_says_how_to_go_on_and_a_scheduler_s_command_
     )
     assert status == code, err
     assert_one_sentence(err, word, "python -m distill.train resume=mine")
-    newest = checkpoints.step_of(checkpoints.newest_intact(tmp_path / "mine" / "checkpoints"))
+    newest = checkpoint_files.step_of(
+        checkpoint_files.newest_intact(tmp_path / "mine" / "checkpoints")
+    )
     assert newest >= 15
     code, _, err = call(
         "train",

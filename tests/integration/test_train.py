@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from distill import isolated, models
-from distill.errors import RunFailed, UserError
+from distill.errors import UserError
 from distill.recipe import compose, config
 from distill.train import train
 from tests.unit.tiny_runs import run_here
@@ -162,13 +162,14 @@ def test_the_saved_recipe_gives_the_same_weights_again(tmp_path, monkeypatch):
     assert first == again
 
 
-def test_a_student_that_is_not_smaller_is_trained_but_not_exported(tmp_path):
+def test_a_student_that_is_not_smaller_is_exported_only_if_that_is_allowed(tmp_path):
     run = tiny(student={"layers": [0, 1, 2]})
-    with pytest.raises(RunFailed, match="not smaller"):
-        train(run, tmp_path)
-    assert (tmp_path / "student" / "model.safetensors").is_file()
-    assert (tmp_path / "metrics.json").is_file()
-    assert not (tmp_path / "export").exists()
+    with pytest.raises(UserError, match=r"export\.smaller is true"):
+        train(run, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "teacher").exists()
+    run.export.smaller = False
+    train(run, tmp_path / "allowed")
+    assert (tmp_path / "allowed" / "export" / "model.safetensors").is_file()
 
 
 def test_the_learning_curve_is_logged_step_by_step(tmp_path):

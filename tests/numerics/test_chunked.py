@@ -135,15 +135,6 @@ def test_under_autocast_it_is_as_exact_as_full_logits(teacher_logits, dtype):
         assert (full_value - right).norm() < 0.05 * right.norm()
 
 
-def test_the_gradient_of_a_head_does_not_depend_on_blocks(monkeypatch):
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
-    _, parts = both(sums, factors(torch.float32), teacher(torch.float32), autocast=autocast)
-    monkeypatch.setattr(chunked, "BLOCK", 64)
-    monkeypatch.setattr(chunked, "CACHE_BYTES", 3 * 4 * V)
-    _, again = both(sums, factors(torch.float32), teacher(torch.float32), autocast=autocast)
-    torch.testing.assert_close(again, parts, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("rows", CHUNKS)
 def test_each_row_has_its_weight(rows):
     full, parts = both(sums, factors(), teacher(), (LABELS, WEIGHTS), rows)
@@ -220,6 +211,22 @@ def test_a_tied_head_has_the_gradients_of_both_uses():
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+def test_a_compiled_function_may_call_it():
+    student, teacher_logits = factors(torch.float32), teacher(torch.float32)
+
+    def loss(hidden, weight, bias):
+        given = FactoredLogits(hidden * 2, weight, bias)
+        return 3 * chunked.sum_in_chunks(sums, given, teacher_logits, (LABELS,), 5)[0]
+
+    ends = []
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        value = function(*student)
+        ends.append((value.detach(), *torch.autograd.grad(value, student)))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+
+
 def test_backward_passes_add_up():
     """Accumulated micro-batches, and a gradient scaler's factor."""
     student, teacher_logits = factors(), teacher()
@@ -260,3 +267,24 @@ def test_no_tensor_is_larger_than_a_chunk_or_the_head(dtype):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), Widest() as widest:
             chunked.sum_in_chunks(sums, student, teacher_logits, (labels,), rows)[0].backward()
         assert widest.seen <= largest < 500 * V
+
+
+class Asked(torch.utils._python_dispatch.TorchDispatchMode):
+    """Operators that ask a tensor for its value, for which a GPU would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero"):
+            self.names.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_nothing_asks_for_a_value(name):
+    student, function = factors(torch.float32), partial(sums, divergence=DIVERGENCES[name])
+    with Asked() as asked:
+        chunked.sum_in_chunks(function, student, teacher(torch.float32), (LABELS,), 5)[0].backward()
+    assert asked.names == []

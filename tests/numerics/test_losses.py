@@ -146,9 +146,7 @@ def test_every_divergence_has_a_row():
     assert {name for name in named if not name.startswith("_")} <= DIVERGENCES.keys()
 
 
-@pytest.mark.parametrize(
-    "name", sorted(DIVERGENCES.keys() - {"logit_mse"})
-)  # whose square may overflow
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_and_largest_logits_give_no_nan(name, dtype):
     largest = torch.finfo(dtype).max
@@ -162,6 +160,25 @@ def test_masked_and_largest_logits_give_no_nan(name, dtype):
     assert (
         not gradient(lambda at: function(at, teacher, 1.0), student).isnan().any()
     )  # in fp16 a true gradient may overflow
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", [-math.inf, math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("masked", ["student", "teacher"])
+def test_the_squared_error_of_the_other_logits_is_that_without_a_mask(masked, mask, dtype):
+    if dtype == torch.float16 and math.isfinite(mask):
+        mask = -math.inf  # beyond the range of float16
+    student, teacher = logits(1, dtype=dtype), logits(2, dtype=dtype)
+    both = {"student": student.clone(), "teacher": teacher.clone()}
+    both[masked][:, 1] = mask
+    others = [index for index in range(C) if index != 1]
+    value = losses.logit_mse(both["student"], both["teacher"], 2.0)
+    expected = losses.logit_mse(student[:, others], teacher[:, others], 2.0) * len(others) / C
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    grad = gradient(lambda x: losses.logit_mse(x, both["teacher"], 2.0), both["student"])
+    assert grad.isfinite().all()
+    assert grad[:, 1].eq(0).all()
+    assert grad[:, others].abs().min() > 0
 
 
 # ---- each divergence

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from distill.compress import importance, structure
+from distill.compress import importance, structure, widths
 from distill.compress.observe import Observer
 from distill.compress.restore import restore_structure
-from distill.errors import UserError
 from distill.models import blocks
-from distill.models.architectures import ffn_width, head_width
+from distill.models.families import stack_of
 
 BERT = {
     "hidden_size": 24,
@@ -50,8 +49,7 @@ SIZES = {
     },
     "qwen3": LLAMA | {"head_dim": 6, "attention_bias": True},
 }
-HEADS = [name for name in SIZES if name != "gpt2"]
-KINDS = [(name, "neurons") for name in SIZES] + [(name, "heads") for name in HEADS]
+KINDS = [(name, kind) for kind in ("neurons", "heads") for name in SIZES]
 IDS = torch.arange(3, 45).view(3, 14) % 37
 MASK = torch.ones_like(IDS)
 MASK[1, 9:] = 0
@@ -100,12 +98,15 @@ def some(found, unequal=True, seed=1):
 def cut(made, kind, kept, optimizer=None):
     for groups, mask in zip(groups_of(made, kind), kept, strict=True):
         structure.remove_groups(groups, mask, optimizer)
+    widths.head_attributes(made, {})
 
 
 def record(made):
     """The config's account, as the callbacks write it."""
-    shapes = structure.update_config(made)
-    made.config.compression = {"shapes": shapes} if shapes else None
+    shapes = widths.update_config(made)
+    attributes = widths.head_attributes(made, shapes)
+    described = {"shapes": shapes, "attributes": attributes}
+    made.config.compression = {key: value for key, value in described.items() if value} or None
     return made
 
 
@@ -134,7 +135,7 @@ def test_removing_nothing_changes_nothing(family, kind):
     cut(
         made, kind, [torch.ones(groups.count, dtype=torch.bool) for groups in groups_of(made, kind)]
     )
-    assert structure.update_config(made) == {}
+    assert widths.update_config(made) == {}
     assert all(one is other for one, other in zip(parameters, made.parameters(), strict=True))
     assert torch.equal(answers(made), before)
 
@@ -269,18 +270,18 @@ def test_masking_clears_moments_and_gradients_too():
 def test_equal_widths_load_plainly(family, kind, tmp_path):
     made = model(family)
     cut(made, kind, some(groups_of(made, kind), unequal=False))
-    assert structure.update_config(made) == {}
+    assert widths.update_config(made) == {}
     made.save_pretrained(tmp_path)
     loaded = type(made).from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(answers(loaded.eval()), answers(made))
-    assert ffn_width(loaded.config) == groups_of(made, "neurons")[0].count
+    assert groups_of(loaded, "neurons")[0].count == groups_of(made, "neurons")[0].count
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_unequal_widths_are_recorded(family, kind):
     made = model(family)
     cut(made, kind, some(groups_of(made, kind)))
-    shapes, skeleton = structure.update_config(made), type(made)(made.config)
+    shapes, skeleton = widths.update_config(made), type(made)(made.config)
     built = {
         name: layer.weight.shape
         for name, layer in skeleton.named_modules()
@@ -301,7 +302,7 @@ def test_unequal_widths_are_recorded(family, kind):
 def test_equal_heads_of_bert_are_recorded_since_its_config_cannot_say_them():
     made = model("bert")
     cut(made, "heads", some(groups_of(made, "heads"), unequal=False))
-    shapes = structure.update_config(made)
+    shapes = widths.update_config(made)
     assert len(shapes) == 3 * 4
     assert made.config.num_attention_heads == 3
 
@@ -313,7 +314,7 @@ def test_numbers_of_heads_that_a_family_s_config_refuses_are_recorded(tmp_path):
     ):  # 5 * 2 query heads do not divide 64 features
         made = model(family, hidden_size=64, num_attention_heads=16, num_key_value_heads=8)
         cut(made, "heads", [torch.arange(8) < 5] * 3)
-        assert bool(structure.update_config(made)) == recorded
+        assert bool(widths.update_config(made)) == recorded
         assert made.config.num_attention_heads == (16 if recorded else 10)
         made.save_pretrained(tmp_path / family)
 
@@ -321,9 +322,9 @@ def test_numbers_of_heads_that_a_family_s_config_refuses_are_recorded(tmp_path):
 def test_widths_that_become_equal_leave_the_record():
     made = model("distilbert")
     cut(made, "neurons", [torch.arange(20) < count for count in (10, 12, 14)])
-    assert len(structure.update_config(made)) == 6
+    assert len(widths.update_config(made)) == 6
     cut(made, "neurons", [torch.arange(count) < 10 for count in (10, 12, 14)])
-    assert structure.update_config(made) == {}
+    assert widths.update_config(made) == {}
     assert made.config.hidden_dim == 10
 
 
@@ -336,7 +337,7 @@ def test_blocks_that_stay_answer_in_their_order_and_load_plainly(family, tmp_pat
     kept = [blocks(made)[place] for place in (0, 2)]
     structure.keep_blocks(made, [0, 2])
     assert [*blocks(made)] == kept
-    assert structure.update_config(made) == {}
+    assert widths.update_config(made) == {}
     made.save_pretrained(tmp_path)
     loaded = type(made).from_pretrained(tmp_path, attn_implementation="eager")
     assert len(blocks(loaded)) == 2
@@ -349,8 +350,7 @@ def test_a_fresh_student_takes_the_described_form(family, kind):
     made = model(family)
     structure.keep_blocks(made, [1, 2])
     for one in ("neurons", "heads") if kind == "both" else (kind,):
-        if family != "gpt2" or one == "neurons":
-            cut(made, one, some(groups_of(made, one), unequal=False))
+        cut(made, one, some(groups_of(made, one), unequal=False))
     record(made)
     fresh = model(family, seed=5)
     restore_structure(fresh, made.config.to_dict())
@@ -500,16 +500,7 @@ def test_too_much_is_told():
     assert importance.explain_excess(0.9, [4, 4], False) == "7 of 8, and 6 leave one to each block"
 
 
-def test_fused_heads_are_refused():
-    made = model("gpt2")
-    with pytest.raises(
-        UserError,
-        match="the student is a gpt2, but heads can be removed only",
-    ):
-        structure.heads(made, blocks(made)[0])
-
-
 def test_head_width_is_the_config_s():
-    assert [
-        head_width(model(name).config) for name in ("bert", "distilbert", "llama", "qwen2", "qwen3")
-    ] == [8, 8, 4, 4, 6]
+    made = [model(name) for name in ("bert", "distilbert", "llama", "qwen2", "qwen3")]
+    attentions = [stack_of(each, blocks(each)[0]).attention for each in made]
+    assert [attention.head_width for attention in attentions] == [8, 8, 4, 4, 6]

@@ -1,6 +1,8 @@
 """Over any number of ranks an epoch has every example once, in one order, and can be resumed."""
 
 import math
+import threading
+import time
 from itertools import product
 
 import numpy as np
@@ -8,9 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from distill.data import Batching, BatchPlan, is_dummy_batch, make_loader
+from distill.data import Batching, BatchPlan, is_dummy_batch, make_loader, prefetch
 from distill.errors import UserError
-from distill.tasks import SingleLabelClassification
+from distill.tasks import CausalLanguageModelling, SingleLabelClassification
 
 # examples, batch size, micro-batches
 SIZES = [
@@ -222,3 +224,89 @@ def test_a_state_of_other_examples_or_batches_is_refused(other, named):
     size = {"count": 43, "batch": 16, "accumulate": 2}
     with pytest.raises(UserError, match=named):
         loader_of(**size | other).load_state_dict(loader_of(**size).state_dict())
+
+
+# ---- collation, ahead of the step
+
+
+def collated_with_lists(examples, pad_id, length):
+    """Input ids and mask, written token by token."""
+    ids = [row["input_ids"] + [pad_id] * (length - len(row["input_ids"])) for row in examples]
+    mask = [[int(place < len(row["input_ids"])) for place in range(length)] for row in examples]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("multiple", [None, 1, 8, 64])
+def test_collation_from_arrays_has_every_token_and_the_padding_that_is_asked_for(multiple):
+    task, split = SingleLabelClassification(40), split_of(30)
+    batching = Batching(8, seed=0, multiple=multiple)
+    loader = make_loader(split, task, 9, batching)
+    for micro, batch in zip(loader.plan, loader, strict=True):
+        examples = [split[index] for index in micro.indices]
+        longest = max(len(row["input_ids"]) for row in examples)
+        length = longest if multiple is None else min(-(-longest // multiple) * multiple, 40)
+        ids, mask = collated_with_lists(examples, 9, length)
+        for name, expected in (("input_ids", ids), ("attention_mask", mask)):
+            assert batch.inputs[name].dtype == torch.int64
+            assert torch.equal(batch.inputs[name], expected)
+        assert batch.padded == (not mask.all())
+
+
+def windows_of(count):
+    generator = np.random.default_rng(count)
+    lengths = generator.integers(2, 20, count).tolist()
+    ids = [generator.integers(1, 50, length).tolist() for length in lengths]
+    labels = [[-100, *(token if token % 3 else -100 for token in row[1:])] for row in ids]
+    rows = [sum(label != -100 for label in row) for row in labels]
+    columns = {"input_ids": ids, "labels": labels, "size": rows, "length": lengths, "rows": rows}
+    return Dataset.from_dict(columns)
+
+
+@pytest.mark.parametrize("multiple", [None, 7, 32])
+def test_each_row_of_a_language_model_is_the_position_before_its_label(multiple):
+    split = windows_of(30)
+    loader = make_loader(
+        split, CausalLanguageModelling(24), 0, Batching(8, seed=0, multiple=multiple)
+    )
+    for micro, batch in zip(loader.plan, loader, strict=True):
+        length = batch.inputs["input_ids"].shape[1]
+        expected = [
+            (row * length + place - 1, label, row)
+            for row, index in enumerate(micro.indices)
+            for place, label in enumerate(split[index]["labels"])
+            if label != -100
+        ]
+        columns = (batch.positions, batch.labels, batch.example)
+        assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
+
+
+def test_items_are_made_before_they_are_needed_and_only_a_few():
+    made, before = [], threading.active_count()
+
+    def items():
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    ahead = prefetch(items(), ahead=2)
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 3 <= len(made) <= 5
+    ahead.close()
+    ended = len(made)
+    time.sleep(0.05)
+    assert len(made) == ended
+    assert threading.active_count() == before
+
+
+def test_an_error_in_the_thread_is_raised_at_its_place():
+    def items():
+        yield 1
+        raise UserError("the second item is broken")
+
+    ahead = prefetch(items())
+    assert next(ahead) == 1
+    with pytest.raises(UserError, match="the second item is broken"):
+        next(ahead)

@@ -5,6 +5,10 @@ import logging
 import os
 import resource
 import signal
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -15,8 +19,9 @@ from distill import store
 from distill.errors import RunFailed
 from distill.processes import signals
 from distill.recipe import config
-from distill.training import checkpoints, loop
-from distill.training.checkpoints import AtomicCheckpointIO, checkpoint_path, newest_intact, prune
+from distill.training import checkpoint_files, checkpoint_writer, checkpoints, loop
+from distill.training.checkpoint_files import checkpoint_path, newest_intact, prune
+from distill.training.checkpoint_writer import AtomicCheckpointIO, snapshot
 from tests.unit.test_module import module_of
 from tests.worlds import world
 
@@ -24,11 +29,17 @@ from tests.worlds import world
 def saved(folder, *steps, best=None):
     folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        AtomicCheckpointIO().save_checkpoint(
-            {"weights": torch.arange(100.0) + step, checkpoints.BEST: best},
-            checkpoint_path(folder, step),
-        )
+        write({"weights": torch.arange(100.0) + step, checkpoint_files.BEST: best}, folder, step)
     return folder
+
+
+def write(state, folder, step, **options):
+    """Save a checkpoint and wait until it is written."""
+    writer = AtomicCheckpointIO(**options)
+    try:
+        writer.save_checkpoint(state, checkpoint_path(folder, step))
+    finally:
+        writer.teardown()
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -106,6 +117,136 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+# ---- in the background
+
+
+class Held:
+    """A lock in place of a slow disk: `atomic_file` waits until it is released."""
+
+    def __init__(self, monkeypatch):
+        self.released, self.begun, atomic_file = (
+            threading.Event(),
+            threading.Event(),
+            store.atomic_file,
+        )
+
+        @contextmanager
+        def waiting(file):
+            if file.suffix == ".ckpt":
+                self.begun.set()
+                assert self.released.wait(30)
+            with atomic_file(file) as stream:
+                yield stream
+
+        monkeypatch.setattr(store, "atomic_file", waiting)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    held = Held(monkeypatch)
+    yield held
+    held.released.set()
+
+
+def test_what_is_written_is_the_state_when_it_was_saved(tmp_path, disk):
+    weights, steps = torch.arange(100.0), {"exp_avg": torch.ones(3), "step": [1]}
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"weights": weights, "state": steps}, checkpoint_path(tmp_path, 1))
+    weights.add_(1)
+    steps["exp_avg"].zero_()
+    steps["step"].append(2)
+    assert not list(tmp_path.glob("*.ckpt"))
+    disk.released.set()
+    loaded = writer.load_checkpoint(checkpoint_path(tmp_path, 1))
+    assert torch.equal(loaded["weights"], torch.arange(100.0))
+    assert loaded["state"]["step"] == [1] and loaded["state"]["exp_avg"].tolist() == [1, 1, 1]
+    writer.teardown()
+
+
+def test_the_next_checkpoint_waits_for_the_one_before(tmp_path, disk):
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"weights": torch.zeros(3)}, checkpoint_path(tmp_path, 1))
+    threading.Timer(0.2, disk.released.set).start()
+    writer.save_checkpoint({"weights": torch.zeros(3)}, checkpoint_path(tmp_path, 2))
+    assert newest_intact(tmp_path) >= checkpoint_path(tmp_path, 1)
+    writer.teardown()
+    assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 2)
+
+
+def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Each process is killed at another write, and finds what the one before left."""
+    saved(tmp_path, 0)
+    atomic_file, step = store.atomic_file, 0
+
+    def killed_at(number):
+        writes = iter(range(1000))
+
+        @contextmanager
+        def killing(file):
+            with atomic_file(file) as stream:
+
+                class Stream:
+                    def write(self, content):
+                        if next(writes) == number:
+                            stream.flush()
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        return stream.write(content)
+
+                yield Stream()
+
+        monkeypatch.setattr(store, "atomic_file", killing)
+        saved(tmp_path, step + 1)
+
+    for number in (*range(3), 5, 10, 20, 1000):
+        process = os.fork()
+        if process == 0:
+            killed_at(number)
+            os._exit(0)
+        was_killed = os.waitpid(process, 0)[1] == signal.SIGKILL
+        assert was_killed == (number < 1000)
+        step += not was_killed
+        newest = newest_intact(tmp_path)
+        assert newest == checkpoint_path(tmp_path, step)
+        assert AtomicCheckpointIO().load_checkpoint(newest)["weights"][0] == step
+
+
+def test_older_ones_are_removed_only_once_the_new_one_is_complete(tmp_path, disk):
+    disk.released.set()
+    saved(tmp_path, 1, 2)
+    disk.released.clear()
+    disk.begun.clear()
+    writer = AtomicCheckpointIO(keep=1)
+    writer.save_checkpoint({"weights": torch.zeros(3)}, checkpoint_path(tmp_path, 3))
+    assert disk.begun.wait(30)
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+    disk.released.set()
+    writer.teardown()
+    assert [file.name for file in tmp_path.glob("*.ckpt")] == ["step-00000003.ckpt"]
+
+
+def test_tensors_that_are_one_stay_one_in_the_copy():
+    tied = torch.randn(4, 3)
+    rows = tied[1:]
+    copy = snapshot({"a": tied, "b": tied.detach(), "rows": rows, "rest": [tied.T, (tied, 1)]})
+    assert copy["a"].data_ptr() == copy["b"].data_ptr() == copy["rest"][1][0].data_ptr()
+    assert copy["a"].data_ptr() != tied.data_ptr() and copy["rest"][1][1] == 1
+    assert torch.equal(copy["rows"], rows) and torch.equal(copy["rest"][0], tied.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("room", [True, False])
+def test_a_copy_of_a_gpu_is_the_state_when_it_was_saved(tmp_path, room, monkeypatch):
+    monkeypatch.setattr(checkpoint_writer, "_has_room", lambda *_: room)
+    weights = torch.arange(1e6, device="cuda")
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"a": weights, "b": weights.detach()}, checkpoint_path(tmp_path, 1))
+    weights.zero_()
+    loaded = writer.load_checkpoint(checkpoint_path(tmp_path, 1))
+    assert torch.equal(loaded["a"], torch.arange(1e6)) and loaded["a"].device.type == "cpu"
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+    writer.teardown()
+
+
 # ---- a full disk
 
 
@@ -127,9 +268,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_older_ones(tmp_path, no_room)
         RunFailed,
         match=r"step-00000008\.ckpt cannot be written .*: make room .*00000004\.ckpt is intact",
     ):
-        AtomicCheckpointIO().save_checkpoint(
-            {"weights": torch.zeros(10_000)}, checkpoint_path(tmp_path, 8)
-        )
+        write({"weights": torch.zeros(10_000)}, tmp_path, 8)
     assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 4)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -242,6 +381,41 @@ def steps(monkeypatch):
     return steps
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(small, tmp_path, disk):
+    reached = []
+
+    def release():
+        reached.append(newest_intact(tmp_path))
+        disk.released.set()
+
+    fitted(small, tmp_path, Ticks(6, release))  # the first is taken after step 4
+    assert disk.begun.is_set() and reached[0] is None
+    assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 10)
+
+
+def test_a_request_to_end_waits_for_the_checkpoint(small, tmp_path, disk):
+    def stop():
+        threading.Timer(0.3, disk.released.set).start()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(signals.StopRequested):
+        fitted(small, tmp_path, Ticks(2, stop))
+    assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 2)
+
+
+def bytes_read():
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(lines[0].removeprefix("rchar: "))
+
+
+def test_picking_the_best_reads_no_optimizer_state(tmp_path):
+    state = {"state_dict": {"w": torch.ones(10)}, "optimizer_states": torch.zeros(10_000_000)}
+    write(state, tmp_path, 1)
+    before = bytes_read()
+    assert torch.equal(loop._state_dict(tmp_path, 1)["w"], torch.ones(10))
+    assert bytes_read() - before < 1_000_000  # of 40 MB
+
+
 def test_checkpoints_come_by_steps_and_after_each_look(small, tmp_path, steps):
     fitted(small, tmp_path, Ticks(), checkpoint=config.Checkpoint(steps=3, minutes=None))
     assert steps == [3, 4, 7, 8, 10]  # looks: 4, 8, 10
@@ -256,6 +430,8 @@ def test_checkpoints_come_by_time(small, tmp_path, steps, monkeypatch):
 
 def test_a_full_disk_in_training_is_one_sentence(small, tmp_path, monkeypatch):
     def fill():
+        while not list(tmp_path.glob("step-00000004.json")):  # written by a thread
+            time.sleep(0.01)
         monkeypatch.setattr(store, "write_file", full)
 
     with pytest.raises(

@@ -1,11 +1,13 @@
 """Sources of every kind give the same splits, defects are reported, texts are tokenized once."""
 
 import errno
+import json
 import logging
 import os
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.exceptions import DatasetGenerationError
@@ -15,6 +17,7 @@ from distill import data as pipeline
 from distill.data import encoding
 from distill.data.holdout import largest_remainder
 from distill.errors import UserError
+from distill.evaluate import evaluate_command
 from distill.models.tokenizers import train_tokenizer
 from distill.recipe.config import Data
 from distill.tasks import (
@@ -197,9 +200,9 @@ def test_a_function_by_its_dotted_path():
         ("nowhere/at/all", "nowhere/at/all, but there is no such file or folder"),
         ("missing.csv", r"missing\.csv, but there is no such file or folder"),
         ("./missing", r"\./missing, but there is no such file or folder"),
-        ("no_such_module.function", "no_such_module cannot be imported"),
-        (f"{HERE}.nothing", f"the module {HERE} has no nothing"),
-        (f"{HERE}.ROWS", "that is a dict of other things"),
+        ("no_such_module.function", "no_such_module"),
+        (f"{HERE}.nothing", f"{HERE}.nothing"),
+        (f"{HERE}.ROWS", f"{HERE}.ROWS, but it must be a function"),
         (
             f"{HERE}.wrong",
             "it returned an object of the type int: let it return a datasets.DatasetDict",
@@ -228,10 +231,8 @@ def test_unreadable_folders_are_refused(tmp_path):
         pipeline.open_source(str(tmp_path))
     for suffix in (".csv", ".jsonl"):
         write(Dataset.from_dict(ROWS), tmp_path / f"train{suffix}")
-    with pytest.raises(
-        UserError, match=r"holds train\.csv, train\.jsonl, but each split needs one file"
-    ):
-        pipeline.open_source(str(tmp_path))
+    with pytest.raises(UserError, match=r"holds train\.csv, train\.jsonl, but the split train"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["owner/news", "news"])
@@ -421,8 +422,71 @@ def test_labels_of_other_tasks(task, cells, tmp_path):
 @pytest.mark.parametrize("labels", [None, ["a", "b"]])
 def test_several_labels_in_a_string_are_refused(labels, tmp_path):
     write(Dataset.from_dict({"text": ROWS["text"], "label": ["a;b"] * 20}), tmp_path / "rows.csv")
-    with pytest.raises(UserError, match=r"JSON lines and Parquet can hold lists, CSV cannot"):
+    with pytest.raises(UserError, match=r"column .label. .*list"):
         load(tmp_path / "rows.csv", MultiLabelClassification(), labels=labels)
+
+
+MARKS = {"text": [f"text {row}" for row in range(40)], "a": [1, 0] * 20, "b": [0, 0, 1, 1] * 10}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("kind", [int, bool, float, str])
+def test_columns_of_0_and_1_are_several_labels(suffix, kind, tmp_path):
+    columns = MARKS | {name: [kind(cell) for cell in MARKS[name]] for name in "ab"}
+    write(Dataset.from_dict(columns), tmp_path / f"rows{suffix}")
+    splits, task = load_bound(
+        tmp_path / f"rows{suffix}", MultiLabelClassification(), label=["b", "a"]
+    )
+    assert task.names == ("b", "a")
+    assert {
+        text: label
+        for split in splits.values()
+        for text, label in zip(split["text"], split["b+a"], strict=True)
+    } == {
+        text: ["b"] * b + ["a"] * a
+        for text, a, b in zip(MARKS["text"], MARKS["a"], MARKS["b"], strict=True)
+    }
+
+
+def test_examples_of_columns_are_encoded_and_empty_cells_leave_them_unlabelled(tmp_path, tokenizer):
+    cells = [1, 0, None, -1] * 10
+    write(Dataset.from_dict(MARKS | {"a": cells}), tmp_path / "rows.jsonl")
+    data = Data(source=str(tmp_path / "rows.jsonl"), validation=None, test=None, label=["a", "b"])
+    raw, task = pipeline.load(data, MultiLabelClassification(), 0)
+    labels = pipeline.encode(raw, task, tokenizer, data)["train"].with_format("torch")["labels"][:]
+    assert labels.isnan().any(1).sum() == 20  # the others are held out
+    assert set(labels.nan_to_num().flatten().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("cell", "keys", "message"),
+    [
+        (2, {}, "column 'b' .* is 2 in row 3, but"),
+        ("x", {}, "column 'b' .* is 'x' in row 3, but"),
+        (0, {"label": ["a", "c"]}, "data.label is c, but .* text, a, b"),
+        (0, {"labels": ["one"]}, "data.labels is one, but data.label has 2 columns"),
+    ],
+)
+def test_columns_that_are_no_labels_are_refused(cell, keys, message, tmp_path):
+    column = [*MARKS["b"]] if cell != "x" else [str(each) for each in MARKS["b"]]
+    column[3] = cell
+    write(Dataset.from_dict(MARKS | {"b": column}), tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "rows.jsonl", MultiLabelClassification(), **({"label": ["a", "b"]} | keys))
+
+
+@pytest.mark.parametrize("column", ["b", "label"])
+def test_an_empty_column_is_called_empty(column, tmp_path):
+    rows = "".join(f"text {row},{f',{row % 2}' if column == 'b' else 'x,'}\n" for row in range(30))
+    (tmp_path / "rows.csv").write_text("text,b,label\n" + rows)
+    with pytest.raises(UserError, match=rf"column '{column}' of .* is empty"):
+        load(tmp_path / "rows.csv", text=["text", "b"])
+    if column == "b":
+        with pytest.raises(UserError, match="column 'b' of .* is empty"):
+            load(tmp_path / "rows.csv", CausalLanguageModelling(), text=["text", "b"])
+    else:
+        with pytest.raises(UserError, match="no training example of .* has a label"):
+            load(tmp_path / "rows.csv", labels=["p", "q"])
 
 
 def test_labels_that_yaml_reads_as_booleans_are_refused_with_a_hint():
@@ -503,11 +567,81 @@ def test_pairs_are_compared_as_pairs(tmp_path, caplog):
     }.items():
         write(Dataset.from_dict(rows | {"label": ["up", "down"]}), tmp_path / f"{name}.jsonl")
     write(
-        Dataset.from_dict({"a": ["v"], "b": ["w"], "label": ["up"]}), tmp_path / "validation.jsonl"
+        Dataset.from_dict({"a": ["v", "u"], "b": ["w", "w"], "label": ["up", "down"]}),
+        tmp_path / "validation.jsonl",
     )
     load(tmp_path, text=["a", "b"], validation="validation", test="test")
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warned == ["1 of 2 texts of the test split are texts of the training split too"]
+    assert warned == [
+        f"column 'b' of split test of {tmp_path} is empty in all 2 rows",
+        "1 of 2 texts of the test split are texts of the training split too",
+    ]
+
+
+@pytest.mark.parametrize("task", [SingleLabelClassification, MultiLabelClassification])
+def test_held_out_splits_hold_every_class_in_its_share(task, tmp_path):
+    names = ["common"] * 200 + ["rare"] * 20 + ["single"]
+    cells = names if task is SingleLabelClassification else [[name] for name in names]
+    rows = {"text": [f"text {row}" for row in range(221)], "label": cells}
+    write(Dataset.from_dict(rows), tmp_path / "rows.jsonl")
+    splits = load(tmp_path / "rows.jsonl", task())
+    counts = {
+        role: Counter(cell if isinstance(cell, str) else cell[0] for cell in split["label"])
+        for role, split in splits.items()
+    }
+    assert counts == {
+        "validation": {"common": 20, "rare": 2},
+        "test": {"common": 20, "rare": 2},
+        "train": {"common": 160, "rare": 16, "single": 1},
+    }
+
+
+def test_what_a_split_lacks_is_counted_after_the_draw(tmp_path, caplog):
+    rows = {"text": [f"text {row}" for row in range(42)], "label": [*"ab" * 20, "c", "d"]}
+    write(Dataset.from_dict(rows), tmp_path / "rows.jsonl")
+    load(tmp_path / "rows.jsonl", labels=[*"abcde"])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"no training example of {tmp_path}/rows.jsonl is labelled e: the model cannot learn it",
+        "no example of the validation split has 2 of 5 labels, c, d: it has no metrics of them",
+        "no example of the test split has 2 of 5 labels, c, d: it has no metrics of them",
+    ]
+
+
+def test_splits_without_classes_are_drawn_at_random_as_before(tmp_path):
+    rows = {"text": [f"text {row}" for row in range(30)], "label": [float(r) for r in range(30)]}
+    write(Dataset.from_dict(rows), tmp_path / "rows.jsonl")
+    order = np.random.default_rng(0).permutation(30)
+    for task in (Regression(), CausalLanguageModelling()):
+        splits = load(tmp_path / "rows.jsonl", task)
+        assert splits["validation"]["text"][:] == [f"text {row}" for row in sorted(order[:3])]
+        assert splits["test"]["text"][:] == [f"text {row}" for row in sorted(order[-3:])]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "keys", "warned"),
+    [
+        ({}, {}, True),
+        ({"holdout": pipeline.HOLDOUT_VERSION}, {}, False),
+        ({}, {"validation": "validation", "test": "test"}, False),
+        ({}, {"label": None}, False),
+    ],
+)
+def test_a_run_of_an_earlier_draw_is_measured_with_a_warning(
+    recorded, keys, warned, tmp_path, caplog
+):
+    (tmp_path / "progress.json").write_text(json.dumps({"found": recorded}))
+    data = Data(**({"source": "none", "validation": None} | keys))
+    task = SingleLabelClassification()
+    task.names = ("a", "b")
+    evaluate_command._warn_of_other_holdout(tmp_path, data, task)
+    assert ("held out other examples" in caplog.text) == warned
+
+
+def test_examples_of_classes_without_a_second_one_are_not_held_out(tmp_path):
+    rows = {"text": [f"text {row}" for row in range(30)], "label": [f"c{r}" for r in range(30)]}
+    write(Dataset.from_dict(rows), tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"data.validation is null, but 30 labelled"):
+        load(tmp_path / "rows.jsonl")
 
 
 def test_too_few_examples_to_hold_out_are_refused(tmp_path):

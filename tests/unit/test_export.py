@@ -19,7 +19,7 @@ from distill.export.card import card
 from distill.export.proof_record import Proof
 from distill.prepare import Prepared
 from distill.recipe import capabilities, compose, config
-from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression, serving
+from distill.tasks import CausalLanguageModelling, MultiLabelClassification, Regression, comparison
 from tests.unit import tiny_runs
 from tests.unit.tiny_runs import classifier, exported, made
 
@@ -183,7 +183,7 @@ def test_a_teacher_stored_without_safetensors_is_weighed_too(ready, in_process):
 )
 def test_predictions_of_near_ties_are_equal(task, student, exported_logits, agreed):
     student_1C, export_1C = torch.tensor([student]), torch.tensor([exported_logits])
-    tied = serving.break_ties(student_1C, export_1C, serving.NEAR * 9 / 2)
+    tied = comparison.break_ties(student_1C, export_1C, torch.tensor([[comparison.NEAR * 9 / 2]]))
     assert task.agreement(export_1C, student_1C).item() == 0
     assert task.agreement(export_1C, tied).item() == agreed
 

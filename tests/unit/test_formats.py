@@ -150,17 +150,6 @@ def test_a_format_named_by_the_command_begins_with_its_defaults(options, expecte
     assert chosen == config.Export(**expected, examples=7)
 
 
-def test_an_architecture_of_unknown_layers_is_not_quantized_after_training(tmp_path):
-    tokenizer = made(tmp_path, classifier("no", "yes"), "distilbert")[3]
-    other = transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, vocab_size=9
-        )
-    )
-    with pytest.raises(UserError, match="^export.quantize is weights, but .* opt.*: "):
-        packing.check_format(config.Export(format="onnx", quantize="weights"), other, tokenizer, {})
-
-
 @pytest.mark.parametrize("format", ["dense", "torchao", "packed"])
 def test_a_quantized_student_is_proven_in_each_format(ready, in_process, format):
     quantized(ready[4], ready[1], ready[3], DYNAMIC)

@@ -214,3 +214,13 @@ def test_replaced_parameters_are_in_ddp_s_buckets():
         trainer(2, Replaces(), strategy=strategy).fit(Linear())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_wrapper_consists_of_other_tensors():
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    wrapper = OptimState8bit.zeros((512,))
+    assert internals.is_wrapper(wrapper)
+    assert not internals.is_wrapper(torch.zeros(1))
+    names, _ = wrapper.__tensor_flatten__()
+    assert all(isinstance(getattr(wrapper, name), torch.Tensor) for name in names)

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from distill import isolated
-from distill.isolated.scripts import measurements, runtime_predictions, time_models
+from distill.isolated.scripts import (
+    measurements,
+    runtime_predictions,
+    time_models,
+    transformers_proof,
+)
 
 FOLDER = Path(isolated.__file__).parent
 
@@ -63,6 +69,29 @@ def test_scripts_import_neither_the_library_nor_what_they_do_not_need():
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
     )
     assert process.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_the_code_of_a_model_is_imported_before_its_memory_is_measured(tmp_path):
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8,
+        )
+    ).save_pretrained(tmp_path)  # fmt: skip
+    module = "transformers.models.bert.modeling_bert"
+    code = (
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import transformers; transformers.AutoModelForSequenceClassification\n"
+        "from scripts.model_memory import import_architecture\n"
+        f"before = {module!r} in sys.modules\n"
+        f"import_architecture({str(tmp_path)!r}, False)\n"
+        f"print(before, {module!r} in sys.modules)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout == "False True\n"
 
 
 def test_peak_memory_is_not_that_of_the_parent_process():
@@ -153,3 +182,36 @@ def test_runtime_predictions_are_in_the_order_of_the_texts(monkeypatch):
     assert logits == [[3.0, 1.0], [1.0, 1.0], [2.0, 1.0]]
     assert batches == [["abc", "a"], [("ab", "c")]]  # a pair is a tuple, a single text a string
     assert runtime_predictions.run(request | {"answer": "next_token"})["predictions"] == [0, 0, 0]
+
+
+def language_model(cap=None):
+    """A random language model; with `cap` its logits are bounded after the head."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    settings = Gemma2Config(vocab_size=64, final_logit_softcapping=cap, **sizes, **heads)
+    model = Gemma2ForCausalLM._from_config(settings, attn_implementation="eager")
+    for tensor in model.parameters():
+        tensor.data.mul_(20)
+    return model.eval()
+
+
+@pytest.mark.parametrize("cap", [None, 1.0])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_rows_of_a_proof_are_the_model_s_own_logits(monkeypatch, rows, cap):
+    model, ids = language_model(cap), torch.arange(8)[None]
+    monkeypatch.setattr(transformers_proof, "CHUNK_BYTES", 4 * 64 * rows)
+    with torch.inference_mode():
+        chunks = list(transformers_proof.logit_chunks(model, ids))
+        logits_LV = model(input_ids=ids).logits[0]
+    assert max(map(len, chunks)) <= rows
+    torch.testing.assert_close(torch.cat(chunks), logits_LV)
+    assert cap is None or logits_LV.abs().max() <= cap
+
+
+def test_a_dtype_that_is_slower_is_left_out():
+    seconds = {"stored": [1.0, 1.0, 9.0], "float16": [1.4, 1.4, 1.4], "bfloat16": [2.0, 2.0, 0.1]}
+    outputs = {name: [{"seconds": one} for one in each] for name, each in seconds.items()}
+    assert transformers_proof.without_slower(outputs).keys() == {"stored", "float16"}

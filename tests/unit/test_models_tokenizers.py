@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 from distill import models
 from distill.errors import UserError
-from distill.tasks import CLASSIFICATION_TOKENS, LANGUAGE_TOKENS
+from distill.tasks import CLASSIFICATION_TOKENS, LANGUAGE_TOKENS, CausalLanguageModelling
 from tests.unit.test_models_loading import TEXTS, assert_sentence, classification
 
 
@@ -103,8 +104,8 @@ class TestLoadTokenizer:
 
 
 class TestBuildTokenizer:
-    def build(self, vocab_size: int | None = None, **named: str) -> PreTrainedTokenizerBase:
-        return models.build_tokenizer(vocab_size, named, classification(), TEXTS)
+    def build(self, vocab_size: int | None = None, **named: str) -> models.Tokenizers:
+        return models.build_tokenizers(vocab_size, named, classification(), TEXTS)
 
     def saved(self, folder: Path, size: int) -> str:
         models.train_tokenizer(TEXTS, size).save_pretrained(folder)
@@ -119,18 +120,75 @@ class TestBuildTokenizer:
             {"student": name},
             {"teacher": name, "student": name},
         ):
-            tokenizer = self.build(**parts)
+            tokenizer, teacher = self.build(**parts)
+            assert teacher is None
             assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(name).get_vocab()
 
-    def test_a_model_that_reads_other_ids_is_refused(self, tmp_path: Path) -> None:
+    def test_a_classifier_reads_with_its_tokenizer_and_its_teacher_with_another(
+        self, tmp_path: Path
+    ) -> None:
         small, large = self.saved(tmp_path / "small", 290), self.saved(tmp_path / "large", 300)
-        for parts, what in (
-            ({"teacher": small, "student": large}, "student and tokenizer"),
-            ({"teacher": small, "vocab_size": 300}, "teacher and tokenizer"),
+        for parts in (
+            {"teacher": small, "student": large},
+            {"teacher": small, "tokenizer": large},
+            {"teacher": small, "vocab_size": 300},
+        ):
+            student, teacher = self.build(**parts)
+            assert teacher is not None
+            assert (len(student), len(teacher)) == (300, 290)
+
+    def test_models_with_shared_embeddings_must_read_the_same_ids(self, tmp_path: Path) -> None:
+        small, large = self.saved(tmp_path / "small", 290), self.saved(tmp_path / "large", 300)
+        for parts, what, options in (
+            ({"tokenizer": small, "student": large}, "student and tokenizer", {}),
+            ({"tokenizer": small, "teacher": large}, "teacher and tokenizer", {"shared": True}),
         ):
             with pytest.raises(UserError, match=f"vocabularies of {what} differ at 10 ids"):
-                self.build(**parts)
+                models.build_tokenizers(None, parts, classification(), TEXTS, **options)
 
     def test_none_at_all_is_refused(self) -> None:
         with pytest.raises(UserError, match="the recipe has no tokenizer"):
             self.build()
+
+
+class TestAddedTokens:
+    """Language models whose tokenizers differ by added tokens only."""
+
+    def tokenizers(self, *added: str, size: int = 300) -> models.Tokenizers:
+        plain = models.train_tokenizer(TEXTS, 300, LANGUAGE_TOKENS)
+        more = models.train_tokenizer(TEXTS, size, LANGUAGE_TOKENS)
+        more.add_tokens(list(added), special_tokens=True)
+        return models.Tokenizers(plain, more)
+
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_the_tokenizer_without_them_encodes_the_examples(self, swapped: bool) -> None:
+        plain, more = self.tokenizers("<think>", "</think>")
+        student, teacher = (more, plain) if swapped else (plain, more)
+        paired = models.pair_tokenizers(student, teacher, CausalLanguageModelling(), teacher)
+        assert paired == (plain, more)
+        models.check_unused(more, plain, TEXTS)
+
+    def test_a_text_that_holds_one_is_refused_by_its_name(self) -> None:
+        plain, more = self.tokenizers("<think>", "</think>")
+        with pytest.raises(UserError, match="a text holds </think>, but"):
+            models.check_unused(more, plain, [*TEXTS, "so</think>it is"])
+
+    def test_texts_that_are_split_differently_are_refused(self) -> None:
+        plain, more = self.tokenizers("<think>")
+        more.backend_tokenizer.normalizer = normalizers.Lowercase()
+        with pytest.raises(UserError, match="differ only in <think>, but they split"):
+            models.check_unused(more, plain, ["A Text"])
+
+    def test_other_tokens_or_another_end_of_text_are_refused(self) -> None:
+        other = self.tokenizers("<think>", size=310)
+        ending = self.tokenizers("<end>")
+        assert ending.teacher is not None
+        ending.teacher.eos_token = "<end>"
+        for plain, more in (other, ending):
+            with pytest.raises(UserError, match=r"student and teacher differ at \d+ ids"):
+                models.pair_tokenizers(plain, more, CausalLanguageModelling(), more)
+
+    def test_one_tokenizer_is_enough_where_both_encode_alike(self) -> None:
+        plain, more = self.tokenizers()
+        for task in (CausalLanguageModelling(), classification()):
+            assert models.pair_tokenizers(plain, more, task, more) == (more, None)

@@ -1,19 +1,21 @@
 import ctypes
 import logging
+import re
 import resource
 from dataclasses import replace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill import models
 from distill.errors import UserError
 from distill.models import blocks
 from distill.processes.memory import keep_freed_memory
-from distill.training import build_callbacks, loop, performance
+from distill.training import build_callbacks, loop, performance, throughput
 from tests.unit.test_student import distilled
-from tests.worlds import world
+from tests.worlds import LANGUAGE, LLAMA, world
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def test_the_cost_of_an_online_teacher_is_logged_with_its_bound(made, tmp_path, 
     assert len(records) == 1
     measured, bound = records[0].args
     assert float(measured) > 1
-    assert 1 < bound < 3
+    assert 1 < float(bound) < 3
 
 
 def test_the_bound_is_that_of_the_layers(made):
@@ -47,25 +49,103 @@ def test_the_bound_is_that_of_the_layers(made):
     assert performance.step_cost_bound(Module, made.model(), train) == pytest.approx(4 / 3)
 
 
-def test_a_compiled_student_has_the_names_and_nearly_the_weights_of_any_other(
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+def test_the_operations_of_attention_are_those_of_its_products(heads, groups):
+    """Under sdpa as many as where every product is an operator; keys may be grouped."""
+    changes = {"num_attention_heads": heads, "num_key_value_heads": groups}
+    made = world(**LLAMA)
+    batch = next(iter(made.loader()))
+    counts, model = {}, made.model(**changes)
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        counts[attention] = performance.forward_flops(model, batch)
+    assert counts["sdpa"] == counts["eager"] > 0
+
+
+def test_a_count_that_fails_is_unknown_and_the_run_ends_well(made, tmp_path, caplog, monkeypatch):
+    def fail(counter):
+        raise AssertionError("shapes are incompatible")
+
+    monkeypatch.setattr(FlopCounterMode, "get_total_flops", fail)
+    with caplog.at_level(logging.INFO, logger="distill"):
+        distilled(made, tmp_path)
+    assert "1 + F_T / (3 F_S) = unknown" in caplog.text
+
+
+def recorded_compilations(monkeypatch):
+    """What would be compiled, by name; nothing is."""
+    recorded = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: recorded.append(function.__name__) or function
+    )
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: recorded.append(type(self).__name__)
+    )
+    return recorded
+
+
+def test_a_step_is_compiled_as_one_graph_and_the_student_keeps_its_names_and_weights(
     made, tmp_path, monkeypatch, caplog
 ):
-    compiled_blocks = []
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **options: compiled_blocks.append(type(self).__name__),
-    )
+    recorded = recorded_compilations(monkeypatch)
     plain = distilled(made, tmp_path / "plain")
+    assert not recorded
+    run = replace(made.run, trainer=replace(made.run.trainer, compile=True))
     with caplog.at_level(logging.INFO, logger="distill"):
-        compiled = distilled(
-            made,
-            tmp_path / "compiled",
-            replace(made.run, trainer=replace(made.run.trainer, compile=True)),
+        compiled = distilled(made, tmp_path / "compiled", run)
+    assert recorded == ["_sums_and_peaks"]
+    assert models.fingerprint(compiled) == models.fingerprint(plain)
+    assert "compiling a step took" in caplog.text
+
+
+def test_the_blocks_of_student_and_teacher_are_compiled_where_logits_are_many(
+    tmp_path, monkeypatch
+):
+    recorded = recorded_compilations(monkeypatch)
+    language = world(**LANGUAGE, trainer={"max_steps": 2, "compile": True})
+    student = distilled(language, tmp_path)
+    both = [*blocks(student), *blocks(language.model())]
+    assert recorded == [type(block).__name__ for block in both]
+
+
+def test_lengths_are_few_where_a_step_is_compiled(made):
+    def lengths(trainer, data):
+        run = replace(
+            made.run,
+            trainer=replace(made.run.trainer, **trainer),
+            data=replace(made.run.data, **data),
         )
-    assert compiled_blocks == [type(block).__name__ for block in blocks(plain)]
-    assert compiled.state_dict().keys() == plain.state_dict().keys()
-    assert "compiling the student took" in caplog.text
+        splits = made.examples["train"], made.examples["validation"]
+        train, _ = loop.make_loaders(run, *splits, made.task, made.pad_id)
+        return {batch.inputs["input_ids"].shape[1] for batch in train}
+
+    assert lengths({"compile": True}, {}) <= {8, 16, 24}
+    assert lengths({"compile": True}, {"pad_to_multiple_of": 12}) <= {12, 24}
+    assert lengths({}, {"pad_to_multiple_of": 7}) <= {7, 14, 21, 24}
+
+
+def test_speed_leaves_out_validation_and_is_shown_with_it(made, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="distill"):
+        distilled(made, tmp_path)
+    assert re.search(r"step 30 of 30: loss .*accuracy .*, [\d,]+ tokens/s", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("X", None)]
+)
+def test_the_peak_of_a_card_is_that_of_its_data_sheet_or_unknown(card, peak):
+    assert throughput.peak_flops(card) == peak
+
+
+def test_a_token_costs_six_operations_for_a_weight_of_the_student_and_two_for_the_teacher_s(made):
+    teacher, student = made.model(), made.model("student", num_hidden_layers=1)
+    counts = [
+        sum(each.numel() for name, each in model.named_parameters() if "embeddings." not in name)
+        for model in (student, teacher)
+    ]
+    norms = 2 * 2 * made.model().config.hidden_size  # LayerNorm of the embeddings, in both models
+    expected = 6 * (counts[0] + norms // 2) + 2 * (counts[1] + norms // 2)
+    assert throughput.training_flops(student, teacher) == expected
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from distill.errors import RunFailed, UserError
 from distill.processes import environment, exits, group, ranks, strategy
-from distill.recipe import compose, config
+from distill.recipe import arguments, config
 from tests.processes import ROOT, on_ranks
 
 # ---- one process
@@ -68,6 +68,8 @@ def collectives(folder):
         ],
         "unchanged": bool((names["both"] == before).all()),
         "order": order(folder),
+        "alone": alone() if mine == 0 else None,
+        "gathered after it": ranks.all_gather(mine),
         "strategy": {
             name: value
             for name, value in strategy.lightning_strategy(
@@ -90,6 +92,15 @@ def order(folder):
     return exists
 
 
+def alone():
+    """What rank zero sees in code that no other rank runs."""
+    with ranks.single_process():
+        with ranks.rank_zero_first():
+            seen = ranks.world_size(), ranks.all_gather("a"), ranks.broadcast("b")
+        ranks.barrier()
+    return seen, ranks.world_size()
+
+
 def log_handlers(folder):
     log = logging.getLogger()
     log.setLevel(logging.INFO)
@@ -110,6 +121,11 @@ def test_values_are_gathered_in_the_order_of_the_ranks_and_broadcast_from_rank_z
         each["gathered"] == [{"rank": 0}, {"rank": 1}] and each["broadcast"] == "of 0"
         for each in both
     )
+
+
+def test_code_of_one_rank_takes_no_part_in_the_collectives_of_the_others(both):
+    assert both[0]["alone"] == ((1, ["a"], "b"), 2)
+    assert all(each["gathered after it"] == [0, 1] for each in both)
 
 
 def test_sums_are_over_all_ranks_and_a_rank_may_lack_a_name(both):
@@ -214,9 +230,7 @@ def test_the_name_of_a_folder_passes_the_command_line_of_hydra(path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     assert (
-        OverridesParser.create()
-        .parse_override(f"hydra.run.dir={compose.quote_override(path)}")
-        .value()
+        OverridesParser.create().parse_override(f"hydra.run.dir={arguments.quote(path)}").value()
         == path
     )
 

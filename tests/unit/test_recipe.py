@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.errors import UserError
-from distill.recipe import compose, config, help, hydra_config
+from distill.recipe import compose, config, explain, help, hydra_config
 from distill.recipe.config import Run
 
 TINY = yaml.safe_load((compose.SHIPPED / "tiny.yaml").read_text())
@@ -108,7 +108,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key):
     changes = OmegaConf.from_dotlist([f"{key}=1"])
     with pytest.raises(OmegaConfBaseException) as refused:
         OmegaConf.merge(OmegaConf.structured(Run), TINY, changes)
-    assert f"{key} is given, but there is no such key: did you mean" in compose.explain_error(
+    assert f"{key} is given, but there is no such key: did you mean" in explain.explain_error(
         refused.value
     )
 

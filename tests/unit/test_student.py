@@ -1,7 +1,10 @@
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from distill import corpora, models, student, teacher
 from distill.callbacks import Quantize
@@ -9,6 +12,7 @@ from distill.errors import RunFailed, UserError
 from distill.recipe import config
 from distill.training import build_callbacks
 from distill.training.loggers import Tracker
+from tests.grids import sampled
 from tests.worlds import LANGUAGE, callbacks_of, world
 
 
@@ -62,9 +66,7 @@ def test_without_the_teacher_s_weight_only_labelled_examples_are_trained_on(made
 
 def test_a_student_cut_from_all_layers_starts_as_its_teacher(made):
     model = made.model()
-    started, classes = student.build_student(
-        config.Student(layers=[0, 1, 2]), made.run.teacher, made, model
-    )
+    started, classes = student.build_student(config.Student(layers=[0, 1, 2]), made, model)
     batch = next(iter(made.loader()))
     assert classes is None
     assert torch.equal(
@@ -82,13 +84,52 @@ def test_a_student_needs_no_teacher(made, tmp_path):
     assert distilled(made, tmp_path, alone).config.num_hidden_layers == 3
 
 
-def test_wider_logits_of_one_model_are_sliced_to_the_shared_tokens():
+WIDTHS = [(307, 300), (300, 307), (320, 384), (384, 384), (300, 300)]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "widths"),
+    sampled([(each, widths) for widths in WIDTHS for each in config.OUTPUTS], rest="slow"),
+    ids=str,
+)
+def test_what_is_trained_is_what_ships_whatever_the_widths(outputs, widths, tmp_path):
+    """Plain transformers, which knows of no slice, has the perplexity of the validation run."""
+    sizes = LANGUAGE["teacher"]["config"] | {"initializer_range": 0.3}
+    own, theirs = ({"config": sizes | {"vocab_size": width}} for width in widths)
+    recipe = {**LANGUAGE, "teacher": LANGUAGE["teacher"] | theirs | {"outputs": outputs}}
+    made = world(**recipe, student=own | {"layers": None}, tokenizer={"vocab_size": 300})
+    for name, split in made.examples.items():
+        made.examples[name] = split.select(range(32))
+    run = made.run
+    model = teacher.obtain(run, made, tmp_path, Tracker(run, tmp_path))
+    ready = teacher.with_outputs(run, made.prepared, model)
+    results = student.train_student(run, ready, model, [], tmp_path, Tracker(run, tmp_path))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert plain.config.vocab_size == models.num_logits(plain) == 300
+    total = count = 0.0
+    for example in made.examples["validation"]:
+        ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits_LV = plain(ids).logits[0, :-1].double()
+        predicted = labels[0, 1:] != -100
+        total += cross_entropy(logits_LV[predicted], labels[0, 1:][predicted], reduction="sum")
+        count += int(predicted.sum())
+    assert results["best"]["val/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_rows_of_tokens_keep_their_bits_and_the_random_numbers_their_order():
     made = world(**LANGUAGE)
-    model = made.model(vocab_size=len(made.tokenizer) + 7)
-    _, classes = student.build_student(
-        config.Student(config=made.run.teacher.config), made.run.teacher, made, model
-    )
-    assert classes == len(made.tokenizer)
+    size = len(made.tokenizer)
+    wide = made.model("student", vocab_size=size + 84)
+    before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
+    state = torch.get_rng_state()
+    models.cut_to_vocabulary(wide, made.tokenizer)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, tensor in wide.state_dict().items():
+        cut = before[name][:size] if before[name].shape[0] == size + 84 else before[name]
+        assert torch.equal(tensor, cut)
+    models.cut_to_vocabulary(wide, made.tokenizer)  # a second time changes nothing
+    assert wide.config.vocab_size == models.num_logits(wide) == size
 
 
 def numbered():
@@ -144,6 +185,6 @@ def test_a_callback_that_lightning_cannot_call_is_refused(made, tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=r"callbacks\.mine is tests\.unit\.test_student\.just_a_function, .* a int",
+        match=r"callbacks\.mine is tests\.unit\.test_student\.just_a_function, .*Callback",
     ):
         distilled(made, tmp_path, run)

@@ -30,7 +30,7 @@ def test_what_only_running_can_tell_is_left_to_running():
 
 
 def test_build_calls_the_class_with_the_keys_beside_it():
-    assert targets.instantiate({"_target_": f"{HERE}.Fields", "size": 3}).size == 3
+    assert targets.instantiate("task", {"_target_": f"{HERE}.Fields", "size": 3}, object).size == 3
 
 
 @pytest.mark.parametrize("path", [f"{HERE}.Plian", "no.such.Module", "nodots"])
@@ -51,11 +51,25 @@ def test_a_missing_argument_is_named():
         targets.check_target("callbacks.plain", {"_target_": f"{HERE}.Plain", "second": 1})
 
 
-@pytest.mark.parametrize("error", [TypeError, ValueError])
-def test_arguments_that_a_class_refuses_are_one_sentence(error, monkeypatch):
-    def refuses(**_):
-        raise error("no such thing")
+@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError, ZeroDivisionError])
+def test_a_constructor_that_raises_is_one_sentence(error, monkeypatch):
+    class Refuses:
+        def __init__(self, **_):
+            raise error("no such thing")
 
-    monkeypatch.setattr(places, "Plain", refuses)
+    monkeypatch.setattr(places, "Plain", Refuses)
     with pytest.raises(UserError, match="no such thing"):
-        targets.instantiate({"_target_": f"{HERE}.Plain", "first": "x"})
+        targets.instantiate("task", {"_target_": f"{HERE}.Plain", "first": "x"}, Refuses)
+
+
+def test_only_subclasses_of_the_base_are_called():
+    with pytest.raises(UserError, match=r"task is .*Plain.*no subclass of"):
+        targets.instantiate("task", {"_target_": f"{HERE}.Plain", "first": 1}, dict)
+
+
+def test_a_function_must_accept_the_arguments():
+    assert targets.import_function("loss.divergence", f"{HERE}.function", "x", "y")
+    with pytest.raises(UserError, match=r"loss\.divergence is .*function"):
+        targets.import_function("loss.divergence", f"{HERE}.function", "x")
+    with pytest.raises(UserError, match=r"data\.source is .*Plain"):
+        targets.import_function("data.source", f"{HERE}.Plain", "x")

@@ -46,11 +46,39 @@ def test_declared_names_keep_their_order():
         (["b", "a", None, "b", ""], ("a", "b")),
         ([2, 0, 1, -1, None], ("0", "1", "2")),
         ([1.0, 0.0, None], ("0", "1")),  # whole numbers with an empty cell
+        ([5, 1, 3, 2, 4], ("1", "2", "3", "4", "5")),  # stars
+        ([10.0, 2.0, None], ("2", "10")),
+        ([-1, 1], ("-1", "1")),
+        ([0, 1, 3], ("0", "1", "3")),
         ([True, False], ("False", "True")),
     ],
 )
 def test_names_come_from_the_values(values, names):
     assert named(values).names == names
+
+
+def test_numbers_that_do_not_count_from_0_are_names():
+    task = named([5, 1, 3, 2, 4])
+    assert [task.parse_label(cell, None) for cell in (1, 5.0, "3")] == ["1", "5", "3"]
+    assert named([-1, 1]).parse_label(-1, None) == "-1"
+    assert named([-1, 0, 1]).parse_label(-1, None) is None  # hidden, as on the Hub
+    with pytest.raises(ValueError, match="the labels are 1, 2, 3, 4, 5"):
+        task.parse_label(0, None)
+
+
+def test_labels_that_differ_in_white_space_may_be_listed():
+    task = named(["food ", "food"], labels=["food", "food "])
+    assert [task.parse_label(cell, None) for cell in ("food ", "food")] == ["food ", "food"]
+
+
+def test_declared_labels_that_differ_in_case_are_refused():
+    with pytest.raises(UserError, match=r"'Sport' and 'sport'"):
+        named([0, 1], ClassLabel(names=["Sport", "sport"]))
+
+
+def test_a_cell_that_differs_from_a_label_in_case_is_refused_with_the_label():
+    with pytest.raises(ValueError, match=r"the labels are sport, tech.*differs from 'sport'"):
+        named(["sport", "tech"]).parse_label("Sport ", None)
 
 
 def test_given_names_win_over_declared_ones_and_keep_their_order():
@@ -62,11 +90,10 @@ def test_given_names_win_over_declared_ones_and_keep_their_order():
 @pytest.mark.parametrize(
     ("values", "labels", "message"),
     [
-        (
-            [1, 2, 3],
-            None,
-            r"column .label. holds the numbers 1, 2, 3, but .* data.labels",
-        ),
+        (["food ", "food"], None, r"'food ' and 'food'|'food' and 'food '"),
+        (["New York", "a", "new  york"], None, r"'New York' and 'new  york'"),
+        (["caf\u00e9", "cafe\u0301"], None, "differ in white space or case"),
+        (["x", "x\u200b"], None, "differ in white space or case"),
         ([0.5, 1.0], None, "column .label. holds 0.5"),
         (["a", "a"], None, "the labels are a only, but a classifier needs at least 2"),
         (["a", "b"], ["a", "b", "a"], "data.labels is a, b, a, but"),
@@ -129,6 +156,27 @@ def test_several_labels_come_as_names_ids_or_a_number_for_each_class():
     assert task.parse_label([], None) == []
     assert task.parse_label(None, None) is None
     assert task.parse_label([-1, -1, -1], None) is None
+
+
+def test_lists_may_be_written_in_a_cell():
+    task = named(['["b", "c"]', "['a']", "[]", ""], task=MultiLabelClassification)
+    assert task.names == ("a", "b", "c")
+    assert task.parse_label('["c", "a"]', None) == ["a", "c"]
+    assert task.parse_label("[0, 1, 1]", None) == ["b", "c"]
+    assert task.parse_label("[]", None) == []
+    assert task.parse_label("", None) is None
+    assert named(["[0, 1]", "[1, 0]"], task=MultiLabelClassification).names == ("0", "1")
+    with pytest.raises(UserError, match=r"'a' and 'a '"):
+        named([["a "], ["a"]], task=MultiLabelClassification)
+    for cell in ("[a, b]", '{"a": 1}', "a"):
+        with pytest.raises(ValueError, match="must hold a list"):
+            task.parse_label(cell, None)
+
+
+def test_one_label_is_not_read_from_several_columns():
+    for task in (SingleLabelClassification(), Regression()):
+        with pytest.raises(UserError, match=r"data.label is \['a', 'b'\]"):
+            task.read_labels(column([0]), Data(source="none", label=["a", "b"]))
 
 
 def test_names_of_several_labels_are_declared_or_counted():
@@ -280,7 +328,8 @@ def test_multi_label_metrics():
     assert quality["micro_f1"] == pytest.approx(0.8)
     assert quality["macro_f1"] == pytest.approx(0.5)
     assert quality["ece"] == pytest.approx(0.25, abs=1e-3)
-    assert (quality["f1/a"], quality["f1/b"]) == (1, 0)
+    assert quality["f1/a"] == 1
+    assert "f1/b" not in quality  # no example has it
     assert quality["mcc"] == pytest.approx(
         1 / math.sqrt(3)
     )  # of all four decisions: 2 true and 1 false positive, 1 true negative

@@ -1,11 +1,15 @@
 """Windows: every token after the first is predicted once, and its bytes are counted once."""
 
+import logging
 import math
+import random
 from itertools import pairwise
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
+from distill import data as pipeline
 from distill.errors import UserError
 from distill.models.tokenizers import train_tokenizer
 from distill.recipe.config import Data
@@ -89,6 +93,62 @@ def test_a_prompt_is_context_only_and_a_completion_ends(max_length, tokenizer):
     ]
     assert sum(window["size"] for window in windows) == len(" on the mat")
     assert all(window["rows"] > 0 for window in windows)
+
+
+WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "naïve", "foxes"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("max_length", [2, 3, 8, 17, 64])
+def test_a_completion_is_predicted_once_from_the_tokens_before_it(seed, max_length, tokenizer):
+    generator = random.Random(seed)
+    prompt, answer = (
+        " ".join(generator.choices(WORDS, k=generator.choice([0, 1, 5, 40]))) for _ in range(2)
+    )
+    windows = encode(prompt, tokenizer, max_length, answer=answer)
+    before, after = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, answer))
+    start, whole = [tokenizer.eos_token_id], [*before, *after, tokenizer.eos_token_id]
+    position = len(before)
+    for window in windows:
+        context = [label == -100 for label in window["labels"]].index(False)
+        ids = window["input_ids"]
+        assert window["length"] == len(ids) <= max_length
+        assert window["labels"][context:] == ids[context:]
+        assert ids[context:] == whole[position : position + len(ids) - context]
+        # The context is what precedes, after the start token where there is room for it.
+        complete = [*start, *whole[:position]]
+        assert ids[:context] in (
+            complete,
+            [*start, *complete[len(complete) - context + 1 :]],
+            complete[len(complete) - context :],
+        )
+        assert context >= min(len(complete), max(1, max_length // 2))
+        assert len(ids) == max_length or position + len(ids) - context == len(whole)
+        position += len(ids) - context
+    assert position == len(whole)
+    assert sum(window["size"] for window in windows) == len(answer.encode())
+    assert [window["first_window"] for window in windows] == [1] + [0] * (len(windows) - 1)
+
+
+@pytest.mark.parametrize("words", [1, 30, 300])
+def test_a_completion_that_fits_is_not_separated_from_its_prompt(words, tokenizer):
+    (window,) = encode(" the cat" * words, tokenizer, 16, answer=" sat on")
+    after = [*tokenizer(" sat on", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    before = tokenizer(" the cat" * words, add_special_tokens=False)["input_ids"]
+    room = 15 - len(after)
+    assert window["input_ids"] == [tokenizer.eos_token_id, *before[-room:], *after]
+    assert window["truncated"] == (2 if len(before) > room else 0)
+
+
+def test_what_was_shortened_is_counted_by_kind(tokenizer, caplog):
+    long, short = "the cat sat on " * 30, "the cat"
+    rows = {"text": [short, long, short, long], "answer": [short, short, long, long]}
+    data = Data(source="none", text=["text", "answer"], label=None)
+    raw = DatasetDict(train=Dataset.from_dict(rows))
+    with caplog.at_level(logging.INFO, logger="distill"):
+        pipeline.encode(raw, CausalLanguageModelling(16), tokenizer, data)
+    counted = [record.getMessage().split(" of the train split")[0] for record in caplog.records]
+    assert counted == ["2 of 4 texts", "2 of 4 prompts with their completions"]
 
 
 def test_a_text_without_tokens_gives_no_window(tokenizer):

@@ -254,7 +254,7 @@ def test_an_interrupted_cache_leaves_nothing(online, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(output_cache, "compute_columns", interrupted)
+    monkeypatch.setattr(output_cache, "run_teacher", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cached(online)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -305,9 +305,8 @@ def test_outputs_stay_in_numpy_s_buffers(online):
     split = online.examples["train"].select(range(20))
     kept = teacher_outputs.LogitOutputs(online.model(), online.task)
     loader = data.make_loader(split, online.task, online.pad_id, data.Batching(8))
-    outputs = output_cache.compute_columns(kept, loader, range(20), lambda count: None)[
-        "teacher_logits"
-    ]
+    rows = output_cache.run_teacher(kept, loader, range(20), lambda count: None)
+    outputs = output_cache.to_columns(kept, rows)["teacher_logits"]
     assert outputs.type == pa.list_(
         pa.list_(pa.float32(), len(online.task.names))
     )  # rows are counted in 32 bits, not their numbers
@@ -333,6 +332,20 @@ def test_the_teacher_comes_back_from_the_gpu_fit_for_training(online, tmp_path, 
     cached(online, model, trainer=replace(online.run.trainer, accelerator="gpu"))
     assert model.device.type == "cpu"
     assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+@pytest.mark.gpu
+def test_a_language_model_on_the_gpu_is_compared_with_its_texts(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    made = world(**LANGUAGE)
+    run = replace(
+        made.run,
+        teacher=replace(made.run.teacher, dtype="bfloat16"),
+        trainer=replace(made.run.trainer, accelerator="gpu"),
+    )
+    with caplog.at_level("INFO"):
+        teacher.with_outputs(run, made, made.model())
+    assert "perplexity" in caplog.text
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -10,6 +10,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from distill import losses
 from distill.errors import UserError
 from distill.tasks.batch import Batch
 from distill.terms import AttentionRelations, HiddenStates, Term
@@ -395,6 +396,23 @@ def test_layers_and_heads_that_do_not_exist_are_refused(term, message):
         term.attach(model(), model(seed=1))
 
 
-def test_relations_of_fused_projections_are_refused():
-    with pytest.raises(UserError, match="GPT2Block"):
-        AttentionRelations(1, 0, 0, heads=2).attach(model("gpt2"), model("gpt2"))
+def test_relations_of_fused_projections_are_those_of_separate_ones():
+    """The thirds of GPT-2's fused layer, computed here from its input."""
+    student, teacher, of = model("gpt2"), model("gpt2", seed=1), batch()
+    inputs = []
+    for each in (student, teacher):
+        each.transformer.h[1].attn.c_attn.register_forward_pre_hook(
+            lambda layer, arguments: inputs.append((layer, arguments[0]))
+        )
+    term = attached(AttentionRelations(1, 1, 1, heads=2), student, teacher)
+    actual = value(term, student, teacher, of)
+    states = [
+        (states @ layer.weight + layer.bias).split(16, -1) for layer, states in reversed(inputs)
+    ]
+    mask = of.inputs["attention_mask"]
+    each = [
+        losses.relation_kl(*(part.unflatten(-1, (2, 8)).transpose(1, 2) for part in pair), mask)
+        for pair in zip(*states, strict=True)
+    ]
+    expected = losses.mean_over(torch.stack(each).mean(0), of.tokens)
+    torch.testing.assert_close(actual, expected)

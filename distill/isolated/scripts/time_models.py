@@ -40,7 +40,7 @@ def load_model(request: dict[str, Any], name: str) -> Any:
 
     model = getattr(transformers, request["auto_class"]).from_pretrained(
         request["models"][name],
-        dtype=getattr(torch, request["dtype"]),
+        dtype=getattr(torch, request["dtypes"][name]),
         attn_implementation=request["attention"],
         trust_remote_code=name in request["trust_remote_code"],
     )

@@ -43,7 +43,7 @@ def generate(text, max_new_tokens=20):
     ids, past = tokenizer.encode(text).ids, None
     start = len(ids)
     end = min(start + max_new_tokens, config["positions"] or sys.maxsize)
-    while len(ids) < end and config["eos_token_id"] not in ids[start:]:
+    while len(ids) < end and not {*ids[start:]} & {*config["stop_token_ids"]}:
         logits, past = read(
             numpy.array([ids[-1:] if past else ids]), numpy.ones((1, len(ids)), int), past
         )

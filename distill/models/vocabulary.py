@@ -1,0 +1,131 @@
+"""Vocabularies of two tokenizers: equal ids, or equal but for tokens that were added to one."""
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from distill.errors import UserError
+
+log = logging.getLogger("distill")
+MAX_SHOWN = 3  # tokens in a message
+COMPARED_TEXTS = 200  # texts that two tokenizers must encode to the same ids
+# Texts in which tokenizers differ: case, accents, white space, scripts, numbers, contractions.
+PROBES = (
+    "Crème BRÛLÉE  for 42,50 €",
+    "naïve\tcafé 東京 😀\n",
+    " don't stop: e-mail a_b@c.org!?",
+    "",
+)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of ids that a model needs: the highest id of a token, plus 1."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    reference: PreTrainedTokenizerBase,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> None:
+    """Check that two vocabularies agree, for models that read the same encoded examples.
+
+    Args:
+        tokenizer: Compared with `reference`.
+        reference: The tokenizer that encodes the examples.
+        names: The owners of the two tokenizers, for the message.
+
+    Raises:
+        UserError: Ids have different tokens; the message has the first ones.
+    """
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    expected = {i: token for token, i in reference.get_vocab().items()}
+    differing = [
+        i for i in sorted(tokens.keys() | expected.keys()) if tokens.get(i) != expected.get(i)
+    ]
+    if differing:
+        shown = "; ".join(
+            f"{i} is {tokens.get(i, 'nothing')} and {expected.get(i, 'nothing')}"
+            for i in differing[:MAX_SHOWN]
+        )
+        raise UserError(
+            f"the vocabularies of {names[0]} and {names[1]} differ at {len(differing)} ids "
+            f"({shown}), but both must read the same ids: take two models with one tokenizer, "
+            "or build the student from the teacher's layers"
+        )
+
+
+def encode_alike(
+    tokenizer: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    texts: Sequence[str] = PROBES,
+) -> bool:
+    """Whether two tokenizers encode texts and pairs, and pad them, with the same ids."""
+    if tokenizer.get_vocab() != other.get_vocab() or tokenizer.pad_token_id != other.pad_token_id:
+        return False
+    return _same_ids(tokenizer, other, texts)
+
+
+def _same_ids(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> bool:
+    lists = [list(texts), list(reversed(texts))]
+    encoded = (
+        [each(*lists[:count], verbose=False)["input_ids"] for count in (1, 2)]
+        for each in (tokenizer, other)
+    )
+    return next(encoded) == next(encoded)
+
+
+def added_tokens(
+    larger: PreTrainedTokenizerBase, smaller: PreTrainedTokenizerBase
+) -> list[str] | None:
+    """The tokens that were added to `larger` alone.
+
+    Returns:
+        Tokens in the order of their ids; None if the tokenizers differ in another way.
+    """
+    tokens, shared = larger.get_vocab(), smaller.get_vocab()
+    surplus = tokens.keys() - shared.keys()
+    roles = {*larger.special_tokens_map.values()}  # of the end of a text, of padding, ...
+    if surplus - larger.get_added_vocab().keys() or surplus & roles:
+        return None
+    if any(tokens.get(token) != i for token, i in shared.items()):
+        return None
+    return sorted(surplus, key=tokens.__getitem__)
+
+
+def check_unused(
+    larger: PreTrainedTokenizerBase, smaller: PreTrainedTokenizerBase, texts: Iterable[str]
+) -> None:
+    """Check that texts have the same ids for two tokenizers, of which one has added tokens.
+
+    Raises:
+        UserError: A text holds an added token, or is split differently.
+    """
+    surplus = added_tokens(larger, smaller) or []
+    names = ", ".join(surplus[:MAX_SHOWN]) + (", ..." if len(surplus) > MAX_SHOWN else "")
+    pattern = re.compile("|".join(map(re.escape, surplus)))
+    compared: list[str] = []
+    for text in texts:
+        match = pattern.search(text)
+        if match:
+            raise UserError(
+                f"a text holds {match[0]}, but only one of teacher and student has this token, and "
+                "both must read the same ids: remove it from the texts, or take two models with "
+                "one tokenizer"
+            )
+        if len(compared) < COMPARED_TEXTS:
+            compared.append(text)
+    if not _same_ids(larger, smaller, [*PROBES, *compared]):
+        raise UserError(
+            f"the tokenizers of teacher and student differ only in {names}, but they split the "
+            "texts differently, and both must read the same ids: take two models with one tokenizer"
+        )
+    log.info(
+        "only one of teacher and student has the tokens %s, which no text holds: "
+        "the student ships without them",
+        names,
+    )
