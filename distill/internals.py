@@ -93,7 +93,8 @@ def disable_signal_handlers(trainer: L.Trainer) -> None:
     Nor need its ranks compare signals in each step, which is a collective and a CPU-GPU sync point.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None
 
 
 def limit_steps(trainer: L.Trainer, steps: int) -> None:

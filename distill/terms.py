@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from distill import losses
 from distill.errors import UserError
+from distill.losses.products import at_least_float32
 from distill.models.attention_parts import AttentionPart, attention_parts
 from distill.models.block_probe import block_input
 from distill.models.families import blocks, family_of
@@ -196,9 +197,7 @@ class HiddenStates(Term):
         self, pair: str, student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor
     ) -> Tensor:
         if pair in self.projections:
-            student_BLD = self.projections[pair](
-                student_BLD.to(torch.promote_types(student_BLD.dtype, torch.float32))
-            )
+            student_BLD = self.projections[pair](at_least_float32(student_BLD))
         return self.distance(student_BLD, teacher_BLD, mask_BL)
 
 

@@ -182,7 +182,7 @@ def ours(
     train = data.make_loader(job.examples, job.task, 0, data.Batching(job.batch_size, 1, 0))
     validation = data.make_loader(job.examples, job.task, 0, data.Batching(job.batch_size))
     window = _Window(job, warm, steps, after)
-    with peak_memory(job.device) as peak, TemporaryDirectory() as folder, suppress(_Enough):
+    with PeakMemory(job.device) as peak, TemporaryDirectory() as folder, suppress(_Enough):
         loop.fit(Training(module, train, validation, settings, Path(folder), [], [window]))
     if job.teacher is not None:
         job.teacher.to(job.device)
@@ -192,7 +192,7 @@ def ours(
 def bare(job: Job, warm: int, steps: int) -> Measured:
     """A step of a loop in plain PyTorch."""
     torch.use_deterministic_algorithms(False)
-    with peak_memory(job.device) as peak:
+    with PeakMemory(job.device) as peak:
         student = job.make_student().train()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
         for number, batch in enumerate(islice(_batches(job), warm + steps)):
@@ -229,13 +229,13 @@ def _bare_loss(job: Job, student: Any, batch: Any) -> torch.Tensor:
     return total / batch.rows
 
 
-class peak_memory:  # noqa: N801 (a context manager)
+class PeakMemory:
     """Context that measures the peak of the GPU's memory in GB."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu, self.gb = device == "cuda", float("nan")
 
-    def __enter__(self) -> "peak_memory":
+    def __enter__(self) -> "PeakMemory":
         if self.on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

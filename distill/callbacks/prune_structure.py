@@ -95,7 +95,7 @@ class PruneGroups(PruneStructure):
 
     @abstractmethod
     def check_family(self, config: PreTrainedConfig) -> None:
-        """UserError if models of a config do not answer as they must once groups are removed."""
+        """UserError if removing groups does not equal masking them for models of a config."""
 
     @abstractmethod
     def groups(self, student: PreTrainedModel, block: nn.Module) -> Groups:

@@ -186,7 +186,8 @@ def _to_fake_quant(module: nn.Module, name: str) -> FakeQuantLayer:
     """The same module, as an instance of the class with fake quantization."""
     if isinstance(module, FakeQuantLayer):
         return module
-    fake_quant = _FAKE_QUANT_CLASSES.get(type(module)) or _subclass(type(module))  # type: ignore[arg-type]
+    kind: Any = type(module)
+    fake_quant = _FAKE_QUANT_CLASSES.get(kind) or _subclass(kind)
     if fake_quant is None:
         raise UserError(
             f"{name} belongs to a {type(module).__name__}, but only linear layers and embeddings "

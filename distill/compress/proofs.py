@@ -2,10 +2,10 @@
 
 | technique | law |
 |---|---|
-| `layers` | a model of some layers answers as the full one whose other layers are skipped |
+| `layers` | a model of some layers has the outputs of the full one whose other layers are skipped |
 | `hidden_states` | the output of each block is the input of the next |
 | `attention` | queries, keys and values are outputs of linear layers, whose rows act by head |
-| `neurons` | a model without some neurons answers as one whose same neurons are set to zero |
+| `neurons` | a model without some neurons has the outputs of one whose same neurons are zero |
 | `heads` | the same of heads; with `unequal` numbers of them in each block, `unequal_heads` |
 """
 
@@ -134,7 +134,7 @@ def _prove_groups(
         numbers = " in unequal numbers" if unequal and kind == "heads" else ""
         raise UserError(
             f"the architecture is {config.model_type}, but with its settings a model without some "
-            f"{kind}{numbers} does not answer as one whose same {kind} are set to zero: {_OTHERS}"
+            f"{kind}{numbers} has other outputs than one whose same {kind} are zero: {_OTHERS}"
         )
 
 

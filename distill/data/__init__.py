@@ -21,7 +21,7 @@
 
 from distill.data.batches import Batching, BatchPlan, MicroBatch, is_dummy_batch
 from distill.data.content_hash import fingerprint
-from distill.data.encoding import encode, only_labelled
+from distill.data.encoding import encode, labelled_rows, only_labelled
 from distill.data.holdout import HOLDOUT_VERSION
 from distill.data.loader import EncodedDataset, Loader, columns_to_examples, make_loader
 from distill.data.prefetch import prefetch
@@ -41,6 +41,7 @@ __all__ = [
     "encode",
     "fingerprint",
     "is_dummy_batch",
+    "labelled_rows",
     "load",
     "make_loader",
     "only_labelled",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.utils import tqdm
 
@@ -141,13 +142,27 @@ def _features(columns: Iterable[str], task: Task) -> Features:
 
 def only_labelled(split: Dataset, task: Task) -> Dataset:
     """The encoded examples that have a label; UserError if there are none."""
-    if not task.uses_labels:
-        return split
-    labels = np.asarray(split.with_format("numpy")["labels"][:])
-    missing = np.isnan(labels).any(-1) if labels.dtype.kind == "f" else labels < 0
-    if missing.all():
+    rows = labelled_rows(split, task)
+    if len(rows) == 0:
         raise UserError(
             f"0 of {len(split)} training examples have a label, but this training needs labels: "
             "name their column in data.label, or a source that has them"
         )
-    return split if not missing.any() else split.select(np.flatnonzero(~missing))
+    return split if len(rows) == len(split) else split.select(rows)
+
+
+def labelled_rows(split: Dataset, task: Task) -> np.ndarray:
+    """Indices of the encoded examples that have a label; all if the task uses none.
+
+    A label is an id of at least 0, numbers of which none is NaN, or ids of which one is at least 0.
+    """
+    if not task.uses_labels:
+        return np.arange(len(split))
+    column = split.select_columns(["labels"]).with_format("arrow")[:]["labels"].combine_chunks()
+    rows, values = np.arange(len(split)), column
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        rows, values = pc.list_parent_indices(column).to_numpy(), pc.list_flatten(column)
+    numbers = values.to_numpy(zero_copy_only=False)
+    if pa.types.is_floating(values.type):
+        return np.setdiff1d(rows, rows[np.isnan(numbers)])
+    return np.unique(rows[numbers >= 0])

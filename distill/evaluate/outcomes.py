@@ -139,7 +139,11 @@ def _to(rows: LogitRows, device: str, head: list[Tensor | None] | None = None) -
     if isinstance(rows, Tensor):
         return rows.to(device)
     moved = rows._replace(hidden_ND=rows.hidden_ND.to(device))
-    return moved if head is None else FactoredLogits(moved.hidden_ND, *head)  # type: ignore[arg-type]
+    if head is None:
+        return moved
+    weight_VD, bias_V = head
+    assert weight_VD is not None
+    return FactoredLogits(moved.hidden_ND, weight_VD, bias_V)
 
 
 def _groups(batches: Iterable[Mapping[str, Batch]]) -> Iterator[list[Mapping[str, Batch]]]:

@@ -62,7 +62,7 @@ def run_isolated(script: str, request: dict[str, Any]) -> dict[str, Any]:
         request_file, response_file = Path(folder, "request.json"), Path(folder, "response.json")
         request_file.write_text(json.dumps(request | {"packages": _package_folders()}))
         process = warm.current(script, request["threads"])
-        if process is None or not process.answer(script, request_file, response_file):
+        if process is None or not process.run_script(script, request_file, response_file):
             _run_fresh(script, request_file, response_file, request["threads"])
         return json.loads(response_file.read_text())
 

@@ -29,7 +29,7 @@ class ImportBlocker(MetaPathFinder):
             )
 
 
-def answer(script: str, request_file: Path, response_file: Path) -> None:
+def run_script(script: str, request_file: Path, response_file: Path) -> None:
     """Run a script and write its response."""
     request = json.loads(request_file.read_text())
     sys.path += [entry for entry in request["packages"] if entry not in sys.path]
@@ -56,10 +56,10 @@ def main() -> None:
     if script == "fork_server":
         from fork_server import serve
 
-        serve(files[0], answer)
+        serve(files[0], run_script)
         return
     request_file, response_file = (Path(file).resolve() for file in files)
-    answer(script, request_file, response_file)
+    run_script(script, request_file, response_file)
 
 
 if __name__ == "__main__":

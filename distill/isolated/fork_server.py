@@ -18,11 +18,11 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
-Answer = Callable[[str, Path, Path], None]
+RunScript = Callable[[str, Path, Path], None]
 
 
-def serve(settings_file: str, answer: Answer) -> None:
-    """Import what the settings name, and run `answer` for each connection, in a fork."""
+def serve(settings_file: str, run_script: RunScript) -> None:
+    """Import what the settings name, and run `run_script` for each connection, in a fork."""
     settings = json.loads(Path(settings_file).read_text())
     sys.path += [entry for entry in settings["packages"] if entry not in sys.path]
     listener = socket.socket(fileno=settings["listener"])
@@ -36,12 +36,12 @@ def serve(settings_file: str, answer: Answer) -> None:
             return
         connection, _ = listener.accept()
         if os.fork() == 0:
-            _supervise(connection, answer, pages)
+            _supervise(connection, run_script, pages)
         connection.close()
 
 
 def _reap() -> None:
-    """Take note of the forks that have ended."""
+    """Remove the entries of forks that have ended from the process table."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -75,7 +75,7 @@ def resident_file_pages() -> list[int]:
     return pages
 
 
-def _supervise(connection: socket.socket, answer: Answer, pages: list[int]) -> None:
+def _supervise(connection: socket.socket, run_script: RunScript, pages: list[int]) -> None:
     """Run a request in another fork, report how it ended, and exit."""
     script, *files = json.loads(b"".join(iter(lambda: connection.recv(1 << 16), b"")))
     request, response = map(Path, files)
@@ -83,7 +83,7 @@ def _supervise(connection: socket.socket, answer: Answer, pages: list[int]) -> N
     if pid == 0:
         for address in pages:  # a fork shares them, but they count only once they are read
             ctypes.string_at(address, 1)
-        _work(script, request, response, answer)
+        _work(script, request, response, run_script)
     threading.Thread(target=_kill_when_closed, args=(connection, pid), daemon=True).start()
     _, status = os.waitpid(pid, 0)
     connection.sendall(b"0" if status == 0 else b"1")
@@ -98,11 +98,11 @@ def _kill_when_closed(connection: socket.socket, pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def _work(script: str, request: Path, response: Path, answer: Answer) -> None:
+def _work(script: str, request: Path, response: Path, run_script: RunScript) -> None:
     code = 1
     try:
         os.chdir(request.parent)
-        answer(script, request, response)
+        run_script(script, request, response)
         code = 0
     finally:  # an error is reported by the process that is then started for the request
         os._exit(code)

@@ -1,4 +1,4 @@
-"""A process that has imported torch and transformers, and answers each request in a fork of itself.
+"""A process that has imported torch and transformers, and runs each request in a fork of itself.
 
 A fork has its own memory, and no modules besides those that its script would import first. So the
 time of these imports is spent once, and beside other work, instead of once for each request.
@@ -58,7 +58,7 @@ class WarmProcess:
                 pass_fds=[listener.fileno()],
             )
 
-    def answer(self, script: str, request: Path, response: Path) -> bool:
+    def run_script(self, script: str, request: Path, response: Path) -> bool:
         """Run a script in a fork, in the folder of its request; whether it succeeded."""
         try:
             with socket.socket(socket.AF_UNIX) as connection:

@@ -18,6 +18,8 @@ q is the student's, softmax(student / T).
 import torch
 from torch import Tensor, nn
 
+from distill.losses.products import at_least_float32
+
 IGNORED = -100  # class label of a row without a label
 MAX_DIFFERENCE = 1e15  # between finite logits: the squares of larger ones overflow
 MAX_LOGIT = 1e30  # logits are clamped to +-MAX_LOGIT: the -inf of a vocabulary mask would give NaN
@@ -28,17 +30,13 @@ ANY_OF_C = ("sigmoid_kl", "logit_mse")
 NUMBERS = ("logit_mse",)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both tensors in one dtype and clamped, the teacher's without gradient."""
     assert student.shape == teacher.shape, (
         f"shapes {tuple(student.shape)} and {tuple(teacher.shape)} differ: "
         "broadcasting would hide it"
     )
-    student = _at_least_float32(student).clamp(-MAX_LOGIT, MAX_LOGIT)
+    student = at_least_float32(student).clamp(-MAX_LOGIT, MAX_LOGIT)
     return student, teacher.detach().to(student.dtype).clamp(-MAX_LOGIT, MAX_LOGIT)
 
 
@@ -48,7 +46,7 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def cross_entropy(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     """-log softmax(logits)[label], (N,); 0 where the label is -100."""
     return nn.functional.cross_entropy(
-        _at_least_float32(logits_NC), labels_N, ignore_index=IGNORED, reduction="none"
+        at_least_float32(logits_NC), labels_N, ignore_index=IGNORED, reduction="none"
     )
 
 
@@ -187,7 +185,7 @@ def sparse_kl(
     Returns:
         (N,).
     """
-    log_q = (_at_least_float32(student_NC).clamp(-MAX_LOGIT, MAX_LOGIT) / temperature).log_softmax(
+    log_q = (at_least_float32(student_NC).clamp(-MAX_LOGIT, MAX_LOGIT) / temperature).log_softmax(
         -1
     )
     return temperature**2 * (-(probs_NK * log_q.gather(-1, ids_NK)).sum(-1) - entropy_N)
@@ -254,7 +252,7 @@ def relation_kl(student_BHLD: Tensor, teacher_BHLD: Tensor, mask_BL: Tensor) -> 
     Returns:
         (B, L).
     """
-    student_BHLD = _at_least_float32(student_BHLD)
+    student_BHLD = at_least_float32(student_BHLD)
     log_p = _log_relations(teacher_BHLD.detach().to(student_BHLD.dtype), mask_BL)
     log_q = _log_relations(student_BHLD, mask_BL)
     return _kl(log_p, log_q).mean(1).masked_fill(~mask_BL.bool(), 0)

@@ -17,7 +17,7 @@
 | `attention_parts.py` | a block -> its queries, keys and values, fused or not |
 | `hidden_states.py` | whether the blocks of a family have hidden states of their own |
 | `positions.py` | a config -> the longest input |
-| `layer_proof.py` | layers of any family -> a shorter config, proven to answer as it must |
+| `layer_proof.py` | layers of any family -> a shorter config, with a proof of its outputs |
 | `architectures.py` | a table of families whose layers fit into another family |
 | `layer_selection.py` | layers of a teacher -> a student |
 | `vocabulary.py` | compares the tokens of two tokenizers |

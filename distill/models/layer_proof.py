@@ -1,6 +1,6 @@
 """Cutting layers out of any family, proven on a tiny model before a large one is cut.
 
-The law: a student of some layers answers exactly as its teacher whose other layers are skipped.
+The law: a student of some layers has the exact outputs of its teacher without the other layers.
 """
 
 import copy
@@ -129,7 +129,7 @@ def _prove(config: PreTrainedConfig, family: Family, by_stack: list[list[int]]) 
                 return key
     raise UserError(
         f"the layers to keep are {selected} of a {config.model_type}, but with its settings a "
-        f"model of some layers does not answer as one whose other layers are skipped: {_WAY_OUT}"
+        f"model of some layers has other outputs than one that skips the others: {_WAY_OUT}"
     )
 
 

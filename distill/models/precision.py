@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
@@ -12,6 +11,8 @@ from distill.models.hub import resolve_path, translate_errors
 from distill.models.model_files import check_files
 from distill.recipe import config
 from distill.recipe.formats import DTYPES, FORMATS
+
+_STORED = {"BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
 
 def resolve_export_dtype(
@@ -54,14 +55,15 @@ def checkpoint_dtype(model: str, key: str) -> str:
     return name if name in DTYPES else "float32"
 
 
-def _first_dtype(folder: Path) -> torch.dtype:
+def _first_dtype(folder: Path) -> str:
+    """From the headers of the files, without their tensors."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118
-                dtype = stored.get_tensor(name).dtype
-                if dtype.is_floating_point:
-                    return dtype
-    return torch.float32
+                dtype = stored.get_slice(name).get_dtype()
+                if "F" in dtype:  # BF16, F16, F32, F64, F8_E4M3, ...; others are I64, BOOL, ...
+                    return _STORED.get(dtype, "float32")
+    return "float32"
 
 
 def measured_dtype(folder: Path, dtype: str) -> str:

@@ -51,7 +51,7 @@ def _explain_omegaconf(error: OmegaConfBaseException) -> str:
         known = list(getattr(section, "__dataclass_fields__", {}))
         suggestion = did_you_mean(key.rpartition(".")[2], known)
         return f"{key} is given, but there is no such key: {suggestion}"
-    types = types_along(key.replace("[", ".["))
+    types = types_along(key.partition("[")[0])
     if len(types) < len(key.split(".")):
         return f"{key}: {message}: correct it in the recipe or on the command line"
     value = repr(error.value)

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from datasets import Dataset
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from distill.data import teacher_columns
+from distill.data import labelled_rows, teacher_columns
 from distill.errors import UserError
 from distill.tasks.base import Task
 from distill.tasks.batch import Batch
@@ -55,24 +55,13 @@ class Origin:
 
 def choose_examples(split: Dataset, task: Task) -> np.ndarray:
     """Indices of labelled examples, evenly spread over a split of encoded examples."""
-    labelled = np.arange(len(split))
-    if task.uses_labels:
-        labelled = np.flatnonzero([_has_label(cell) for cell in split["labels"]])
+    labelled = labelled_rows(split, task)
     rows = np.asarray(split.with_format("numpy")["rows"][:])[labelled]
     most = MAX_ROWS if teacher_columns.LOGITS in split.column_names else MAX_FORWARD
     if len(rows):
         most = min(most, max(1, int(MAX_ROWS // rows.mean())))
     spread = np.linspace(0, len(labelled) - 1, min(most, len(labelled)))
     return labelled[np.unique(spread.round().astype(int))]
-
-
-def _has_label(cell: Any) -> bool:
-    """Whether a cell holds a class, numbers without NaN, or classes of some tokens."""
-    if not isinstance(cell, list):
-        return cell >= 0 if isinstance(cell, int) else not math.isnan(cell)
-    if cell and isinstance(cell[0], float):
-        return not any(map(math.isnan, cell))
-    return any(label >= 0 for label in cell)
 
 
 @torch.inference_mode()

@@ -111,9 +111,10 @@ class CheckpointSaver(Callback):
         comparison waits for the slowest rank.
         """
         step, settings = trainer.global_step, self.settings
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         by_steps = settings.steps is not None and step - self._saved_step >= settings.steps
         due = by_steps or self._validated
-        if ranks.world_size() > 1 and step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if ranks.world_size() > 1 and step % interval:
             return due, 0
         seconds = time.monotonic() - self._saved_time
         by_time = settings.minutes is not None and seconds >= 60 * settings.minutes

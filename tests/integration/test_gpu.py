@@ -43,21 +43,7 @@ KINDS = {
         },
     },
     "language model": LANGUAGE,
-    "grouped keys": LANGUAGE
-    | {
-        "teacher": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 16,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "intermediate_size": 24,
-                "max_position_embeddings": 32,
-            },
-            "outputs": "online",
-        }
-    },
+    "grouped keys": LLAMA,
 }
 
 

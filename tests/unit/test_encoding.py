@@ -161,3 +161,29 @@ def test_examples_without_a_label_are_left_out():
     task = SingleLabelClassification()
     split = Dataset.from_dict({"labels": [0, -100, 1], "size": [1, 1, 1]})
     assert encoding.only_labelled(split, task)["labels"][:] == [0, 1]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind", "expected"),
+    [
+        ([2, -100, 0], Value("int64"), [0, 2]),
+        ([0.5, NAN, -3.0], Value("float32"), [0, 2]),
+        ([[1.0, 0.0], [NAN, NAN], [0.0, NAN]], List(Value("float32")), [0]),
+        ([[1.0], [NAN], [-2.0]], List(Value("float32"), length=1), [0, 2]),
+        ([[-100, 3], [-100, -100], [0, 1]], List(Value("int64")), [0, 2]),
+        ([[-100, 3, 1], [-100], [0, 1]], List(Value("int64")), [0, 2]),
+    ],
+    ids=["classes", "numbers", "several", "fixed length", "tokens", "tokens of other lengths"],
+)
+def test_labelled_rows_are_those_with_a_label(cells, kind, expected):
+    split = Dataset.from_dict({"labels": cells}, features=Features({"labels": kind}))
+    task = SingleLabelClassification()
+    assert data.labelled_rows(split, task).tolist() == expected
+    assert data.only_labelled(split, task).num_rows == len(expected)
+    order = [2, 1, 0]  # rows of a selection, not of the file
+    assert data.labelled_rows(split.select(order), task).tolist() == [
+        place for place, row in enumerate(order) if row in expected
+    ]

@@ -4,9 +4,10 @@ import logging
 
 import pytest
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from distill.errors import UserError
-from distill.recipe import compose, references
+from distill.recipe import compose, explain, references
 from distill.recipe.config import Run
 
 SECRET = "s3cr3t/value"
@@ -99,10 +100,8 @@ def test_a_variable_that_is_not_set_is_one_sentence(tmp_path, monkeypatch):
             "student": {"model": "x"},
         },
     )
-    from distill.recipe.explain import explain_error
-
-    with pytest.raises(Exception, match="MY_SECRET") as error:
+    with pytest.raises(InterpolationResolutionError) as error:
         compose.validate(recipe)
-    sentence = explain_error(error.value)
+    sentence = explain.explain_error(error.value)
     assert "MY_SECRET" in sentence
     assert "\n" not in sentence

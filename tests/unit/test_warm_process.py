@@ -72,7 +72,7 @@ def test_only_scripts_with_torch_and_the_same_threads_are_run_in_forks():
 def test_a_process_that_has_ended_answers_nothing(tmp_path):
     process = warm.WarmProcess([sys.executable, "-c", "pass"], dict(os.environ), {}, 1)
     process.process.wait()
-    assert not process.answer("model_memory", tmp_path / "request", tmp_path / "response")
+    assert not process.run_script("model_memory", tmp_path / "request", tmp_path / "response")
     process.close()
     assert not Path(process.folder.name).exists()
 
@@ -110,9 +110,9 @@ def server():
 )
 def test_a_fork_reports_how_it_ended(server, tmp_path, script, succeeds):
     files = tmp_path / "request", tmp_path / "response"
-    assert server.answer(script, *files) == succeeds
+    assert server.run_script(script, *files) == succeeds
     assert files[1].exists() == succeeds
-    assert server.answer("ok", *files)
+    assert server.run_script("ok", *files)
 
 
 def test_a_script_ends_with_its_request(server, tmp_path):
@@ -146,7 +146,7 @@ def test_the_process_ends_with_its_parent(server):
 
 
 def test_an_interrupted_process_ends(server, tmp_path):
-    assert server.answer("ok", tmp_path / "request", tmp_path / "response")
+    assert server.run_script("ok", tmp_path / "request", tmp_path / "response")
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(20) == -signal.SIGINT
 
