@@ -22,6 +22,7 @@ The map, from the entry points down; each module imports from those below it:
     training/           Lightning's Trainer: checkpoints, loggers, validation runs
     callbacks/          compression techniques as Lightning callbacks
     module/             the LightningModule: one training step
+    served/             a teacher behind a server: its log-probabilities, checked and stored
     teacher_outputs/    a teacher's outputs, computed once and stored with the examples
     compress/           functions of the techniques: masks, quantizers, low-rank factors
     terms.py            extra loss terms on hidden states and attention
@@ -35,6 +36,7 @@ The map, from the entry points down; each module imports from those below it:
     recipe/             recipe files -> Run; every key with its type, default and unit
     remote_code/        two files that are copied into compressed exports
     isolated/           scripts that run in a separate process
+    places.py           folders that must be writable
     store.py            cached results of earlier runs; atomic files
     internals.py        private attributes of torch, Lightning and transformers
     errors.py           errors with one sentence for the user

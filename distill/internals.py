@@ -60,6 +60,16 @@ def constant_buffers() -> dict[str, bool]:
     return {new if new in signature(DistributedDataParallel).parameters else old: False}
 
 
+def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:
+    """Let DDP neither copy nor reduce these tensors. It has no public argument for it.
+
+    It would copy the bytes of a tensor of 4 bits as if they were numbers.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
 def attention_operators() -> list[Any]:
     """The operators that compute `scaled_dot_product_attention`, as dispatch modes see them."""
     import torch
@@ -138,6 +148,15 @@ def rewrap_ddp(strategy: DDPStrategy, module: L.LightningModule) -> None:
 
 
 # ---- transformers 5.17 to 5.24
+
+
+def forget_cache_length(model: PreTrainedModel) -> None:
+    """Give the next static cache of `generate` the length that it needs.
+
+    transformers makes it as long as the longest one of this process, so that rounding would depend
+    on what was generated before.
+    """
+    setattr(model, "_previous_max_cache_length", -1)  # noqa: B010  nn.Module types it as a tensor
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from itertools import chain
 from typing import Self
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from distill import data, models
+from distill.data import token_spans
 from distill.errors import UserError
 from distill.recipe import config
 from distill.tasks.base import Task, build_task
@@ -19,6 +20,7 @@ from distill.tasks.labels import shorten
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+COMPARED = 200  # examples from which a property of all is concluded
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Prepared:
     raw: DatasetDict  # train, validation and test: text columns, and labels by name
     examples: DatasetDict  # encoded splits, with the columns of `Task.encode`
     teacher: TeacherEncoding | None = None  # None: the teacher reads what the student reads
+    stream: data.Stream | None = None  # the training split, whose first rows are in `raw`
     class_weights: list[float] | None = None  # `loss.class_weights` in the order of the labels
 
     def for_teacher(self) -> Self:
@@ -46,6 +49,23 @@ class Prepared:
             return self
         encoding = self.teacher
         return replace(self, tokenizer=encoding.tokenizer, examples=encoding.examples, teacher=None)
+
+    def with_train_columns(self, columns: Dataset) -> Self:
+        """The same data with columns beside those of the training split."""
+        return self.with_train(concatenate_datasets([self.examples["train"], columns], axis=1))
+
+    def with_train(self, train: Dataset) -> Self:
+        """The same data with another training split."""
+        return replace(self, examples=DatasetDict({**self.examples, "train": train}))
+
+
+def end_of_replies(prepared: Prepared) -> int | None:
+    """The special token with which a language model's training texts end, if most do."""
+    if not prepared.task.predicts_tokens:
+        return None
+    train = prepared.examples["train"]
+    labels = train.select(range(min(COMPARED, len(train))))["labels"]
+    return models.end_of_replies(labels[:], prepared.tokenizer)
 
 
 def prepare_run(run: config.Run) -> Prepared:
@@ -56,24 +76,32 @@ def prepare_run(run: config.Run) -> Prepared:
             do not.
     """
     _check_models(run.teacher, run.student)
+    task = build_task(run.task)
+    _check_generates(run.loss, run.teacher, task)
     named = {
         "tokenizer": run.tokenizer.model,
         "teacher": run.teacher.model if run.teacher else None,
         "student": run.student.model,
     }
     fine_tuned = run.teacher is not None and run.teacher.finetune is not None
-    raw, task = _load(
-        run.data, build_task(run.task), run.seed, None if fine_tuned else named["teacher"]
-    )
+    stream = _stream(run.data, task, run.seed)
+    raw, task = _load(run.data, task, run.seed, None if fine_tuned else named["teacher"])
     weights = _class_weights(run.loss, raw["train"], run.data.label_column, task)
     tokenizers = models.build_tokenizers(
         run.tokenizer.vocab_size,
         named,
         task,
-        data.texts(raw["train"], run.data.text),
+        task.plain_texts(data.texts(raw["train"], run.data.text)),
         shared=run.student.layers is not None,
+        spans=run.loss.compares_spans,
     )
-    made = replace(_encode(task, raw, tokenizers, run.data, SPLITS), class_weights=weights)
+    if run.loss.compares_spans and not tokenizers.spans:
+        raise UserError(
+            f"loss.divergence is {run.loss.divergence}, but teacher and student have one "
+            "tokenizer, so that their distributions can be compared: leave loss.divergence out"
+        )
+    made = _encode(task, raw, tokenizers, run.data, SPLITS)
+    made = replace(made, class_weights=weights, stream=stream)
     if made.teacher is not None and run.loss.terms:
         raise UserError(
             f"loss.terms has {', '.join(run.loss.terms)}, but teacher and student have different "
@@ -81,6 +109,40 @@ def prepare_run(run: config.Run) -> Prepared:
             "take a student with the teacher's tokenizer"
         )
     return made
+
+
+def _stream(settings: config.Data, task: Task, seed: int) -> data.Stream | None:
+    """The training split as a stream, if the recipe asks for one."""
+    if not settings.streaming:
+        return None
+    if not task.predicts_tokens:
+        raise UserError(
+            f"data.streaming is true, but {type(task).__name__} learns from labels, which are read "
+            "before training: set data.streaming=false"
+        )
+    stream, splits = data.open_stream(settings, seed)
+    for role, name in (("validation", settings.validation), ("test", settings.test)):
+        if name is None:
+            log.info(
+                "the %s split is %d rows at the beginning of the training split, which are "
+                "not trained on",
+                role,
+                len(splits[role]),
+            )
+    return stream
+
+
+def _check_generates(loss: config.Loss, teacher: config.Teacher | None, task: Task) -> None:
+    """UserError if models are to write texts, but those of the task do not."""
+    if task.generates:
+        return
+    keys = {"loss.on_policy": loss.on_policy, "teacher.writes": teacher and teacher.writes}
+    for key, value in keys.items():
+        if value:
+            raise UserError(
+                f"{key} is {str(value).lower()}, but models of {type(task).__name__} write no "
+                "texts: leave it out, or take CausalLanguageModelling"
+            )
 
 
 def _class_weights(
@@ -102,6 +164,7 @@ def _check_models(*sections: config.Teacher | config.Student | None) -> None:
         role = type(section).__name__.lower()
         if section is not None and section.model is not None:
             models.check_files(section.model, f"{role}.model")
+            models.check_weights(section.model, f"{role}.model")
         if section is not None and section.config is not None:
             models.check_config_keys(section.config, f"{role}.config")
 
@@ -155,15 +218,23 @@ def _encode(
     splits: Collection[str],
 ) -> Prepared:
     selected = DatasetDict({name: raw[name] for name in splits})
-    student, teacher = tokenizers
-    if teacher is not None and task.predicts_tokens:
+    student, teacher, spans = tokenizers
+    for tokenizer in filter(None, (student, teacher)):
+        task.prepare_tokenizer(tokenizer)
+    if task.predicts_tokens:
+        first = data.texts(raw["train"], settings.text[:1])
+        models.check_start(student, task.plain_texts(first))
+    if teacher is not None and task.predicts_tokens and not spans:
         texts = (data.texts(split, settings.text) for split in selected.values())
-        models.check_unused(teacher, student, chain.from_iterable(texts))
+        written = task.plain_texts(chain.from_iterable(texts))
+        models.check_unused(teacher, student, chain(task.added_texts(student), written))
         teacher = None
     made = Prepared(task, student, raw, data.encode(selected, task, student, settings))
     if teacher is None:
         return made
     encoding = TeacherEncoding(teacher, data.encode(selected, task, teacher, settings))
+    if spans:
+        return _with_spans(made, encoding)
     for name, split in encoding.examples.items():
         rows = (each.with_format("numpy")["rows"][:] for each in (split, made.examples[name]))
         if not np.array_equal(*rows):
@@ -172,3 +243,19 @@ def _encode(
                 "examples for the teacher's tokenizer than for the student's: raise task.max_length"
             )
     return replace(made, teacher=encoding)
+
+
+def _with_spans(made: Prepared, encoding: TeacherEncoding) -> Prepared:
+    """The data of two language models, with the spans of the same bytes in the training split."""
+    for name, split in encoding.examples.items():
+        token_spans.check_windows(split, made.examples[name], name, made.task.max_length)
+    if "train" not in encoding.examples:
+        return replace(made, teacher=encoding)
+    tables = (
+        models.token_bytes(made.tokenizer, "student"),
+        models.token_bytes(encoding.tokenizer, "teacher"),
+    )
+    pair = (made.examples["train"], encoding.examples["train"])
+    student, teacher = token_spans.with_spans(pair, tables)
+    examples = DatasetDict({**encoding.examples, "train": teacher})
+    return replace(made.with_train(student), teacher=replace(encoding, examples=examples))

@@ -44,6 +44,7 @@ _AFTER_TEACHER = ("student", "evaluate", "export")
 _HARMLESS: dict[str, tuple[str, ...]] = {
     "name": (),
     "data.workers": (),
+    "teacher.url": (),
     "trainer.progress": (),
     "trainer.compile": (),
     "trainer.checkpoint.": (),
@@ -55,6 +56,9 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
     "evaluate.requests": ("evaluate", "export"),
     "evaluate.batches": ("evaluate", "export"),
     "evaluate.threads": ("evaluate", "export"),
+    "evaluate.generate": ("evaluate", "export"),
+    "evaluate.max_new_tokens": ("evaluate", "export"),
+    "evaluate.harness": ("evaluate", "export"),
     "export.": ("evaluate", "export"),
 }
 _LENGTHS = ("trainer.epochs", "trainer.max_steps")  # may grow
@@ -188,8 +192,14 @@ def open_run_folder(run: Run, folder: Path, writes: bool = True) -> Stages:
     )
     repeated = _stages_to_repeat(folder, changed)
     stage = Stages(folder, writes)
-    if repeated:
-        stage.again(repeated)
+    if lost := stage.lost(folder, run.export.format is not None):
+        log.warning(
+            "the files of the stages %s are no longer in %s: they are made again",
+            " and ".join(lost),
+            folder,
+        )
+    if repeated or lost:
+        stage.again([*repeated, *lost])
     _check_version(folder, stage)
     if writes:
         remove_leftovers(folder)

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,22 @@ VERSION = 3  # of checkpoints: raise it when older ones can no longer be resumed
 def show_progress(progress: bool) -> bool:
     """Whether to draw progress bars: on a terminal, if the recipe enables them."""
     return progress and sys.stdout.isatty()
+
+
+# What a stage that is done has left in the run folder.
+_FILES = {
+    "student": Path("student", "config.json"),
+    "evaluate": Path("metrics.json"),
+    "export": Path("export", "README.md"),
+}
+
+
+def _is_complete(file: Path) -> bool:
+    """Whether a file is there, with those that a manifest beside it lists."""
+    names: list[str] = []
+    with suppress(OSError, ValueError):
+        names = [*json.loads((file.parent / store.MANIFEST).read_text())]
+    return file.is_file() and all((file.parent / name).is_file() for name in names)
 
 
 class Stages:
@@ -73,6 +89,20 @@ class Stages:
             name: seconds for name, seconds in self.seconds.items() if name not in names
         }
         self.finished = False
+
+    def lost(self, folder: Path, exports: bool) -> list[str]:
+        """The stages that are done, but whose files somebody has removed since.
+
+        Args:
+            folder: The run folder.
+            exports: Whether the recipe has an export.
+        """
+        expected = {name: file for name, file in _FILES.items() if exports or name != "export"}
+        return [
+            name
+            for name, file in expected.items()
+            if self.done(name) and not _is_complete(folder / file)
+        ]
 
     def finish(self) -> None:
         """Mark the run as complete."""

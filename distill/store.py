@@ -213,7 +213,7 @@ def exclusive_access(folder: Path, timeout: float | None = None) -> Iterator[Non
     if lock is None:
         raise UserError(
             f"the run folder is {folder}, but another process is working in it: "
-            "wait until it has ended, or choose another folder with hydra.run.dir"
+            "wait until it has ended, or choose another folder"
         )
     try:
         yield

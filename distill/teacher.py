@@ -1,6 +1,5 @@
 """The teacher stage: load, fine-tune if the recipe has `finetune`, freeze, cache outputs."""
 
-import copy
 import logging
 import shutil
 from dataclasses import asdict, replace
@@ -9,12 +8,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel
 
-from distill import data, models, store, teacher_outputs
+from distill import data, models, served, store, teacher_outputs
 from distill.compress.restore import strip_quantization
 from distill.data import teacher_columns
 from distill.module import Distillation
@@ -47,12 +45,12 @@ def obtain(
         tracker: logs the fine-tuning.
 
     Returns:
-        The teacher in float32 on the CPU, None if the recipe has none.
+        The teacher in float32 on the CPU, None if the recipe has none or it is served.
     """
-    if run.teacher is None:
+    if (spec := run.local_teacher) is None:
         return None
     prepared = prepared.for_teacher()
-    task, tokenizer, spec = prepared.task, prepared.tokenizer, run.teacher
+    task, tokenizer = prepared.task, prepared.tokenizer
     teacher_outputs.check_outputs(spec, task)
     L.seed_everything(run.seed, verbose=False)
     frozen = spec.finetune is None and spec.model is not None
@@ -173,43 +171,38 @@ def _made_by(task: Task) -> list[Any]:
 # ---- outputs
 
 
-def in_dtype(teacher: PreTrainedModel, name: str, copies: bool) -> PreTrainedModel:
-    """Convert the teacher to another dtype.
-
-    Args:
-        teacher: changed in place if it is not copied.
-        name: name of the dtype, such as bfloat16.
-        copies: whether a teacher in another dtype is copied.
-    """
-    dtype = getattr(torch, name)
-    if copies and dtype != teacher.dtype:
-        teacher = copy.deepcopy(teacher)
-    return teacher.to(dtype)
-
-
 def with_outputs(run: config.Run, prepared: Prepared, teacher: PreTrainedModel | None) -> Prepared:
     """The data with the columns of the training split that the teacher needs.
 
     Its outputs are computed now, or loaded from an earlier run. An online teacher with another
-    tokenizer gets its encoding of the texts. The teacher is compared with the labels.
+    tokenizer gets its encoding of the texts. With `teacher.writes`, the completions are replaced by
+    the teacher's. The teacher is compared with the labels.
 
     Raises:
         UserError: the teacher is worse than chance on them, or its classes have another order.
     """
-    if teacher is None or run.teacher is None or not run.loss.needs_teacher:
+    if teacher is None and run.teacher is not None and run.loss.needs_teacher:
+        columns = served.columns_of_run(run.teacher, prepared, run.trainer.progress)
+        return prepared.with_train_columns(columns)
+    if teacher is None or run.teacher is None:
         return prepared
-    task, reading, device = (
-        prepared.task,
-        prepared.for_teacher(),
-        models.resolve_device(run.trainer),
-    )
-    examples = reading.examples["train"]
+    if not (run.loss.needs_teacher or run.teacher.writes):
+        return prepared
+    task, device = prepared.task, models.resolve_device(run.trainer)
     dtype = models.resolve_teacher_dtype(run.teacher, run.trainer)
-    teacher = in_dtype(teacher, dtype, copies=run.student.layers is not None)
+    teacher = models.in_dtype(teacher, dtype, copies=run.student.layers is not None)
     sharded, progress = fsdp.uses_fsdp(run.trainer), run.trainer.progress
     forward = output_cache.Forward(device, run.evaluate.batch_size, sharded, progress)
-    columns = None
-    if run.teacher.outputs != "online":
+    if run.teacher.writes:
+        writer = teacher_outputs.TeacherCompletions(
+            teacher, task, prepared.tokenizer, run.loss, run.seed
+        )
+        prepared = prepared.with_train(writer.of_split(prepared.examples["train"], forward))
+        if not run.loss.needs_teacher:
+            return prepared
+    reading = prepared.for_teacher()
+    examples = reading.examples["train"]
+    if run.teacher.outputs not in ("online", "base"):
         outputs = teacher_outputs.build_outputs(
             run.teacher,
             teacher,
@@ -219,19 +212,13 @@ def with_outputs(run: config.Run, prepared: Prepared, teacher: PreTrainedModel |
             run.seed,
         )
         columns = _cached_columns(run.teacher.outputs, outputs, reading, forward)
-        prepared = _with_train(prepared, prepared.examples["train"], columns)
-        reading = _with_train(reading, examples, columns)
+        prepared = prepared.with_train_columns(columns)
+        reading = reading.with_train_columns(columns)
     elif prepared.teacher is not None:
-        inputs = teacher_columns.rename_inputs(examples)
-        prepared = _with_train(prepared, prepared.examples["train"], inputs)
+        prepared = prepared.with_train_columns(teacher_columns.rename_inputs(examples))
     if run.loss.alpha < 1:
         _check_labels(run.teacher, reading, teacher, forward)
     return prepared
-
-
-def _with_train(prepared: Prepared, train: Dataset, columns: Dataset) -> Prepared:
-    joined = concatenate_datasets([train, columns], axis=1)
-    return replace(prepared, examples=DatasetDict({**prepared.examples, "train": joined}))
 
 
 def _cached_columns(
@@ -252,7 +239,7 @@ def _cached_columns(
     if ranks.run_on_rank_zero(lambda: store.is_intact(entry)):
         log.info("the teacher's outputs of an earlier run with the same ingredients are used again")
     else:
-        output_cache.check_disk_space(outputs, name, examples)
+        output_cache.check_disk_space(outputs.size, name, examples)
         dtype = str(outputs.teacher.dtype).removeprefix("torch.")
         log.info("computing the teacher's outputs for %d examples, in %s", len(examples), dtype)
         output_cache.write_outputs(

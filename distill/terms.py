@@ -121,10 +121,12 @@ class Term(nn.Module, ABC):
 
         Computed in float32 also under autocast.
         """
-        mask_BL = batch.inputs["attention_mask"]
+        mask_BL = batch.pad(batch.inputs["attention_mask"])
         with torch.autocast(mask_BL.device.type, enabled=False):
             values = [
-                self.compare(pair, student.pop_output(), teacher.pop_output(), mask_BL)
+                self.compare(
+                    pair, batch.pad(student.pop_output()), batch.pad(teacher.pop_output()), mask_BL
+                )
                 for pair, (student, teacher) in self._captures.items()
             ]
             return losses.mean_over(torch.stack(values).mean(0), batch.tokens)

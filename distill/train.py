@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from distill import resume
 from distill.cli import cli_command
 from distill.errors import Stopped, UserError
+from distill.places import check_places
 from distill.processes import environment, exits, signals
 from distill.recipe import compose, hydra_config, trust
 from distill.recipe.arguments import quote
@@ -48,6 +49,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     run = training.resolve_auto(run)
     callbacks = training.build_callbacks(run.callbacks, run.trainer, run.export)
     training.check_optimizer(run.optimizer, callbacks)
+    training.check_memory(run.student.lora, run.teacher, callbacks)
     with ranks.rank_zero_first():
         stage = resume.open_run_folder(run, folder, ranks.is_rank_zero())
     if stage.finished:
@@ -55,11 +57,16 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         earlier = evaluate.read_metrics(folder)
         return {} if earlier is None else earlier.to_json()
     with stage("data"), ranks.rank_zero_first():
+        if ranks.is_rank_zero():
+            check_places(folder)
+            training.check_tracking(run.tracking)
         prepared = prepare_run(run)
         steps = student.count_steps(prepared, run.loss, run.trainer, run.data.batch_size)
         callbacks = training.bind_callbacks(
             callbacks, prepared.tokenizer, prepared.raw["train"], run.data.text, steps
         )
+        if ranks.is_rank_zero():
+            evaluate.check_settings(run.evaluate, prepared.task)
         if ranks.is_rank_zero() and not stage.done("teacher"):
             DryRun(run, prepared, callbacks, steps).check()
         fingerprint = data.fingerprint(prepared.examples["train"])
@@ -102,16 +109,18 @@ def _measure_and_export(run: Run, prepared: "Prepared", folder: Path, stage: Sta
                     metrics = evaluate.evaluate(run, prepared, folder, shipped=shipped)
                     training = stage.results["training"]
                     metrics = replace(metrics, training=training, stages=stage.seconds)
-                    evaluate.write_metrics(metrics, folder)  # kept even if the export fails
-                    evaluate.write_report(metrics, folder)
+                    with evaluate.show_on_error(metrics):
+                        evaluate.write_metrics(metrics, folder)  # kept even if the export fails
+                        evaluate.write_report(metrics, folder)
             if not exported:
-                with stage("export"):
+                with evaluate.show_on_error(metrics), stage("export"):
                     texts = prepared.raw["test"]
                     if draft is not None:
                         export.prove_and_publish(draft, run, spec, texts, folder, metrics)
     assert metrics is not None
     metrics = replace(metrics, stages=stage.seconds)
-    evaluate.write_metrics(metrics, folder)
+    with evaluate.show_on_error(metrics):
+        evaluate.write_metrics(metrics, folder)
     evaluate.show(metrics, folder, final if run.export.format else None)
     return metrics
 

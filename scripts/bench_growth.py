@@ -146,10 +146,14 @@ def main() -> None:
             rows.append([*row, f"{anonymous / 1e6:.0f}", f"{files / 1e6:.0f}"])
             print(rows[-1], file=sys.stderr, flush=True)
     rows.sort(key=lambda row: STAGES.index(row[0]))
+    first = {row[0]: row for row in reversed(rows)}
+    for row in rows:  # 1.0: linear growth
+        row.insert(3, f"{float(row[2]) / float(first[row[0]][2]):.2f}")
     titles = [
         "stage",
         "examples",
         "CPU time an example, us",
+        "against the first size",
         "seconds",
         "private memory, MB",
         "mapped files, MB",

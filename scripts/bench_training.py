@@ -183,7 +183,7 @@ class Bench:
     def forward(self) -> float:
         """The teacher's forward alone."""
         dtype = models.resolve_teacher_dtype(self.run.teacher, self.run.trainer)
-        model: Any = teacher.in_dtype(self.teacher, dtype, copies=True)
+        model: Any = models.in_dtype(self.teacher, dtype, copies=True)
         model.to(self.device)
         train, pad_id = self.made.examples["train"], self.made.tokenizer.pad_token_id
         size = self.run.evaluate.batch_size

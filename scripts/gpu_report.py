@@ -28,7 +28,7 @@ PARTS: dict[str, tuple[Callable[..., Iterator[Figure]], int]] = {  # function, s
     "loss": (gpu_parts.loss, 60),
     "language": (gpu_parts.language, 90),
     "small": (gpu_parts.small, 60),
-    "checkpoint": (gpu_parts.checkpoint, 30),
+    "checkpoint": (gpu_parts.checkpoint, 60),
     "stages": (gpu_parts.stages, 90),
     "tests": (gpu_parts.tests, 100),
 }

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from lightning.fabric.utilities import move_data_to_device
+from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
@@ -277,9 +278,12 @@ def profile_step(job: Job, **trainer: Any) -> list[tuple[str, float, int]]:
             raise _Enough
 
     ours(job, 3, 2, after, **trainer)
-    key = "self_device_time_total" if job.device == "cuda" else "self_cpu_time_total"
+    on_gpu = job.device == "cuda"
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = [
-        (event.key, getattr(event, key) / 1e3, event.count) for event in profiler.key_averages()
+        (event.key, getattr(event, key) / 1e3, event.count)
+        for event in profiler.key_averages()
+        if not on_gpu or (event.device_type == DeviceType.CUDA and not event.is_user_annotation)
     ]
     return sorted(rows, key=lambda row: -row[1])
 
@@ -299,4 +303,4 @@ def waits(job: Job, steps: int = LOGGED - 2) -> int:
             ours(job, LOGGED - 2, 2, after)  # it starts after a logged step, which reads losses
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchron" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)

@@ -1,12 +1,14 @@
-"""Kills runs at random moments, resumes them, and compares the results with a run that was not
+"""Kills runs at random moments, resumes them, and compares the results with runs that were not
 killed.
 
-    python scripts/soak.py [kills=40] [devices=1] [seed=0] [folder=/tmp/soak] [key=value ...]
+    python scripts/soak.py [minutes=600] [kills=60] [only=language] [seed=0] [folder=/tmp/soak]
+        [key=value ...]
 
-Every attempt is the command on the tiny recipe in its own folder and store. It is killed by SIGKILL
-at a random moment of one stage after another, and resumed until it finishes. Prints a Markdown
-table: stage, kills tried, identical results. Folders of runs whose results differ are kept, the
-others removed.
+Each attempt is the command on small models, in its own folder and store: one of SETTINGS, with one,
+two or three processes. It is killed by SIGKILL at a random moment of one stage after another, one
+kill in each, resumed in between, and in the end its files are compared with those of the run that
+was not killed. Stops after so many minutes or kills, and prints a Markdown table. Folders of
+attempts whose results differ are kept, the others removed.
 """
 
 import os
@@ -17,7 +19,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -27,15 +31,54 @@ from tests.integration.killed import contents
 STAGES = ("data", "teacher", "cache", "student", "evaluate", "export")
 SIZES = [
     "trainer.accumulate=2",
+    "teacher.finetune.epochs=2",
+    "trainer.epochs=2",
     "trainer.checkpoint.steps=5",
     "evaluate.bootstrap=20",
     "evaluate.requests=1",
     "evaluate.batches=1",
+    "export.examples=20",
 ]
+QUANTIZE = "callbacks.quantize={_target_: distill.callbacks.Quantize, bits: 4, start: 0.7}"
+NEURONS = (
+    "callbacks.neurons={_target_: distill.callbacks.PruneNeurons, amount: 0.5, start: 0.2, "
+    "end: 0.6, every: 1}"
+)
+WEIGHTS = "callbacks.prune={_target_: distill.callbacks.PruneWeights, sparsity: 0.5, start: 0.2}"
+ONLINE = "teacher.outputs=online"
+LANGUAGE = [
+    "task={_target_: distill.tasks.CausalLanguageModelling, max_length: 32}",
+    "data.label=null",
+    "teacher.config.model_type=llama",
+    "student.architecture=null",
+]
+
+
+class Setting(NamedTuple):
+    """What an attempt runs."""
+
+    processes: int
+    arguments: list[str]
+
+
+SETTINGS = {
+    "classifier": Setting(1, []),
+    "compression, workers": Setting(
+        1, [QUANTIZE, NEURONS, "export.format=packed", "data.workers=2"]
+    ),
+    "language model, online": Setting(1, [*LANGUAGE, ONLINE]),
+    "online, workers": Setting(2, [ONLINE, "data.workers=1"]),
+    "compression": Setting(2, [WEIGHTS, QUANTIZE, "export.format=packed"]),
+    "language model, hidden states": Setting(2, [*LANGUAGE, "teacher.outputs=hidden"]),
+    "online, compression": Setting(3, [ONLINE, NEURONS]),
+    "language model, online, compression": Setting(
+        3, [*LANGUAGE, ONLINE, QUANTIZE, "export.format=packed", "data.workers=1"]
+    ),
+}
 STAGE_TIME = re.compile(r"^(\w+) took ([\d.]+) s$")
 
 
-def start(folder, *arguments):
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start the command in its own process group."""
     variables = {
         "DISTILL_CACHE": str(folder / "cache"),
@@ -54,23 +97,26 @@ def start(folder, *arguments):
     )
 
 
-def start_run(folder, arguments):
-    folder.mkdir(parents=True)
+def start_or_resume(folder: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    """Resume the run in a folder, or start it if it was killed before it wrote its recipe."""
+    if (folder / "run" / "recipe.yaml").exists():
+        return start(folder, "resume=run")
+    folder.mkdir(parents=True, exist_ok=True)
     return start(folder, "recipe=tiny", "hydra.run.dir=run", *SIZES, *arguments)
 
 
-def stage_seconds(folder, arguments):
-    """Seconds of each stage of a run that is not killed."""
-    process = start_run(folder, arguments)
+def finish(process: subprocess.Popen[str]) -> list[str]:
+    """The lines of a process that must succeed."""
+    assert process.stderr is not None
     lines = [line.strip() for line in process.stderr]
     if process.wait():
-        sys.exit("\n".join(lines[-20:]))
-    return {match[1]: float(match[2]) for match in map(STAGE_TIME.match, lines) if match}
+        raise RuntimeError("\n".join(lines[-20:]))
+    return lines
 
 
-def kill_in_stage(folder, arguments, stage, seconds):
-    """Kill a run some seconds into a stage; False if it had finished by then."""
-    process = start_run(folder, arguments)
+def kill_in_stage(process: subprocess.Popen[str], stage: str, seconds: float) -> bool:
+    """Kill a process and its children some seconds into a stage; False if it ended before."""
+    assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(f"── {stage} "):
             time.sleep(seconds)
@@ -81,52 +127,85 @@ def kill_in_stage(folder, arguments, stage, seconds):
     return process.wait() == -signal.SIGKILL
 
 
-def resume(folder):
-    """Resume a run; returns the error output if that fails, else None."""
-    if not (folder / "run" / "recipe.yaml").exists():
-        return "the run was killed before it wrote its recipe"
-    process = start(folder, "resume=run")
-    output = process.communicate()[1]
-    return output if process.returncode else None
-
-
-def differences(expected, folder):
+def differences(expected: dict[str, Any], folder: Path) -> list[str]:
     """Names of the files that are missing, additional, or have other contents."""
     actual = contents(folder)
     names = expected.keys() | actual.keys()
     return sorted(name for name in names if expected.get(name) != actual.get(name))
 
 
-def main():
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    kills, folder = int(options.pop("kills", 40)), Path(options.pop("folder", "/tmp/soak"))
-    rng, devices = random.Random(int(options.pop("seed", 0))), options.pop("devices", 1)
-    arguments = [f"trainer.devices={devices}"]
-    arguments += [f"{key}={value}" for key, value in options.items()]
-    shutil.rmtree(folder, ignore_errors=True)
-    seconds = stage_seconds(folder / "uninterrupted", arguments)
-    expected = contents(folder / "uninterrupted")
-    counts = {stage: [0, 0] for stage in STAGES}
-    for number in range(kills):
-        stage = STAGES[number % len(STAGES)]
-        attempt = folder / f"{number} {stage}"
-        if not kill_in_stage(attempt, arguments, stage, rng.uniform(0, seconds[stage])):
-            shutil.rmtree(attempt)
-            continue
-        problem = resume(attempt) or differences(expected, attempt)
-        counts[stage][0] += 1
-        counts[stage][1] += not problem
-        print(f"{number + 1} of {kills}: {stage}: {problem or 'identical'}", file=sys.stderr)
+class Soak:
+    """Attempts of one setting, and what became of them."""
+
+    def __init__(self, name: str, folder: Path, changes: list[str]) -> None:
+        self.name, self.processes = name, SETTINGS[name].processes
+        self.arguments = [
+            f"trainer.devices={self.processes}",
+            *SETTINGS[name].arguments,
+            *changes,
+        ]
+        self.folder = folder / name.replace(", ", "-").replace(" ", "_")
+        self.expected: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.attempts = self.identical = 0
+        self.kills = dict.fromkeys(STAGES, 0)
+
+    def measure(self) -> None:
+        """Run once without kills, for the expected results and the seconds of each stage."""
+        alone = self.folder / "uninterrupted"
+        lines = finish(start_or_resume(alone, self.arguments))
+        matches = filter(None, map(STAGE_TIME.match, lines))
+        self.seconds = {match[1]: float(match[2]) for match in matches if match[1] in STAGES}
+        self.expected = contents(alone)
+
+    def attempt(self, rng: random.Random, ends: float) -> None:
+        """Kill one run in each stage, finish it, and compare."""
+        if not self.expected:
+            self.measure()
+        folder = self.folder / str(self.attempts)
+        for stage, seconds in self.seconds.items():
+            if time.monotonic() > ends:
+                break
+            process = start_or_resume(folder, self.arguments)
+            self.kills[stage] += kill_in_stage(process, stage, rng.uniform(0, seconds))
+        try:
+            finish(start_or_resume(folder, self.arguments))
+            problem = ", ".join(differences(self.expected, folder))
+        except RuntimeError as error:
+            problem = str(error)
+        self.attempts += 1
+        self.identical += not problem
+        kills = sum(self.kills.values())
+        print(f"{self.name}: {kills} kills: {problem or 'identical'}", file=sys.stderr, flush=True)
         if not problem:
-            shutil.rmtree(attempt)
-    show(counts, devices)
+            shutil.rmtree(folder)
 
 
-def show(counts, devices):
-    print(f"| stage ({devices} processes) | kills tried | identical results |\n|---|---|---|")
-    total = [sum(column) for column in zip(*counts.values(), strict=True)]
-    for stage, (tried, identical) in [*counts.items(), ("all", total)]:
-        print(f"| {stage} | {tried} | {identical} |")
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    kills, minutes = int(options.pop("kills", 60)), float(options.pop("minutes", 600))
+    folder, only = Path(options.pop("folder", "/tmp/soak")), options.pop("only", "")
+    rng = random.Random(int(options.pop("seed", 0)))
+    changes = [f"{key}={value}" for key, value in options.items()]
+    shutil.rmtree(folder, ignore_errors=True)
+    soaks = [Soak(name, folder, changes) for name in SETTINGS if only in name]
+    ends = time.monotonic() + 60 * minutes
+    for soak in cycle(soaks):
+        if time.monotonic() > ends or sum(sum(each.kills.values()) for each in soaks) >= kills:
+            break
+        soak.attempt(rng, ends)
+    show(soaks)
+
+
+def show(soaks: list[Soak]) -> None:
+    print(f"| run | processes | {' | '.join(STAGES)} | kills | runs | identical |")
+    print(f"|---|---{'|---:' * (len(STAGES) + 3)}|")
+    total = [0] * (len(STAGES) + 3)
+    for soak in soaks:
+        row = [*soak.kills.values(), sum(soak.kills.values()), soak.attempts, soak.identical]
+        total = [before + count for before, count in zip(total, row, strict=True)]
+        print(f"| {soak.name} | {soak.processes} | {' | '.join(map(str, row))} |")
+    print(f"| all | | {' | '.join(map(str, total))} |")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def on_ranks(function, folder, world, timeout=300):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(get_free_port()),
     }
-    shared["PYTHONPATH"] = f"{ROOT}:{Path(inspect.getfile(function)).parent}"
+    paths = [str(ROOT), str(Path(inspect.getfile(function)).parent), os.environ.get("PYTHONPATH")]
+    shared["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [
         sys.executable,
         "-m",

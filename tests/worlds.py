@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from datasets import DatasetDict
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
@@ -14,7 +13,6 @@ from omegaconf import OmegaConf
 from distill import data, models, student, training
 from distill.prepare import Prepared, prepare_run
 from distill.recipe import compose, config
-from distill.tasks.base import Task
 
 TINY = {
     "name": "tiny",
@@ -89,18 +87,11 @@ def tiny(**changes: Any) -> config.Run:
     return compose.validate(OmegaConf.merge(OmegaConf.structured(config.Run), defaults, changes))
 
 
-@dataclass
-class World:
-    run: config.Run
-    task: Task
-    raw: DatasetDict
-    tokenizer: Any
-    examples: DatasetDict
-    teacher: None = None  # the teacher reads the same ids
-    class_weights: None = None
+@dataclass(frozen=True, kw_only=True)
+class World(Prepared):
+    """The data of a recipe, with the recipe and random models of its teacher's config."""
 
-    def for_teacher(self) -> "World":
-        return self
+    run: config.Run
 
     @property
     def prepared(self) -> Prepared:
@@ -130,7 +121,7 @@ class World:
 def world(**changes: Any) -> World:
     run = tiny(**changes)
     made = prepare_run(run)
-    return World(run, made.task, made.raw, made.tokenizer, made.examples)
+    return World(**vars(made), run=run)
 
 
 STILL = {  # no dropout: a resumed run draws other random numbers

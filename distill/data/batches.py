@@ -29,6 +29,7 @@ class Batching:
     rank: int = 0  # rank of this process
     world: int = 1  # number of processes
     multiple: int | None = None  # padded lengths are rounded up to a multiple of it
+    packing: bool = False  # examples follow each other without padding
     pinned: bool = False  # in pinned memory, from which a GPU copies while it computes
 
 

@@ -1,8 +1,7 @@
 """The text and label columns of one split, checked."""
 
 import logging
-import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from distill.data.label_column import InvalidLabelError, LabelColumn, add_column, read_column
+from distill.data.message_column import parse_messages, read_messages
 from distill.errors import UserError
 from distill.recipe.config import Data
 from distill.tasks.base import Task
@@ -25,15 +26,14 @@ class CheckedSplit(NamedTuple):
     """A split with all its rows, in the order of the source."""
 
     texts: Dataset  # the text columns
-    cells: list[Any] | None  # labels by name; None if the task or the recipe uses no labels
+    cells: LabelColumn | None  # None if the task or the recipe uses no labels
     rows: np.ndarray  # indices of the rows that have a text
 
     def labelled_rows(self) -> np.ndarray:
         """Indices of the rows that have a text and, where there are labels, a label."""
         if self.cells is None:
             return self.rows
-        present = np.fromiter((cell is not None for cell in self.cells), bool, len(self.cells))
-        return self.rows[present[self.rows]]
+        return self.rows[self.cells.present[self.rows]]
 
 
 def read_split(split: Dataset, name: str, data: Data, task: Task) -> CheckedSplit:
@@ -49,7 +49,7 @@ def read_split(split: Dataset, name: str, data: Data, task: Task) -> CheckedSpli
         UserError: A column is missing or has another type, no row has a text, or a label is
             invalid.
     """
-    texts = read_texts(split, name, data)
+    texts = read_texts(split, name, data, task)
     has_labels = task.uses_labels and data.label is not None
     cells = _read_labels(split, name, data, task) if has_labels else None
     return CheckedSplit(texts, cells, rows_with_text(texts, f"split {name} of {data.source}"))
@@ -66,20 +66,32 @@ def check_columns(split: Dataset, name: str, columns: Iterable[str], data: Data)
             )
 
 
-def read_texts(split: Dataset, name: str, data: Data) -> Dataset:
-    """The text columns, as strings."""
+def read_texts(
+    split: Dataset, name: str, data: Data, task: Task, streamed: bool = False
+) -> Dataset:
+    """The text columns, as strings; some rows of a stream may have no text, and are not stored."""
     check_columns(split, name, data.text, data)
+    if task.reads_messages:
+        read = parse_messages if streamed else read_messages
+        split = read(split, name, data, task)
     for column in data.text:
-        _check_not_empty(split, name, column, data)
+        if not streamed:
+            _check_not_empty(split, name, column, data)
         dtype = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
         if dtype not in ("string", "large_string", "null"):
             raise UserError(
                 f"column {column!r} of split {name} of {data.source} holds {dtype}, but a text is "
-                "a string: name another column in data.text"
+                f"a string: {_not_a_text(task)}"
             )
     features = Features({column: Value("string") for column in data.text})
     texts = split.select_columns(list(data.text))
     return texts if texts.features == features else texts.cast(features)
+
+
+def _not_a_text(task: Task) -> str:
+    """The way out for a column of other values."""
+    messages = "if it holds messages, set task.learn to assistant; otherwise "
+    return f"{messages if task.predicts_tokens else ''}name another column in data.text"
 
 
 def _check_not_empty(split: Dataset, name: str, column: str, data: Data) -> None:
@@ -98,12 +110,7 @@ def _check_not_empty(split: Dataset, name: str, column: str, data: Data) -> None
 
 def rows_with_text(texts: Dataset, where: str) -> np.ndarray:
     """Indices of the rows that hold more than white space; UserError if there are none."""
-    no_rows = np.empty((len(texts.column_names), 0), dtype=bool)
-    tables = texts.with_format("arrow").iter(CHUNK)
-    blank = np.concatenate(
-        [no_rows, *(np.stack([_is_blank(column) for column in table.columns]) for table in tables)],
-        axis=1,
-    )
+    blank = blank_cells(texts)
     empty = np.logical_and.reduce(blank)
     if empty.all():
         raise UserError(
@@ -130,6 +137,16 @@ def rows_with_text(texts: Dataset, where: str) -> np.ndarray:
     return np.flatnonzero(~empty)
 
 
+def blank_cells(texts: Dataset) -> np.ndarray:
+    """Whether each cell holds white space at most, (columns, rows)."""
+    no_rows = np.empty((len(texts.column_names), 0), dtype=bool)
+    tables = texts.with_format("arrow").iter(CHUNK)
+    return np.concatenate(
+        [no_rows, *(np.stack([_is_blank(column) for column in table.columns]) for table in tables)],
+        axis=1,
+    )
+
+
 def _is_blank(column: pa.ChunkedArray) -> np.ndarray:
     """Whether each cell is empty or white space; an empty column of CSV is read as numbers."""
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
@@ -142,44 +159,56 @@ def join_labels(split: Dataset, name: str, data: Data) -> Dataset:
 
     An empty cell, or -1, leaves the example unlabelled.
     """
-    if not isinstance(data.label, list) or data.label_column in split.column_names:
+    if not isinstance(data.label, list):
         return split
+    if data.label_column in split.column_names:
+        raise UserError(
+            f"data.label is {data.label}, whose columns become {data.label_column}, but split "
+            f"{name} of {data.source} has a column of this name: rename it"
+        )
     check_columns(split, name, data.label, data)
-    cells = [
-        [_indicator(cell, column, row, data) for row, cell in enumerate(split[column])]
-        for column in data.label
-    ]
-    lists = [None if None in row else list(row) for row in zip(*cells, strict=True)]
-    return split.add_column(data.label_column, lists, feature=List(Value("int8")))
+    columns = [_read_indicators(split, column, data) for column in data.label]
+    missing = ~np.all([column.present for column in columns], axis=0)
+    values = np.stack([np.array([*each.distinct, 0])[each.codes_N] for each in columns], axis=1)
+    offsets = np.arange(len(split) + 1, dtype=np.int32) * len(columns)
+    lists = pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(values.astype(np.int8).ravel()), mask=pa.array(missing)
+    )
+    return add_column(split, str(data.label_column), lists, List(Value("int8")))
 
 
-def _indicator(cell: Any, column: str, row: int, data: Data) -> int | None:
-    """The 0 or 1 in a cell, None if it is empty or hidden."""
+def _read_indicators(split: Dataset, column: str, data: Data) -> LabelColumn:
+    """The 0 or 1 of each row, none where a cell is empty or hidden."""
+    try:
+        return read_column(split, column, _indicator)
+    except InvalidLabelError as error:
+        raise UserError(
+            f"column {column!r} of {data.source} is {error.cell!r} in row {error.row}, but {error}"
+        ) from error
+
+
+def _indicator(cell: Any) -> int | None:
     if is_missing(cell) or cell == HIDDEN:
         return None
-    value = INDICATORS.get(cell.strip().casefold() if isinstance(cell, str) else cell)
+    key = cell.strip().casefold() if isinstance(cell, str) else cell
+    value = INDICATORS.get(key) if isinstance(key, Hashable) else None
     if value is None:
-        raise UserError(
-            f"column {column!r} of {data.source} is {cell!r} in row {row}, but each of several "
-            "label columns holds 0 and 1: correct it, or name other columns in data.label"
+        raise ValueError(
+            "each of several label columns holds 0 and 1: correct it, or name other columns in "
+            "data.label"
         )
     return value
 
 
-def _read_labels(split: Dataset, name: str, data: Data, task: Task) -> list[Any]:
+def _read_labels(split: Dataset, name: str, data: Data, task: Task) -> LabelColumn:
     """The label column by name; UserError with the row, from 0, of an invalid label."""
     column = str(data.label_column)
     check_columns(split, name, [column], data)
-    names, labels = declared(split.features[column]), []
-    cells = (cell for batch in split.select_columns([column]).iter(CHUNK) for cell in batch[column])
-    for row, cell in enumerate(cells):
-        try:
-            label = task.parse_label(cell, names)
-        except ValueError as error:
-            raise UserError(
-                f"column {column!r} of split {name} of {data.source} is {cell!r} in row {row}, "
-                f"but {error}"
-            ) from error
-        # Interning stores each name once, not once per example.
-        labels.append(sys.intern(label) if isinstance(label, str) else label)
-    return labels
+    names = declared(split.features[column])
+    try:
+        return read_column(split, column, lambda cell: task.parse_label(cell, names))
+    except InvalidLabelError as error:
+        raise UserError(
+            f"column {column!r} of split {name} of {data.source} is {error.cell!r} in row "
+            f"{error.row}, but {error}"
+        ) from error

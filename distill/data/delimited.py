@@ -7,6 +7,7 @@ import logging
 import lzma
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -144,6 +145,12 @@ def _check(path: Path, dialect: Dialect) -> None:
     header = next(rows, None)
     if header is None:
         return
+    repeated = [cell for cell, count in Counter(header.cells).items() if cell and count > 1]
+    if repeated:
+        raise UserError(
+            f"line {header.first} of {path} names the column {repeated[0]!r} more than once, but "
+            "a recipe refers to columns by their names: rename one"
+        )
     width, short, first_short = len(header.cells), 0, 0
     known: list[_Column] | None = None
     for row in rows:

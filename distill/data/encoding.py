@@ -17,7 +17,7 @@ from distill.data.content_hash import fingerprint
 from distill.data.encode_chunks import count_processes, map_chunks
 from distill.errors import UserError
 from distill.recipe.config import Data
-from distill.tasks.base import SHORTENED, SPLIT, Task
+from distill.tasks.base import SHORTENED, SPLIT, TURNS, Task
 
 log = logging.getLogger(__name__)
 VERSION = 4  # of the columns of `Task.encode`: increment it to invalidate stored entries
@@ -66,7 +66,21 @@ def _encode(
             "name longer texts"
         )
     _log_truncated(encoded, name, len(split), task)
+    if task.reads_messages:
+        _log_predicted(encoded, name, len(split))
     return encoded
+
+
+def _log_predicted(encoded: Dataset, name: str, texts: int) -> None:
+    """Count the predicted tokens, and the conversations without any."""
+    columns = encoded.select_columns(["rows", "length", "first_window"]).with_format("numpy")[:]
+    rows, tokens = (int(columns[each].sum(dtype=np.int64)) for each in ("rows", "length"))
+    log.info("%d of %d tokens of the %s split are predicted", rows, tokens, name)
+    dropped = texts - int(columns["first_window"].sum(dtype=np.int64))
+    if dropped:
+        log.info(
+            "%d of %d conversations of the %s split have no token to predict", dropped, texts, name
+        )
 
 
 def _log_truncated(encoded: Dataset, name: str, texts: int, task: Task) -> None:
@@ -75,6 +89,7 @@ def _log_truncated(encoded: Dataset, name: str, texts: int, task: Task) -> None:
     kinds = {
         SPLIT: ("texts", "truncated" if task.uses_labels else "split into windows"),
         SHORTENED: ("prompts with their completions", "the prompts lose their beginning"),
+        TURNS: ("conversations", "they are cut at turns"),
     }
     for kind, (parts, outcome) in kinds.items():
         count = int(np.sum((truncated & kind) > 0))
@@ -97,7 +112,7 @@ def _key(task: Task, tokenizer: Any, data: Data) -> dict[str, Any]:
         "tokenizer": _tokenizer_key(tokenizer),
         "task": task.identity(),
         "columns": [list(data.text), data.label],
-    }
+    } | ({"template": tokenizer.chat_template} if task.reads_messages else {})
 
 
 def _tokenizer_key(tokenizer: Any) -> list[Any]:

@@ -2,13 +2,12 @@
 
 import heapq
 import logging
-from collections import Counter
-from typing import Any
 
 import numpy as np
 
 from distill.data import stratified
 from distill.data.columns import CheckedSplit
+from distill.data.label_column import LabelColumn
 from distill.errors import UserError
 from distill.recipe.config import Data
 
@@ -65,14 +64,14 @@ def hold_out(parts: dict[str, CheckedSplit], data: Data) -> dict[str, np.ndarray
 
 def _draw(train: CheckedSplit, labelled: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the validation and the test split, sorted."""
-    cells = [train.cells[row] for row in labelled] if train.cells is not None else []
-    if cells and isinstance(cells[0], str):
-        _, classes_N = _numbered(cells)
+    cells = train.cells
+    if cells is not None and cells.kind is str:
+        _, classes_N = cells.ordered(labelled)
         validation, test = stratified.draw_by_class(classes_N, size, HOLDOUT_SEED)
-    elif cells and isinstance(cells[0], list):
-        names = sorted({name for cell in cells for name in cell})
+    elif cells is not None and cells.kind is list:
+        names = sorted({name for cell in cells.used(labelled) for name in cell})
         number = {name: index for index, name in enumerate(names)}
-        sets = ([number[name] for name in cell] for cell in cells)
+        sets = ([number[name] for name in cells[row]] for row in labelled)
         labels = stratified.LabelSets.of(sets, len(names))
         validation, test = stratified.draw_by_labels(labels, size, HOLDOUT_SEED)
     else:
@@ -83,7 +82,7 @@ def _draw(train: CheckedSplit, labelled: np.ndarray, size: int) -> tuple[np.ndar
 
 def keep_labels(
     train: CheckedSplit, rows: np.ndarray, keep: int, seed: int, data: Data
-) -> list[Any]:
+) -> LabelColumn:
     """The labels of the training split, with all but `keep` of those in `rows` replaced by None.
 
     The labels to keep are drawn by stratified sampling over the classes; labels that are lists or
@@ -95,20 +94,21 @@ def keep_labels(
             "leave data.labelled out"
         )
     cells = train.cells
-    labelled = np.array([row for row in rows if cells[row] is not None], dtype=int)
+    labelled = rows[cells.present[rows]]
     if keep > len(labelled):
         raise UserError(
             f"data.labelled is {keep}, but only {len(labelled)} training examples have a label: "
             "keep at most these"
         )
-    strata = [cells[row] if isinstance(cells[row], str) else "" for row in labelled]
-    counts = Counter(strata)
+    names, members = [""], np.zeros(len(labelled), int)
+    if cells.kind is str:
+        names, members = cells.ordered(labelled)
+    counts = dict(zip(names, np.bincount(members, minlength=len(names)).tolist(), strict=True))
     if keep < len(counts):
         raise UserError(
             f"data.labelled is {keep}, but each of the {len(counts)} classes needs a labelled "
             f"example: keep at least {len(counts)}"
         )
-    names, members = _numbered(strata)
     groups = np.split(
         labelled[np.argsort(members, kind="stable")], np.bincount(members).cumsum()[:-1]
     )
@@ -117,8 +117,7 @@ def keep_labels(
         generator.choice(group, quotas[name], replace=False)
         for name, group in zip(names, groups, strict=True)
     ]
-    removed = set(np.setdiff1d(labelled, np.concatenate(chosen)).tolist())
-    return [None if row in removed else cell for row, cell in enumerate(cells)]
+    return cells.without(np.setdiff1d(labelled, np.concatenate(chosen)))
 
 
 def largest_remainder(counts: dict[str, int], total: int) -> dict[str, int]:
@@ -144,10 +143,3 @@ def largest_remainder(counts: dict[str, int], total: int) -> dict[str, int]:
         if is_open(name):
             heapq.heappush(heap, (-step * remainder(name), name))
     return quota
-
-
-def _numbered(names: list[str]) -> tuple[list[str], np.ndarray]:
-    """The distinct names, sorted, and the index of each name among them."""
-    distinct = sorted(set(names))
-    index = {name: number for number, name in enumerate(distinct)}
-    return distinct, np.fromiter((index[name] for name in names), int, len(names))

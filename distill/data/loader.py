@@ -1,7 +1,8 @@
 """Micro-batches -> batches of tensors, in the order of a plan and from any position in it."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils import data as torch_data
 
-from distill.data import teacher_columns
+from distill.data import teacher_columns, token_spans
 from distill.data.batches import Batching, BatchPlan, MicroBatch
 from distill.data.prefetch import prefetch
 from distill.errors import UserError
 from distill.tasks.base import Task
-from distill.tasks.batch import Batch, CachedHidden, SparseTargets
+from distill.tasks.batch import Batch, CachedHidden, FewTokens
+from distill.tasks.collation import pack
 
 log = logging.getLogger(__name__)
 
@@ -45,55 +47,39 @@ def _cells(column: pa.ChunkedArray) -> list[Any]:
     return cells
 
 
-class EncodedDataset(torch_data.Dataset[Batch]):
-    """Maps a micro-batch to a batch, with normalizers and cached outputs of the teacher.
+@dataclass(frozen=True)
+class Collator:
+    """Turns encoded examples into a batch, padded or packed.
 
     Args:
-        split: Encoded examples, possibly with columns for the teacher.
         task: Collates the examples.
         pad_id: Id of the padding token.
-        teacher_pad_id: That of a teacher with inputs of its own.
         multiple: Lengths are rounded up to a multiple of it, at most to the task's longest.
+        packing: Whether examples follow each other without padding.
     """
 
-    def __init__(
-        self,
-        split: Dataset,
-        task: Task,
-        pad_id: int,
-        teacher_pad_id: int | None = None,
-        multiple: int | None = None,
-    ) -> None:
-        self.task, self.pad_id, self.teacher_pad_id = task, pad_id, teacher_pad_id
-        self.multiple = multiple
-        cached = [name for name in split.column_names if name in teacher_columns.COLUMNS]
-        self.teacher = split.select_columns(cached).with_format("arrow") if cached else None
-        self.split = split.remove_columns(cached).with_format("arrow")
+    task: Task
+    pad_id: int
+    multiple: int | None = None
+    packing: bool = False
 
-    def __getitem__(self, micro: MicroBatch) -> Batch:
-        columns, inputs = teacher_columns.split_inputs(_columns(self.split[micro.indices]))
-        batch = self._collate(columns, self.pad_id)
-        if inputs and self.teacher_pad_id is not None:
-            batch = batch._replace(teacher_batch=self._collate(inputs, self.teacher_pad_id))
-        return batch._replace(
-            teacher=self._teacher_outputs(micro.indices),
-            rows=float(micro.rows),
-            tokens=float(micro.tokens),
-        )
-
-    def _collate(self, columns: dict[str, list[Any]], pad_id: int) -> Batch:
-        batch = self.task.collate(columns_to_examples(columns), pad_id)
+    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+        """The batch of these examples."""
+        batch = self.task.collate(examples, self.pad_id)
+        batch = batch._replace(spans=token_spans.collate(examples))
+        if self.packing:
+            return pack(batch)
         if self.multiple is not None:
-            batch = self._lengthen(batch, pad_id, self.multiple)
+            batch = self._lengthen(batch, self.multiple)
         return batch._replace(padded=not batch.inputs["attention_mask"].numpy().all())
 
-    def _lengthen(self, batch: Batch, pad_id: int, multiple: int) -> Batch:
+    def _lengthen(self, batch: Batch, multiple: int) -> Batch:
         """Add padding up to a multiple."""
         length = batch.inputs["input_ids"].shape[1]
         target = max(length, min(-(-length // multiple) * multiple, self.task.max_length))
         inputs = {
             name: functional.pad(
-                column, (0, target - length), value=pad_id if name == "input_ids" else 0
+                column, (0, target - length), value=self.pad_id if name == "input_ids" else 0
             )
             for name, column in batch.inputs.items()
         }
@@ -102,8 +88,48 @@ class EncodedDataset(torch_data.Dataset[Batch]):
             positions = positions // length * target + positions % length
         return batch._replace(inputs=inputs, positions=positions)
 
-    def _teacher_outputs(self, indices: list[int]) -> Tensor | CachedHidden | SparseTargets | None:
+
+class EncodedDataset(torch_data.Dataset[Batch]):
+    """Maps a micro-batch to a batch, with normalizers and cached outputs of the teacher.
+
+    Args:
+        split: Encoded examples, possibly with columns for the teacher.
+        collate: Makes batches.
+        teacher_pad_id: Id of the padding token of a teacher with inputs of its own.
+    """
+
+    def __init__(
+        self, split: Dataset, collate: Collator, teacher_pad_id: int | None = None
+    ) -> None:
+        self.collate, self.teacher_collate = collate, None
+        if teacher_pad_id is not None:
+            self.teacher_collate = replace(collate, pad_id=teacher_pad_id)
+        cached = [name for name in split.column_names if name in teacher_columns.COLUMNS]
+        self.teacher = split.select_columns(cached).with_format("arrow") if cached else None
+        self.split = split.remove_columns(cached).with_format("arrow")
+
+    def __getitem__(self, micro: MicroBatch) -> Batch:
+        columns, inputs = teacher_columns.split_inputs(_columns(self.split[micro.indices]))
+        batch = self.collate(columns_to_examples(columns))
+        if inputs and self.teacher_collate is not None:
+            batch = batch._replace(teacher_batch=self.teacher_collate(columns_to_examples(inputs)))
+        return batch._replace(
+            teacher=self._teacher_outputs(micro.indices),
+            rows=float(micro.rows),
+            tokens=float(micro.tokens),
+        )
+
+    def examples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Encoded examples, as `Task.collate` takes them."""
+        columns, _ = teacher_columns.split_inputs(_columns(self.split[list(indices)]))
+        return columns_to_examples(columns)
+
+    def _teacher_outputs(self, indices: list[int]) -> Tensor | CachedHidden | FewTokens | None:
         return None if self.teacher is None else teacher_columns.read_outputs(self.teacher[indices])
+
+
+# The number of the first optimizer step, and the batches from there on -> those to train on.
+Rewrite = Callable[[int, Iterator[tuple[MicroBatch, Batch]]], Iterator[Batch]]
 
 
 class Loader(torch_data.DataLoader[Batch]):
@@ -114,6 +140,7 @@ class Loader(torch_data.DataLoader[Batch]):
     """
 
     position = 0  # micro-batches of the epoch that have been yielded
+    rewrite: Rewrite | None = None  # replaces batches when they are due, in the training process
 
     @property
     def plan(self) -> BatchPlan:
@@ -121,11 +148,23 @@ class Loader(torch_data.DataLoader[Batch]):
         assert isinstance(self.sampler, BatchPlan)
         return self.sampler
 
+    def first_batch(self) -> Batch:
+        """A batch of the first example."""
+        micro = next(iter(self.plan))
+        batch: Batch = self.dataset[micro._replace(indices=micro.indices[:1])]
+        return batch
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.position = self.plan.start
-        batches = super().__iter__()
+        step = self.plan.epoch * self.plan.steps + self.position // self.plan.batching.accumulate
+        micro_batches = () if self.rewrite is None else iter(self.plan)
+        batches: Iterator[Batch] = super().__iter__()
         self.plan.start = 0  # the next epoch starts at its beginning
-        for batch in batches if self.num_workers else prefetch(batches, ahead=2):
+        if not self.num_workers:
+            batches = prefetch(batches, ahead=2)
+        if self.rewrite is not None:
+            batches = self.rewrite(step, zip(micro_batches, batches, strict=True))
+        for batch in batches:
             self.position += 1
             yield batch
 
@@ -178,9 +217,11 @@ def make_loader(
     """
     plan = BatchPlan(split, batching)
     if batching.seed is not None:
-        log.info("%.1f %% of the tokens of an epoch are padding", 100 * plan.padding_share())
+        verb = "would be padding: packing leaves them out" if batching.packing else "are padding"
+        log.info("%.1f %% of the tokens of an epoch %s", 100 * plan.padding_share(), verb)
+    collate = Collator(task, pad_id, batching.multiple, batching.packing)
     return Loader(
-        EncodedDataset(split, task, pad_id, teacher_pad_id, batching.multiple),
+        EncodedDataset(split, collate, teacher_pad_id),
         sampler=plan,
         batch_size=None,
         num_workers=workers,

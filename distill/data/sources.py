@@ -1,11 +1,8 @@
 """`data.source` -> splits: a function, a local file or folder, or a dataset of the Hub."""
 
-import csv
 import hashlib
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,14 +30,16 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),  # one example per line, in the column `text`
 }
+FOREIGN = (".arrow", ".zip", ".tar")  # what `load_dataset` reads besides, in a folder of its own
 STORED_BYTES = 2**25  # size of a file from which its delimiter and quotes are stored
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-FORMAT_ERRORS = (csv.Error, EOFError, zlib.error, lzma.LZMAError)  # of damaged files
 # The Hub is unreachable, or the dataset or its configuration is unknown, or needs a script.
 HUB_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 
 
-def open_source(source: str, config: str | None = None) -> Mapping[str, Dataset]:
+def open_source(
+    source: str, config: str | None = None, key: str = "data.source"
+) -> Mapping[str, Dataset]:
     """The splits of a source by name.
 
     Args:
@@ -48,24 +47,23 @@ def open_source(source: str, config: str | None = None) -> Mapping[str, Dataset]
             compressed by gzip, bzip2 or xz), or the dotted path of a function that returns a
             `DatasetDict`.
         config: A configuration of a dataset of the Hub, or of a folder laid out like one.
+        key: The recipe's key of the source, for error messages.
 
     Raises:
         UserError: The source cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_folder(path, config)
+        return _open_folder(path, config, key)
     if config is not None and (path.is_file() or FUNCTION.fullmatch(source)):
         _refuse_config(config, source)
     if path.is_file():
-        return DatasetDict(train=_open_files([path]))
+        return DatasetDict(train=_open_files([path], key))
     if _is_data(path) or source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise UserError(
-            f"data.source is {source}, but there is no such file or folder: correct the path"
-        )
+        raise UserError(f"{key} is {source}, but there is no such file or folder: correct the path")
     if FUNCTION.fullmatch(source):
-        return _call(source)
-    return _open_hub(source, config)
+        return call_function(source, key)
+    return _open_hub(source, config, key)
 
 
 def _refuse_config(config: str, source: str | Path) -> None:
@@ -74,20 +72,20 @@ def _refuse_config(config: str, source: str | Path) -> None:
     )
 
 
-def _call(source: str) -> DatasetDict:
+def call_function(source: str, key: str = "data.source") -> DatasetDict:
     """The splits that a function returns."""
-    function = targets.import_function("data.source", source)
+    function = targets.import_function(key, source)
     try:
         splits = function()
     except UserError:
         raise
     except Exception as error:
-        raise targets.user_error("data.source", source, error) from error
+        raise targets.user_error(key, source, error) from error
     if not isinstance(splits, dict) or not all(
         isinstance(split, Dataset) for split in splits.values()
     ):
         raise UserError(
-            f"data.source is {source}, but it returned {_describe(splits)}: "
+            f"{key} is {source}, but it returned {_describe(splits)}: "
             "let it return a datasets.DatasetDict"
         )
     return DatasetDict(splits)
@@ -103,12 +101,12 @@ def _is_data(path: Path) -> bool:
     return suffixes(path)[0] in BUILDERS
 
 
-def _open_files(paths: list[Path]) -> Dataset:
+def _open_files(paths: list[Path], key: str = "data.source") -> Dataset:
     """The rows of a file, or of several of one format."""
     for path in paths:
         if not _is_data(path):
             raise UserError(
-                f"data.source is {path}, but the suffix of a file must be one of "
+                f"{key} is {path}, but the suffix of a file must be one of "
                 f"{', '.join(BUILDERS)}, perhaps with .gz: convert or rename it"
             )
         if path.stat().st_size == 0:
@@ -144,7 +142,7 @@ def _stored_options(path: Path, delimiter: str) -> dict[str, Any]:
     """The options of one file; those of a large one are stored, because it is read for them."""
     if path.stat().st_size < STORED_BYTES:
         return delimited.options(path, delimiter)
-    key = {"version": 1, "file": store.sha256(path), "delimiter": delimiter}
+    key = {"version": 2, "file": store.sha256(path), "delimiter": delimiter}
     entry = store.entry_path("delimiters", key)
     if not store.is_intact(entry):
         options = delimited.options(path, delimiter)
@@ -154,7 +152,7 @@ def _stored_options(path: Path, delimiter: str) -> dict[str, Any]:
     return dict(options)
 
 
-def _open_folder(path: Path, config: str | None) -> Mapping[str, Dataset]:
+def _open_folder(path: Path, config: str | None, key: str) -> Mapping[str, Dataset]:
     """Open a folder written by `save_to_disk`, with files for each split, or as on the Hub."""
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     files = sorted(
@@ -162,12 +160,31 @@ def _open_folder(path: Path, config: str | None) -> Mapping[str, Dataset]:
     )
     tables = [file for file in files if suffixes(file)[0] != ".txt"]
     if not saved and (config is not None or not files or (not tables and _has_data_below(path))):
+        _check_has_data(path, key)
         return _as_dict(_load_dataset([path], str(path), config))
     if config is not None:
         _refuse_config(config, path)
     if saved:
         return _as_dict(_translate_errors(path, lambda: datasets.load_from_disk(str(path))))
     return SplitFiles(files, _open_files)
+
+
+def _check_has_data(path: Path, key: str) -> None:
+    """UserError if a folder holds a dataset script, or no file that could hold texts."""
+    script = path / f"{path.resolve().name}.py"
+    if script.is_file():
+        raise UserError(
+            f"{key} is {path}, but its {script.name} is a dataset script, which is never run here: "
+            "save its splits with save_to_disk, or as Parquet or JSON lines"
+        )
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if not any(_is_data(file) or file.suffix in FOREIGN for file in files):
+        kinds = sorted({file.suffix.lower() for file in files} - {""})
+        held = f"files of the kinds {', '.join(kinds)}" if kinds else "none of a known kind"
+        raise UserError(
+            f"{key} is {path}, but its files must be of the kinds {', '.join(BUILDERS)}, and it "
+            f"holds {held}: name a folder or file with texts"
+        )
 
 
 def _has_data_below(path: Path) -> bool:
@@ -206,8 +223,12 @@ def _translate_errors(path: Path, read: Callable[[], Any]) -> Any:
     """Call `read`; UserError if the files cannot be read, or the cache cannot be written."""
     try:
         return read()
-    except (DatasetsError, ValueError, OSError, *FORMAT_ERRORS) as error:
-        cause = error.__cause__ or error
+    except UserError:
+        raise
+    except Exception as error:  # what readers of others raise is not limited
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
         if _is_cache_error(cause, path):
             raise UserError(
                 f"{store.cache_root()} cannot be written ({_first_line(cause)}), but a copy of "
@@ -228,15 +249,15 @@ def _is_cache_error(error: BaseException, path: Path) -> bool:
     )
 
 
-def _open_hub(source: str, config: str | None) -> DatasetDict:
+def _open_hub(source: str, config: str | None, key: str) -> DatasetDict:
     name = f"{source} ({config})" if config else source
     try:
         return _as_dict(datasets.load_dataset(source, config))
     except HUB_ERRORS as error:
         raise UserError(
-            f"data.source is {name}, but it could not be read from the Hugging Face Hub "
-            f"({_first_line(error)}): check the name and the network, or name a local file or "
-            f"folder, one of {', '.join(BUILDERS)}, in its place"
+            f"{key} is {name}, but there is no such file here, and it could not be read from the "
+            f"Hugging Face Hub ({_first_line(error)}): check the name and the network, or name a "
+            f"local file or folder, one of {', '.join(BUILDERS)}, in its place"
         ) from error
 
 
@@ -245,4 +266,5 @@ def _as_dict(loaded: Any) -> DatasetDict:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
+    line = str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
+    return "it has no rows" if "corresponds to no data" in line else line

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, concatenate_datasets
 
 from distill.data.columns import (
     CheckedSplit,
@@ -16,7 +18,9 @@ from distill.data.columns import (
     rows_with_text,
 )
 from distill.data.holdout import hold_out, keep_labels
+from distill.data.label_column import LabelColumn, add_column
 from distill.data.sources import open_source
+from distill.data.streams import open_stream
 from distill.errors import UserError
 from distill.recipe.config import Data
 from distill.tasks.base import Task
@@ -43,7 +47,12 @@ def load(data: Data, task: Task, seed: int) -> tuple[DatasetDict, Task]:
         UserError: The data do not fit the recipe.
     """
     _check_distinct(data)
-    source = open_source(data.source, data.config)
+    source: Mapping[str, Dataset]
+    if data.streaming:  # the first rows stand for the training split
+        _, source = open_stream(data, seed)
+        data = replace(data, train="train", validation="validation", test="test")
+    else:
+        source = open_source(data.source, data.config)
     labels = data.label_column if task.uses_labels else None
     task, parts = _read_splits(source, data, task)
     rows, train = hold_out(parts, data), parts["train"]
@@ -56,7 +65,7 @@ def load(data: Data, task: Task, seed: int) -> tuple[DatasetDict, Task]:
     labelled = {role: parts.get(role, train).cells for role in rows}
     _warn_of_missing_labels(task, labelled, rows, data)
     if data.unlabelled is not None:
-        unlabelled = _load_unlabelled(source, data, splits["train"].features)
+        unlabelled = _load_unlabelled(source, data, task, splits["train"].features)
         splits["train"] = concatenate_datasets([splits["train"], unlabelled])
     _warn_of_overlap(splits, data)
     return splits, task
@@ -126,40 +135,40 @@ def _select(part: CheckedSplit, rows: np.ndarray, labels: str | None) -> Dataset
     """These rows of a split, with the column of labels."""
     split = part.texts
     if labels is not None and part.cells is not None:
-        split = split.add_column(labels, part.cells, feature=_label_feature(part.cells))
+        split = add_column(split, labels, part.cells.to_arrow(), part.cells.feature)
     return split.select(rows)
 
 
-def _label_feature(cells: list[Any]) -> Any:
-    """The type of a column of labels: names, lists of names, or numbers."""
-    first = next((cell for cell in cells if cell is not None), "")
-    if isinstance(first, list):
-        return List(Value("string"))
-    return Value("float64") if isinstance(first, float) else Value("string")
-
-
-def _load_unlabelled(source: Mapping[str, Dataset], data: Data, features: Features) -> Dataset:
+def _load_unlabelled(
+    source: Mapping[str, Dataset], data: Data, task: Task, features: Features
+) -> Dataset:
     """The texts of `data.unlabelled`, another split or source, with the columns of `features`."""
     name = str(data.unlabelled)
     if name in source:
-        where, split = f"split {name} of {data.source}", read_texts(source[name], name, data)
+        where, split = f"split {name} of {data.source}", read_texts(source[name], name, data, task)
     else:
-        other = open_source(name)
+        other = open_source(name, key="data.unlabelled")
         role = data.train if data.train in other else next(iter(other))
-        where, split = f"split {role} of {name}", read_texts(other[role], role, data)
+        named = replace(data, source=name)
+        where, split = f"split {role} of {name}", read_texts(other[role], role, named, task)
     split = split.select(rows_with_text(split, where))
     log.info("%d unlabelled texts of %s are added to the training split", len(split), where)
     for column, feature in features.items():
         if column not in split.column_names:
-            split = split.add_column(column, [None] * len(split), feature=feature)
+            empty = pa.nulls(len(split), Features({column: feature}).arrow_schema.field(0).type)
+            split = add_column(split, column, empty, feature)
     return split
 
 
 def _warn_of_missing_labels(
-    task: Task, cells: dict[str, list[Any] | None], rows: dict[str, np.ndarray], data: Data
+    task: Task, cells: dict[str, LabelColumn | None], rows: dict[str, np.ndarray], data: Data
 ) -> None:
     """Warn about labels without examples: they are not learned, or not measured."""
-    used = {role: _names_in(cells[role], rows[role]) for role in rows if cells[role] is not None}
+    used = {
+        role: _names_in(column.used(rows[role]))
+        for role in rows
+        if (column := cells[role]) is not None
+    }
     unused = [name for name in task.names if "train" in used and name not in used["train"]]
     if unused:
         log.warning(
@@ -168,7 +177,8 @@ def _warn_of_missing_labels(
             shorten(unused),
         )
     for role in sorted(used.keys() - {"train"}, reverse=True):
-        missing = [name for name in task.names if name not in {*used[role], *unused}]
+        known = {*used[role], *unused}
+        missing = [name for name in task.names if name not in known]
         if missing:
             log.warning(
                 "no example of the %s split has %d of %d labels, %s: it has no metrics of them",
@@ -179,9 +189,8 @@ def _warn_of_missing_labels(
             )
 
 
-def _names_in(cells: Any, rows: np.ndarray) -> set[str]:
-    """The names of the labels in these rows."""
-    labels = (cells[row] for row in rows)
+def _names_in(labels: Iterable[Any]) -> set[str]:
+    """The names of labels that are names or lists of them."""
     return {name for label in labels for name in (label if isinstance(label, list) else [label])}
 
 

@@ -9,6 +9,7 @@ Outputs, see :mod:`distill.teacher_outputs`, become tensors of a batch:
 | sampled | `teacher_counts`: bytes of :func:`distill.losses.sparse.pack_counts`; |
 | | `teacher_entropy`: a float32 per row |
 | top_k | `teacher_ids`: rows of K tokens; `teacher_probs`: rows of K float32 |
+| served | the same, and `teacher_tail`: a float32 per row, the probability of all other tokens |
 
 A teacher that is online and has another tokenizer reads the columns of `Task.encode` that start
 with `INPUTS`.
@@ -26,12 +27,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from distill.losses import sparse
-from distill.tasks.batch import CachedHidden, SparseTargets
+from distill.tasks.batch import CachedHidden, FewTokens, SparseTargets, TailTargets
 
-LOGITS, STATES, COUNTS, ENTROPY, IDS, PROBS = (
-    f"teacher_{name}" for name in ("logits", "states", "counts", "entropy", "ids", "probs")
+LOGITS, STATES, COUNTS, ENTROPY, IDS, PROBS, TAIL = (
+    f"teacher_{name}" for name in ("logits", "states", "counts", "entropy", "ids", "probs", "tail")
 )
-COLUMNS = frozenset((LOGITS, STATES, COUNTS, ENTROPY, IDS, PROBS))
+COLUMNS = frozenset((LOGITS, STATES, COUNTS, ENTROPY, IDS, PROBS, TAIL))
 INPUTS = "teacher_inputs."
 
 
@@ -52,7 +53,7 @@ def split_inputs(
     return {name: columns[name] for name in columns if not name.startswith(INPUTS)}, inputs
 
 
-def read_outputs(table: pa.Table) -> Tensor | CachedHidden | SparseTargets:
+def read_outputs(table: pa.Table) -> Tensor | CachedHidden | FewTokens:
     """The teacher's outputs for the examples of a table, without a copy where possible."""
     columns = dict(zip(table.column_names, table.columns, strict=True))
     if LOGITS in columns:
@@ -69,9 +70,11 @@ def read_outputs(table: pa.Table) -> Tensor | CachedHidden | SparseTargets:
         )
         return SparseTargets(ids_NK, probs_NK, torch.from_numpy(entropy_N))
     probs_NK = _matrix(columns[PROBS])
-    return SparseTargets(
-        _matrix(columns[IDS]).long(), probs_NK, torch.special.entr(probs_NK).sum(-1)
-    )
+    ids_NK, entropy_N = _matrix(columns[IDS]).long(), torch.special.entr(probs_NK).sum(-1)
+    if TAIL not in columns:
+        return SparseTargets(ids_NK, probs_NK, entropy_N)
+    tail_N = torch.from_numpy(_concatenate(_rows(columns[TAIL])))
+    return TailTargets(ids_NK, probs_NK, entropy_N + torch.special.entr(tail_N), tail_N)
 
 
 def _rows(column: pa.ChunkedArray) -> list[pa.Array]:

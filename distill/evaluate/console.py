@@ -27,13 +27,26 @@ def show(
     """Print the table of a measurement, and the folders of the run and of its export."""
     from rich.console import Console
 
-    from distill.evaluate import runtimes_table, table
+    from distill.evaluate import replies_table, runtimes_table, table
 
     console = Console() if sys.stdout.isatty() else Console(width=100)
     rendered = (
         table.table(metrics) if isinstance(metrics, Metrics) else runtimes_table.table(metrics)
     )
     console.print(rendered)
+    if isinstance(metrics, Metrics) and metrics.replies is not None:
+        console.print(replies_table.table(metrics.replies))
     for name, path in (("run", folder), ("export", export)):
         if path is not None:
             console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def show_on_error(metrics: Metrics | RuntimesReport | None) -> Iterator[None]:
+    """Print a measurement if the block raises: nothing that was measured is lost."""
+    try:
+        yield
+    except Exception:
+        if metrics is not None:
+            show(metrics)
+        raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distill import cli
 from distill.errors import UserError
 from distill.evaluate import runtime_names
-from distill.evaluate.console import show
+from distill.evaluate.console import show, show_on_error
 from distill.evaluate.evaluate_run import evaluate, export_spec
 from distill.evaluate.records import Metrics, RuntimesReport
 from distill.evaluate.run_folder import (
@@ -21,6 +21,7 @@ from distill.evaluate.run_folder import (
 )
 from distill.evaluate.settings import MeasureSettings
 from distill.isolated import warm_process
+from distill.places import check_writable
 from distill.recipe import compose, config
 from distill.stages import Stages
 from distill.tasks import build_task
@@ -54,6 +55,11 @@ Keys and their defaults:
   requests=          timed single requests
   batches=           timed batches
   threads=           CPU threads of the timed processes
+  generate=          true: replies of language models, their quality, times, cache and memory
+  max_new_tokens=    tokens of a reply, at most
+  harness=           tasks of lm-eval, as in arc_easy,hellaswag
+  harness_path=      folder with more of its tasks
+  harness_limit=     examples of each of these tasks
 """
 
 
@@ -73,6 +79,11 @@ class Options:
     requests: int | None = None
     batches: int | None = None
     threads: int | None = None
+    generate: bool | None = None
+    max_new_tokens: int | None = None
+    harness: Any = None
+    harness_path: str | None = None
+    harness_limit: int | None = None
 
 
 @cli.cli_command
@@ -82,13 +93,15 @@ def main() -> None:
     run, paths = read_options(options)
     runtimes = read_runtimes(options.runtimes, run.callbacks)
     from distill import models  # imports torch
+    from distill.evaluate.lm_eval_tasks import check_settings
     from distill.prepare import prepare
 
     if options.run is None:
         run = replace(run, export=_dtype_of_model(run.export, paths))
     run = replace(run, export=models.resolve_export_dtype(run.export, run.teacher, run.student))
     task = build_task(run.task)
-    tokenizers = load_tokenizers(paths, task)
+    check_settings(run.evaluate, task)
+    tokenizers = load_tokenizers(paths, task, run.loss.compares_spans)
     named = next(iter(paths.values()))  # the teacher, if there is one
     with nullcontext() if runtimes else warm_process(task.auto_class, run.evaluate.threads):
         prepared = prepare(task, run.data, run.seed, tokenizers, [options.split], named)
@@ -137,13 +150,15 @@ def _measure(
         with temporary_artefact(spec, student) as shipped:
             metrics = evaluate(run, prepared, folder, shipped, options.split)
     if options.output is not None:
-        write_metrics(metrics, Path(options.output))
+        with show_on_error(metrics):
+            write_metrics(metrics, Path(options.output))
     elif options.run is not None and options.split == "test":
         earlier = read_metrics(folder)
         if earlier is not None:
             metrics = replace(metrics, training=earlier.training, stages=earlier.stages)
-        write_metrics(metrics, folder)
-        write_report(metrics, folder)
+        with show_on_error(metrics):
+            write_metrics(metrics, folder)
+            write_report(metrics, folder)
     return metrics
 
 
@@ -160,9 +175,11 @@ def _measure_runtimes(
     is_auto = _split_list(options.runtimes) == [AUTO]
     report = measure_runtimes(settings, prepared, paths, options.split, runtimes, is_auto)
     if options.output is not None:
-        write_metrics(report, Path(options.output))
+        with show_on_error(report):
+            write_metrics(report, Path(options.output))
     elif options.run is not None and options.split == "test":
-        write_metrics(report, Path(options.run).expanduser())
+        with show_on_error(report):
+            write_metrics(report, Path(options.run).expanduser())
     return report
 
 
@@ -206,11 +223,17 @@ def read_options(options: Options) -> tuple[config.Run, dict[str, str]]:
             f"output is {options.output}, but its folder does not exist: create or change it"
         )
     run, paths = _read_recipe(options) if options.run is None else _read_run(options)
+    if options.output:
+        check_writable(Path(options.output).resolve().parent, "output")
+    elif options.run is not None and options.split == "test":
+        check_writable(Path(options.run).expanduser(), "run")
     settings = {
         key.name: getattr(options, key.name)
         for key in fields(config.Evaluate)
         if getattr(options, key.name) is not None
     }
+    if options.harness is not None:
+        settings["harness"] = _split_list(options.harness)
     return replace(run, evaluate=replace(run.evaluate, **settings)), paths
 
 
@@ -221,7 +244,8 @@ def _read_recipe(options: Options) -> tuple[config.Run, dict[str, str]]:
     models = {"teacher": options.teacher, "student": options.student}
     paths = {name: path for name, path in models.items() if path is not None}
     for name, path in paths.items():
-        is_folder = path.startswith((".", "/", "~")) or path.count("/") > 1
+        has_scheme = path.startswith("package:")
+        is_folder = path.startswith((".", "/", "~")) or (path.count("/") > 1 and not has_scheme)
         if is_folder and not Path(path).expanduser().exists():
             raise UserError(
                 f"{name} is {path}, but there is no such folder: "
@@ -238,11 +262,16 @@ def _read_run(options: Options) -> tuple[config.Run, dict[str, str]]:
         )
     folder = check_run_folder(str(options.run))
     run = compose.load_recipe(str(folder / "recipe.yaml"))
-    return run, find_models(folder, run.teacher)
+    return run, find_models(folder, run.local_teacher)
 
 
-def load_tokenizers(paths: dict[str, str], task: "Task") -> "Tokenizers":
+def load_tokenizers(paths: dict[str, str], task: "Task", spans: bool = False) -> "Tokenizers":
     """The tokenizers of student and teacher; the student's as it was before it was trimmed.
+
+    Args:
+        paths: folder or name of each model.
+        task: decides whether their tokens may differ.
+        spans: whether they may differ all the same, see `Loss.compares_spans`.
 
     Raises:
         UserError: if the models predict tokens and have other vocabularies.
@@ -258,4 +287,4 @@ def load_tokenizers(paths: dict[str, str], task: "Task") -> "Tokenizers":
             break
     if "teacher" not in loaded or student is loaded["teacher"]:
         return models.Tokenizers(student)
-    return models.pair_tokenizers(student, loaded["teacher"], task, loaded["teacher"])
+    return models.pair_tokenizers(student, loaded["teacher"], task, loaded["teacher"], spans)

@@ -35,7 +35,7 @@ def evaluate(
     """
     from distill.evaluate.measure import measure  # imports torch
 
-    settings, paths = MeasureSettings.from_run(run), find_models(folder, run.teacher)
+    settings, paths = MeasureSettings.from_run(run), find_models(folder, run.local_teacher)
     metrics = measure(settings, prepared, paths, split, shipped)
     # Runtimes are measured by `runtimes=`; metrics.json then describes the trained student.
     is_runtime = run.export.format in capabilities.RUNTIMES

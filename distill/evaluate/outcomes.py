@@ -3,6 +3,7 @@
 N = rows of logits that count, C = classes or vocabulary.
 """
 
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ from distill.evaluate.inputs import ModelInputs
 from distill.evaluate.records import Fidelity
 from distill.losses import chunked
 from distill.losses.chunked import FactoredLogits, LogitRows
-from distill.tasks.base import Task, join_columns
-from distill.tasks.batch import Batch
+from distill.tasks.base import Task
+from distill.tasks.batch import Batch, join_columns
 
 Columns = dict[str, Tensor]  # outcomes of all examples by name, each (examples, ...)
 Pair = tuple[Tensor, Tensor]  # agreement with the teacher and divergence from it, each (N,)
@@ -32,7 +33,9 @@ def model_batches(
 ) -> Iterator[dict[str, Batch]]:
     """The batches of a plan for each model; models with the same inputs share a batch."""
     encoded: dict[int, data.EncodedDataset] = {
-        id(source): data.EncodedDataset(source.examples, task, source.tokenizer.pad_token_id)
+        id(source): data.EncodedDataset(
+            source.examples, data.Collator(task, source.tokenizer.pad_token_id)
+        )
         for source in inputs.values()
     }
     for micro_batch in plan:
@@ -53,6 +56,7 @@ def collect_outcomes(
     loaded: Mapping[str, Any],
     batches: Iterable[Mapping[str, Batch]],
     device: str = "cpu",
+    same_rows: bool = True,
 ) -> tuple[dict[str, Columns], dict[str, Fidelity]]:
     """Run the models on all batches.
 
@@ -63,6 +67,7 @@ def collect_outcomes(
         loaded: Models by name, on the CPU: `student`, and perhaps `teacher` and others.
         batches: The same examples for each model by name.
         device: `cpu` or `cuda`.
+        same_rows: Whether all models have the same rows; otherwise they are not compared.
 
     Returns:
         The outcomes of each model (see `Task.outcomes`), and the fidelity of the other models to
@@ -71,7 +76,9 @@ def collect_outcomes(
     parts: dict[str, list[Columns]] = {name: [] for name in loaded}
     pairs: dict[str, list[Pair]] = {name: [] for name in loaded if name != "teacher"}
     for outputs in run_models(task, loaded, batches, device):
-        outcomes, fidelity = compare_outputs(task, outputs.rows, outputs.batch)
+        groups = [outputs.rows] if same_rows else [{name: outputs.rows[name]} for name in loaded]
+        compared = [compare_outputs(task, rows, outputs.batch) for rows in groups]
+        outcomes, fidelity = (dict(ChainMap(*each)) for each in zip(*compared, strict=True))
         for name, columns in outcomes.items():
             parts[name].append(columns)
         for name, pair in fidelity.items():
@@ -229,6 +236,17 @@ def _shared_classes(student_NC: Tensor, teacher_NC: Tensor) -> tuple[Tensor, Ten
     """Drop the classes that only the wider vocabulary has, because they are padding."""
     shared = min(student_NC.shape[1], teacher_NC.shape[1])
     return student_NC[:, :shared], teacher_NC[:, :shared]
+
+
+def have_same_rows(task: Task, inputs: Mapping[str, ModelInputs]) -> bool:
+    """Whether the rows of all models are predictions of the same things.
+
+    Models that predict tokens of different tokenizers have others, even if as many.
+    """
+    first, *others = inputs.values()
+    return not task.predicts_tokens or all(
+        other.tokenizer.get_vocab() == first.tokenizer.get_vocab() for other in others
+    )
 
 
 def sum_by_text(columns: Columns, examples: Dataset, plan: data.BatchPlan) -> Columns:

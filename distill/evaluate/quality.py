@@ -6,7 +6,8 @@ their difference does not vary with how hard the drawn examples are.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from distill.tasks.base import Task
 
 LEVEL = 0.95
 NORMAL = NormalDist()
-ROUNDING = 1e-9  # test statistics with a smaller relative difference count as equal
+MOST_SETS, MOST_WEIGHTS = 100, 1 << 21  # resamples, and their weights, at a time
+ROUNDING = 1e-9  # statistics with a smaller difference count as equal
 
 Columns = dict[str, Tensor]  # outcomes of all examples by name, see `Task.outcomes`
 
@@ -41,21 +43,70 @@ def bootstrap(task: Task, columns: Columns, resamples: int, seed: int) -> Bootst
     """Compute the metrics of the examples and of `resamples` sets of the same size."""
     values = task.compute_metrics(columns)
     size = len(next(iter(columns.values())))
-    draws = {metric: np.full(resamples, math.nan) for metric in values}
-    with warnings.catch_warnings():
-        # A resample may lack a class or have no variance: its metric is then NaN and left out.
-        warnings.simplefilter("ignore")
-        for number, index in enumerate(_draw(size, resamples, seed)):
-            drawn = {name: column[index] for name, column in columns.items()}
-            for metric, value in task.compute_metrics(drawn).items():
-                if metric in draws:
-                    draws[metric][number] = value
-    return Bootstrap(values, draws)
+    drawn = _metrics_of_draws(task, columns, _draw(size, resamples, seed))
+    unknown = np.full(resamples, math.nan)
+    return Bootstrap(values, {metric: drawn.get(metric, unknown) for metric in values})
 
 
 def _draw(size: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each example is drawn, (N,), for each resample."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(size, (size,), generator=generator) for _ in range(resamples))
+    for _ in range(resamples):
+        yield torch.randint(size, (size,), generator=generator).bincount(minlength=size)
+
+
+def _metrics_of_draws(
+    task: Task, columns: Columns, counts: Iterable[Tensor]
+) -> dict[str, np.ndarray]:
+    """The metrics of sets of examples, NaN where a set lacks what they need.
+
+    Args:
+        task: Computes them.
+        columns: Outcomes of all examples.
+        counts: How often each example is in a set, (N,), for each set.
+    """
+    if not task.has_weighted_metrics():
+        return _join_draws(
+            {name: np.array([value]) for name, value in metrics.items()}
+            for metrics in (_repeated_metrics(task, columns, count_N) for count_N in counts)
+        )
+    size = len(next(iter(columns.values())))
+    sets = min(MOST_SETS, max(1, MOST_WEIGHTS // max(1, size)))
+    return _join_draws(
+        {name: value.numpy() for name, value in task.weighted_metrics(columns, weights_NR).items()}
+        for weights_NR in _in_groups(counts, sets)
+    )
+
+
+def _repeated_metrics(task: Task, columns: Columns, count_N: Tensor) -> dict[str, float]:
+    with warnings.catch_warnings():
+        # A resample may lack a class or have no variance: its metric is then NaN and left out.
+        warnings.simplefilter("ignore")
+        repeated = {name: column.repeat_interleave(count_N, 0) for name, column in columns.items()}
+        return task.compute_metrics(repeated)
+
+
+def _in_groups(counts: Iterable[Tensor], sets: int) -> Iterator[Tensor]:
+    """Several sets at a time, as weights (N, R)."""
+    remaining = iter(counts)
+    while group := list(islice(remaining, sets)):
+        yield torch.stack(group, 1).double()
+
+
+def _join_draws(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The metrics of all sets, (R,), NaN for sets that lack a metric."""
+    collected = list(parts)
+    sizes = [len(next(iter(part.values()))) for part in collected]
+    names = dict.fromkeys(name for part in collected for name in part)
+    return {
+        name: np.concatenate(
+            [
+                part.get(name, np.full(size, math.nan))
+                for part, size in zip(collected, sizes, strict=True)
+            ]
+        )
+        for name in names
+    }
 
 
 def interval(value: float, draws: np.ndarray) -> Interval:
@@ -67,7 +118,8 @@ def interval(value: float, draws: np.ndarray) -> Interval:
     draws = draws[np.isfinite(draws)]
     if not math.isfinite(value) or len(draws) == 0:
         return Interval(value, math.nan, math.nan)
-    below = float(np.mean(draws < value) + np.mean(draws == value) / 2)
+    equal = np.isclose(draws, value, rtol=ROUNDING, atol=ROUNDING)
+    below = float(np.mean((draws < value) & ~equal) + np.mean(equal) / 2)
     shift = 2 * NORMAL.inv_cdf(min(max(below, 0.5 / len(draws)), 1 - 0.5 / len(draws)))
     reach = NORMAL.inv_cdf((1 + LEVEL) / 2)
     low, high = np.quantile(draws, [NORMAL.cdf(shift - reach), NORMAL.cdf(shift + reach)])
@@ -102,33 +154,25 @@ def randomization_test(
     share of rounds, the original included, whose difference is at least the original one.
     """
     size = len(next(iter(student.values())))
-    generator = torch.Generator().manual_seed(seed)
-    observed = _difference(task, student, teacher)
+    observed = abs(_primary(task, student) - _primary(task, teacher))
     if not math.isfinite(observed):
         return math.nan
-    swaps = (torch.rand(size, generator=generator) < 0.5 for _ in range(rounds))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        extreme = sum(
-            _difference(task, *_swap(student, teacher, swap)) >= observed * (1 - ROUNDING)
-            for swap in swaps
-        )
-    return (1 + extreme) / (1 + rounds)
+    both = {name: torch.cat([column, teacher[name]]) for name, column in student.items()}
+    first, second = (
+        _metrics_of_draws(task, both, _halves(size, rounds, seed, swap))[task.primary_metric]
+        for swap in (True, False)
+    )
+    extreme = np.sum(np.abs(first - second) >= observed * (1 - ROUNDING))
+    return (1 + int(extreme)) / (1 + rounds)
 
 
-def _difference(task: Task, student: Columns, teacher: Columns) -> float:
-    """The absolute difference in the primary metric."""
-    values = (task.compute_metrics(columns)[task.primary_metric] for columns in (student, teacher))
-    return abs(next(values) - next(values))
+def _primary(task: Task, columns: Columns) -> float:
+    return task.compute_metrics(columns)[task.primary_metric]
 
 
-def _swap(student: Columns, teacher: Columns, swap: Tensor) -> tuple[Columns, Columns]:
-    """Exchange the examples for which `swap` is true."""
-
-    def pick(first: Columns, second: Columns) -> Columns:
-        return {
-            name: torch.where(swap.view(-1, *[1] * (column.dim() - 1)), second[name], column)
-            for name, column in first.items()
-        }
-
-    return pick(student, teacher), pick(teacher, student)
+def _halves(size: int, rounds: int, seed: int, swap: bool) -> Iterator[Tensor]:
+    """One outcome of each example, of one model or of the other, as counts of (2N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(rounds):
+        second_N = (torch.rand(size, generator=generator) < 0.5) == swap
+        yield torch.cat([~second_N, second_N]).long()

@@ -1,80 +1,35 @@
 """The contents of metrics.json and runtimes.json as dataclasses; NaN is None in JSON."""
 
-import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple, Self
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
-Json = dict[str, Any]
+from distill.evaluate.record_parts import (
+    Cost,
+    Generation,
+    Interval,
+    Json,
+    Machine,
+    Replies,
+    number,
+    replace_nan,
+)
+
+__all__ = [
+    "MODELS",
+    "Comparison",
+    "Cost",
+    "Fidelity",
+    "Generation",
+    "Interval",
+    "Machine",
+    "Metrics",
+    "ModelMetrics",
+    "Replies",
+    "RuntimeMetrics",
+    "RuntimesReport",
+]
 
 MODELS = ("teacher", "dense", "student")  # in the order of every table and file
-
-
-class Interval(NamedTuple):
-    """A metric and the ends of its 95 % interval; NaN where one cannot be computed."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> Json:
-        return self._asdict()
-
-    @classmethod
-    def from_json(cls, values: Json) -> Self:
-        return cls(*(_number(values.get(name)) for name in cls._fields))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Time, memory and bytes that a model needs; None if not measured."""
-
-    latency_p50_ms: float | None = None
-    latency_p90_ms: float | None = None
-    latency_p99_ms: float | None = None
-    examples_per_s: float | None = None
-    tokens_per_s: float | None = None
-    parameters: int | None = None
-    weight_bytes: int | None = None  # in memory
-    memory_before_bytes: int | None = None  # of the process, before the model was loaded
-    memory_loaded_bytes: int | None = None
-    memory_peak_bytes: int | None = None
-    device_peak_bytes: int | None = None
-    disk_bytes: int | None = None
-    bits_per_weight: float | None = None  # bits of the weights' files per parameter
-
-    def to_json(self) -> Json:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_json(cls, values: Json) -> Self:
-        return cls(**_known(cls, values))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """The machine and the settings of a measurement of cost."""
-
-    cpu: str
-    cores: int | None = None
-    ram_bytes: int | None = None
-    device: str = "cpu"  # name of the GPU, if there is one
-    torch: str
-    transformers: str | None = None
-    python: str | None = None
-    threads: int
-    dtype: str = "float32"
-    attention: str = "eager"
-    warm_up: dict[str, int] = field(default_factory=dict)  # untimed calls, by kind of call
-    turn: dict[str, int] = field(default_factory=dict)  # consecutive calls of a model, by kind
-    requests: int  # timed single requests
-    batches: int  # timed batches
-
-    def to_json(self) -> Json:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Json) -> Self:
-        return cls(**_known(cls, values))
 
 
 @dataclass(frozen=True)
@@ -82,14 +37,28 @@ class ModelMetrics:
     """Quality and cost of one model."""
 
     quality: dict[str, Interval]  # by metric
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
+    generation: Generation | None = None
+    harness: dict[str, Interval] = field(default_factory=dict)  # by task and metric of lm-eval
 
     def to_json(self) -> Json:
-        return {"quality": _to_json(self.quality), "cost": self.cost.to_json()}
+        optional = {
+            "generation": self.generation and self.generation.to_json(),
+            "harness": _to_json(self.harness),
+        }
+        return {"quality": _to_json(self.quality), "cost": self.cost.to_json()} | {
+            name: value for name, value in optional.items() if value
+        }
 
     @classmethod
     def from_json(cls, values: Json) -> Self:
-        return cls(_intervals(values["quality"]), Cost.from_json(values.get("cost", {})))
+        generation = values.get("generation")
+        return cls(
+            _intervals(values["quality"]),
+            Cost.from_json(values.get("cost", {})),
+            generation and Generation.from_json(generation),
+            _intervals(values.get("harness", {})),
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +81,7 @@ class Comparison:
     @classmethod
     def from_json(cls, values: Json) -> Self:
         difference = Interval.from_json(values["difference"])
-        return cls(values["metric"], values["maximise"], difference, _number(values["p"]))
+        return cls(values["metric"], values["maximise"], difference, number(values["p"]))
 
 
 @dataclass(frozen=True)
@@ -127,7 +96,7 @@ class Fidelity:
 
     @classmethod
     def from_json(cls, values: Json) -> Self:
-        return cls(_number(values["agreement"]), _number(values["divergence"]))
+        return cls(number(values["agreement"]), number(values["divergence"]))
 
 
 @dataclass(frozen=True)
@@ -143,6 +112,7 @@ class Metrics:
     comparison: Comparison | None = None  # with a teacher
     fidelity: dict[str, Fidelity] | None = None  # with a teacher: of `student` and `dense`
     divergence: str | None = None  # function of distill.losses in `fidelity`
+    replies: Replies | None = None  # of language models, if generation was measured
     form: Json | None = None  # export settings of the measured student
     training: Json | None = None  # results of the training
     stages: dict[str, float] | None = None  # seconds of each stage of the run
@@ -157,6 +127,7 @@ class Metrics:
             "comparison": self.comparison and self.comparison.to_json(),
             "resamples": self.resamples,
             "fidelity": fidelity,
+            "replies": self.replies and self.replies.to_json(),
             "form": self.form,
             "machine": self.machine.to_json(),
             "training": self.training,
@@ -173,6 +144,7 @@ class Metrics:
         """Read metrics.json, also of earlier versions; KeyError or TypeError if it is damaged."""
         models = {name: values[name] for name in MODELS if name in values}
         comparison, fidelity = values.get("comparison"), values.get("fidelity")
+        replies = values.get("replies")
         return cls(
             split=values["split"],
             examples=values["examples"],
@@ -183,6 +155,7 @@ class Metrics:
             comparison=None if comparison is None else Comparison.from_json(comparison),
             fidelity=None if fidelity is None else _fidelity(fidelity),
             divergence=None if fidelity is None else fidelity["name"],
+            replies=replies and Replies.from_json(replies),
             form=values.get("form"),
             training=values.get("training"),
             stages=values.get("stages"),
@@ -252,13 +225,6 @@ class RuntimesReport:
         )
 
 
-def replace_nan(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by None in nested dictionaries."""
-    if isinstance(value, dict):
-        return {key: replace_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _to_json(records: dict[str, Any]) -> Json:
     return {name: record.to_json() for name, record in records.items()}
 
@@ -270,13 +236,3 @@ def _intervals(values: Json) -> dict[str, Interval]:
 def _fidelity(values: Json) -> dict[str, Fidelity]:
     models = {"student": values} | {name: values[name] for name in MODELS if name in values}
     return {name: Fidelity.from_json(record) for name, record in models.items()}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _known(record: type, values: Json) -> Json:
-    """The values that the record has fields for; another version may have written others."""
-    names = {item.name for item in fields(record)}
-    return {name: value for name, value in values.items() if name in names}

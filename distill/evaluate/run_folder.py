@@ -37,11 +37,19 @@ def find_models(folder: Path, teacher: config.Teacher | None) -> dict[str, str]:
     """Folders of `teacher`, `dense` (the student before it was compressed) and `student`.
 
     A pretrained teacher without fine-tuning has no folder in the run; its name is returned.
+
+    Raises:
+        UserError: if the folder of a teacher that the run trained or initialized is missing.
     """
     paths = {name: str(folder / name) for name in MODELS if (folder / name).is_dir()}
     if teacher is None:
         paths.pop("teacher", None)
     elif "teacher" not in paths:
+        if teacher.model is None or teacher.finetune is not None:
+            raise UserError(
+                f"run is {folder}, but its folder teacher, with the teacher that it made, is "
+                "missing: restore it, or start a new run"
+            )
         paths = {"teacher": str(teacher.model)} | paths
     return paths
 

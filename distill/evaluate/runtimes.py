@@ -65,7 +65,7 @@ def measure_runtimes(
     task, raw = prepared.task, prepared.raw[split]
     tokenizer = trimmed_tokenizer(paths["student"], prepared.tokenizer) or prepared.tokenizer
     spec = ExportSpec(config.Export(), settings.data, task, tokenizer, prepared.raw["train"])
-    texts = task.requests(raw, settings.data)
+    texts = task.requests(raw, settings.data, tokenizer)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = {

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.evaluate.records import RuntimesReport
-from distill.evaluate.table import format_interval, format_number, format_ratio
+from distill.evaluate.table_cells import format_interval, format_number, format_ratio
 
 COLUMNS = (
     "",

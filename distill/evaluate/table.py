@@ -1,13 +1,13 @@
 """The rows of metrics.json, as a table in the terminal and in Markdown."""
 
-import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-from distill.evaluate.records import MODELS, Cost, Interval, Metrics
+from distill.evaluate import replies_table
+from distill.evaluate.records import MODELS, Cost, Metrics
+from distill.evaluate.table_cells import Row, format_interval, format_number, format_ratio
 
 MAX_LABELS = 12  # metrics of single labels are shown up to this many labels
 
@@ -29,20 +29,15 @@ COSTS = {
 COSTS_OF_COMPRESSION = ("bits_per_weight",)  # shown only beside the dense student
 
 
-class Row(NamedTuple):
-    """One line: the value of each model, empty where there is none, and student / teacher."""
-
-    group: str
-    name: str
-    teacher: str
-    dense: str
-    student: str
-    ratio: str
-
-
 def rows(metrics: Metrics) -> list[Row]:
-    """Every line, grouped by quality, fidelity and cost."""
-    return [*_quality(metrics), *_fidelity(metrics), *_cost(metrics)]
+    """Every line, grouped by what is measured."""
+    return [
+        *_quality(metrics),
+        *_harness(metrics),
+        *_fidelity(metrics),
+        *_cost(metrics),
+        *replies_table.rows(metrics),
+    ]
 
 
 def columns(metrics: Metrics) -> tuple[str, ...]:
@@ -61,6 +56,21 @@ def _quality(metrics: Metrics) -> Iterator[Row]:
         teacher, dense, student = (by_model.get(model, {}).get(name) for model in MODELS)
         yield Row(
             "quality",
+            name.replace("_", " "),
+            format_interval(teacher),
+            format_interval(dense),
+            format_interval(student),
+            format_ratio(student and student.value, teacher and teacher.value),
+        )
+
+
+def _harness(metrics: Metrics) -> Iterator[Row]:
+    """The metrics of lm-eval's tasks."""
+    by_model = {name: model.harness for name, model in metrics.models.items()}
+    for name in by_model["student"]:
+        teacher, dense, student = (by_model.get(model, {}).get(name) for model in MODELS)
+        yield Row(
+            "lm-eval",
             name.replace("_", " "),
             format_interval(teacher),
             format_interval(dense),
@@ -110,30 +120,6 @@ def _scaled(metrics: Metrics, model: str, field: str, factor: float) -> float | 
     return None if value is None else value * factor
 
 
-def format_number(value: float | None) -> str:
-    """Three or four significant digits; empty where there is no value."""
-    if value is None or not math.isfinite(value):
-        return ""
-    size = abs(value)
-    if 0 < size < 0.01:
-        return f"{value:.2g}"
-    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
-
-
-def format_interval(interval: Interval | None) -> str:
-    """The value, with its interval if it has one."""
-    if interval is None:
-        return ""
-    value, low, high = map(format_number, interval)
-    return f"{value} [{low}, {high}]" if low and high else value
-
-
-def format_ratio(value: float | None, reference: float | None) -> str:
-    if value is None or reference is None or not (reference > 0 and value >= 0):
-        return ""
-    return f"{value / reference:.2f}x"
-
-
 def conditions(metrics: Metrics) -> str:
     """The caption: what was measured, on which machine."""
     machine = metrics.machine
@@ -145,6 +131,7 @@ def conditions(metrics: Metrics) -> str:
         f"Cost on {device}, {machine.threads} thread(s), {machine.dtype}, "
         f"{machine.attention} attention, torch {machine.torch}; the models took turns at "
         f"{machine.requests} single requests and {machine.batches} batches."
+        f"{replies_table.conditions(metrics.replies)}"
     )
 
 
@@ -179,4 +166,4 @@ def markdown(metrics: Metrics) -> str:
         group = row.group
         name = row.name.strip().replace("|", r"\|")
         lines.append(" | ".join([f"| {name}", *(getattr(row, column) for column in shown)]) + " |")
-    return "\n".join([*lines, "", conditions(metrics)])
+    return "\n".join([*lines, "", conditions(metrics), *replies_table.markdown(metrics.replies)])

@@ -78,6 +78,8 @@ def _licenses(made_from: list[Origin]) -> list[str]:
 
 
 def _teacher(teacher: config.Teacher) -> str:
+    if teacher.outputs == "served":
+        return teacher.served_model or teacher.model or "a teacher that was served"
     if teacher.model is not None:
         return _public(teacher.model)
     return f"a {(teacher.config or {}).get('model_type')} teacher trained from scratch"
@@ -100,6 +102,11 @@ def _usage(task: Task, data: config.Data, proof: Proof, trained: bool) -> str:
 
 
 def _needs(proof: Proof) -> str:
+    if proof.format == "lora":
+        return (
+            "It is an adapter, which plain transformers adds to its base model where peft is "
+            f"installed (written with peft {proof.versions['peft']})."
+        )
     if proof.format == "torchao":
         code = " and runs the two short files of code beside the weights" if proof.code else ""
         return (

@@ -4,10 +4,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill import cli, evaluate, isolated
+from distill import cli, evaluate, isolated, store
 from distill.errors import UserError
 from distill.export.draft import export
-from distill.recipe import capabilities, compose, config
+from distill.places import check_writable
+from distill.recipe import capabilities, compose, config, memory_keys
 
 if TYPE_CHECKING:
     from distill.prepare import Prepared
@@ -22,6 +23,7 @@ USAGE = """Exports the student of a finished run as a folder that others can use
 Keys; the recipe's values under export are the defaults, or with format= those of the format:
   format=            dense: one float per weight; packed: 2 to 8 bits per weight
                      torchao: int8 weights, loads where torchao is installed
+                     lora: the adapter of student.lora alone, loads where peft is installed
                      onnx, openvino, executorch: for these runtimes, without torch and transformers
   dtype=             float type of weights that are not quantized: float32, bfloat16, float16;
                      auto: that of the teacher's checkpoint
@@ -73,10 +75,14 @@ def export_folder(folder: Path, options: Options) -> Path:
 
     Returns:
         The folder of the export.
+
+    Raises:
+        UserError: if another process is working in the folder.
     """
     run = compose.load_recipe(str(folder / "recipe.yaml"))
     run = replace(run, export=choose_settings(run.export, options))
     settings, techniques = run.export, capabilities.techniques_of(run.callbacks)
+    memory_keys.check_memory_keys(run)
     capabilities.check_export(settings.format, settings.dtype, settings.quantize, settings.bits)
     capabilities.check_techniques(settings.format, settings.quantize, techniques)
     # These import torch: only once the command line is right.
@@ -87,7 +93,9 @@ def export_folder(folder: Path, options: Options) -> Path:
     settings = models.resolve_export_dtype(settings, run.teacher, run.student)
     run = replace(run, export=settings)
     task = build_task(run.task)
-    with isolated.warm_process(task.auto_class, run.evaluate.threads):
+    check_writable(folder, "run")
+    warm = isolated.warm_process(task.auto_class, run.evaluate.threads)
+    with store.exclusive_access(folder), warm:
         inputs = prepared(task, run.data, run.seed, folder)
         spec = ExportSpec(settings, run.data, inputs.task, inputs.tokenizer, inputs.raw["train"])
         final = export(run, spec, inputs.raw["test"], folder, evaluate.read_metrics(folder))

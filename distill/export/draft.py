@@ -75,10 +75,19 @@ def write_draft(spec: "ExportSpec", folder: Path) -> Iterator[Draft | None]:
         try:
             student = packing.final_student(spec, student, Path(temporary))
             packing.write_format(spec, student, draft)
-        except (UserError, RunFailed) as failure:
-            error = failure
+        except (UserError, RunFailed, OSError) as failure:
+            error = _as_error(failure, folder)
             packing.warn_unwritten(error)
         yield Draft(draft, student, spec.settings, error)
+
+
+def _as_error(failure: UserError | OSError, folder: Path) -> UserError:
+    if not isinstance(failure, OSError):
+        return failure
+    return RunFailed(
+        f"{folder / FINAL} cannot be written ({failure.strerror or failure}), but the export "
+        f"needs a place there: make room, then run distill export run={folder}"
+    )
 
 
 def prove_and_publish(
@@ -145,7 +154,7 @@ def _prove(
     from distill.export import verify_folder, verify_program
     from distill.export.proof_inputs import ProofInputs
 
-    teacher = evaluate.find_models(folder, run.teacher).get("teacher")
+    teacher = evaluate.find_models(folder, run.local_teacher).get("teacher")
     inputs = ProofInputs(
         spec=spec,
         texts=texts.select(evenly_spaced(len(texts), spec.settings.examples)),

@@ -44,7 +44,7 @@ class ProofInputs:
     @property
     def cells(self) -> list[list[str]]:
         """The text columns of each request."""
-        return self.spec.task.requests(self.texts, self.spec.data)
+        return self.spec.task.requests(self.texts, self.spec.data, self.spec.tokenizer)
 
     def batches(self, size: int, keep_end: bool = False) -> list[Batch]:
         """The encoded requests in batches of that size; see :meth:`Serving.encode_requests`."""

@@ -16,7 +16,7 @@ from distill.export.checks import Tolerance, check_equal, check_smaller, export_
 from distill.export.proof_inputs import ProofInputs, compute_logits, compute_rows
 from distill.export.proof_record import FasterDtype, Proof
 from distill.models import best_attention
-from distill.recipe import config
+from distill.recipe import capabilities, config
 from distill.remote_code.modeling import CompressionConfig
 from distill.tasks.comparison import Comparison, NotComparableError
 
@@ -72,7 +72,7 @@ def _run_export(inputs: ProofInputs, draft: Path) -> dict[str, Any]:
     spec, quantized_inputs = inputs.spec, _has_quantized_inputs(draft)
     # A float32 model may be faster in bfloat16; a compressed one computes in float32.
     plain = spec.settings.format == "dense" and spec.settings.stored_dtype == "float32"
-    torchao = ["torchao"] if spec.settings.format == "torchao" else []
+    packages = capabilities.FORMATS[str(spec.settings.format)].packages
     request = {
         "folder": str(draft.resolve()),
         "auto_class": spec.task.auto_class,
@@ -83,7 +83,7 @@ def _run_export(inputs: ProofInputs, draft: Path) -> dict[str, Any]:
         "device": inputs.device,
         # Another attention kernel could round a quantized input differently.
         "attention": best_attention() if quantized_inputs else None,
-        "libraries": ["torch", "transformers", *torchao],
+        "libraries": ["torch", "transformers", *packages],
         "trust_remote_code": _has_code(draft),
         "dtypes": ["bfloat16"] if plain and not quantized_inputs else [],
         "blocked": ["distill"],
@@ -143,10 +143,16 @@ def _median_ms(outputs: Outputs) -> float:
 
 
 def _has_quantized_inputs(draft: Path) -> bool:
-    content = json.loads((draft / "config.json").read_text())
+    content = _read_config(draft)
     compression = CompressionConfig.from_json(content.get("compression"))
     return bool(compression.activations) or "quantization_config" in content
 
 
 def _has_code(draft: Path) -> bool:
-    return "auto_map" in json.loads((draft / "config.json").read_text())
+    return "auto_map" in _read_config(draft)
+
+
+def _read_config(draft: Path) -> dict[str, Any]:
+    """The model's config; empty for an adapter, which has that of its base model."""
+    file = draft / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}

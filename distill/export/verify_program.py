@@ -18,7 +18,7 @@ from torch import Tensor
 from distill import isolated, models
 from distill.evaluate import quality
 from distill.evaluate.cost import disk_bytes
-from distill.evaluate.records import replace_nan
+from distill.evaluate.record_parts import replace_nan
 from distill.export.checks import Tolerance, check_equal, check_smaller, export_failed
 from distill.export.proof_inputs import ProofInputs, compute_logits, compute_rows
 from distill.export.proof_record import Generated, Proof

@@ -50,7 +50,8 @@ def run_isolated(script: str, request: dict[str, Any]) -> dict[str, Any]:
         script: Name of a module in `scripts/`.
         request: Arguments of the script, as JSON values. `threads` is the number of CPU threads.
             Optional: `blocked`, packages that the process must not import, and `libraries`,
-            packages whose versions the response holds as `versions`.
+            packages whose versions the response holds as `versions`, and `online`, whether it may
+            download from the Hugging Face Hub.
 
     Raises:
         ProcessError: if the script fails.
@@ -63,16 +64,17 @@ def run_isolated(script: str, request: dict[str, Any]) -> dict[str, Any]:
         request_file.write_text(json.dumps(request | {"packages": _package_folders()}))
         process = warm.current(script, request["threads"])
         if process is None or not process.run_script(script, request_file, response_file):
-            _run_fresh(script, request_file, response_file, request["threads"])
+            environment = _environment(request["threads"], request.get("online", False))
+            _run_fresh(script, request_file, response_file, environment)
         return json.loads(response_file.read_text())
 
 
-def _run_fresh(script: str, request: Path, response: Path, threads: int) -> None:
+def _run_fresh(script: str, request: Path, response: Path, environment: dict[str, str]) -> None:
     """Run a script in a new process, in the folder of its request."""
     process = subprocess.run(
         [*_command(), script, str(request), str(response)],
         cwd=request.parent,
-        env=_environment(threads),
+        env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -103,8 +105,11 @@ def _command() -> list[str]:
     return [sys.executable, "-I", str(Path(__file__).resolve().parent)]
 
 
-def _environment(threads: int) -> dict[str, str]:
-    return os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+def _environment(threads: int, online: bool = False) -> dict[str, str]:
+    settings = ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    if online:
+        del settings["HF_HUB_OFFLINE"]
+    return os.environ | settings
 
 
 def _package_folders() -> list[str]:

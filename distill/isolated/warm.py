@@ -16,7 +16,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 # Scripts that import torch and transformers in any case.
-SCRIPTS = ("time_models", "model_memory", "transformers_proof")
+SCRIPTS = (
+    "time_models",
+    "model_memory",
+    "time_generation",
+    "generation_memory",
+    "transformers_proof",
+)
 # Otherwise counting the GPUs would initialize CUDA, which then fails in forks.
 ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 

@@ -9,6 +9,7 @@
 | `products.py` | products of bfloat16 and float16 factors with a float32 result |
 | `fused.py` | which losses a GPU computes in one kernel, and whether it does so correctly |
 | `kernels.py` | that kernel, in Triton |
+| `spans.py` | losses between models of different tokenizers, over spans of the same bytes |
 | `sparse.py` | a teacher's distribution as a few of its tokens |
 
 `loss.divergence` in a recipe is the name of a function of this package, or the dotted path of
@@ -38,6 +39,7 @@ from distill.losses.divergences import (
     squared_error,
     total_variation,
 )
+from distill.losses.spans import span_kl, uld
 
 __all__ = [
     "ANY_OF_C",
@@ -58,7 +60,9 @@ __all__ = [
     "reverse_kl",
     "sigmoid_kl",
     "skew_kl",
+    "span_kl",
     "sparse_kl",
     "squared_error",
     "total_variation",
+    "uld",
 ]

@@ -167,7 +167,12 @@ def sigmoid_kl(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Te
 
 
 def sparse_kl(
-    student_NC: Tensor, temperature: float, ids_NK: Tensor, probs_NK: Tensor, entropy_N: Tensor
+    student_NC: Tensor,
+    temperature: float,
+    ids_NK: Tensor,
+    probs_NK: Tensor,
+    entropy_N: Tensor,
+    tail_N: Tensor | None = None,
 ) -> Tensor:
     """T^2 * (sum_k probs_k * -log q_k - entropy): forward_kl from the probabilities of K tokens.
 
@@ -175,12 +180,16 @@ def sparse_kl(
     are unbiased estimates of those of forward_kl; a single value may be negative. With the entropy
     of the probabilities themselves, this is T^2 * KL(probs || q).
 
+    With `tail_N` all other tokens are one class: T^2 * KL of K + 1 classes, which is at most
+    forward_kl, and equal to it where the student divides the tail as the teacher does.
+
     Args:
         student_NC: Logits.
         temperature: T.
         ids_NK: Tokens.
-        probs_NK: Their probabilities, sum 1 over K.
+        probs_NK: Their probabilities, sum 1 over K, or with the tail.
         entropy_N: Nats.
+        tail_N: Probability of all other tokens, none of which is in `ids_NK`; None: there is none.
 
     Returns:
         (N,).
@@ -188,7 +197,11 @@ def sparse_kl(
     log_q = (at_least_float32(student_NC).clamp(-MAX_LOGIT, MAX_LOGIT) / temperature).log_softmax(
         -1
     )
-    return temperature**2 * (-(probs_NK * log_q.gather(-1, ids_NK)).sum(-1) - entropy_N)
+    crossed_N = -(probs_NK * log_q.gather(-1, ids_NK)).sum(-1)
+    if tail_N is not None:
+        log_tail_N = log_q.scatter(-1, ids_NK, -MAX_LOGIT).logsumexp(-1)
+        crossed_N = crossed_N - tail_N * log_tail_N
+    return temperature**2 * (crossed_N - entropy_N)
 
 
 # ---- combining rows

@@ -37,7 +37,12 @@ def supports_bf16(trainer: Trainer) -> bool:
 
 
 def resolve_teacher_dtype(teacher: Teacher | None, trainer: Trainer) -> str:
-    """The dtype of the teacher's forward; `auto` is bfloat16 if the device supports it."""
+    """The dtype of the teacher's forward; `auto` is bfloat16 if the device supports it.
+
+    The base of a student computes as the student does, which is in float32.
+    """
+    if teacher is not None and teacher.outputs == "base":
+        return "float32"
     if teacher is None or teacher.dtype == "auto":
         return "bfloat16" if supports_bf16(trainer) else "float32"
     return teacher.dtype
@@ -110,7 +115,7 @@ def logit_rows(
     if autocast_dtype(head.weight) not in LOW_PRECISION:
         return select(logits(model, inputs))[:, :classes]
     # The weight is read inside, because a sharded one is complete only there.
-    with _replace_forward(head, lambda states: linear_float32(states, head.weight, head.bias)):
+    with replace_forward(head, lambda states: linear_float32(states, head.weight, head.bias)):
         return select(logits(model, inputs))[:, :classes]
 
 
@@ -140,7 +145,7 @@ def head_inputs(
     model: PreTrainedModel, inputs: dict[str, Tensor], select: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Rows of the input of a language model's head, (N, D)."""
-    with _replace_forward(model.get_output_embeddings(), lambda states: states):
+    with replace_forward(model.get_output_embeddings(), lambda states: states):
         return select(logits(model, inputs))
 
 
@@ -164,13 +169,13 @@ def has_linear_head(model: PreTrainedModel) -> bool:
         return False
     probe_V = torch.linspace(-1e3, 1e3, head.out_features, device=model.device)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    with _replace_forward(head, lambda states: probe_V.repeat(*states.shape[:-1], 1)):
+    with replace_forward(head, lambda states: probe_V.repeat(*states.shape[:-1], 1)):
         result = logits(model, {"input_ids": token, "attention_mask": token})
     return torch.equal(result.flatten(), probe_V)
 
 
 @contextmanager
-def _replace_forward(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replace_forward(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace a module's forward inside the context; its hooks still run."""
     module.forward = function
     try:

@@ -3,7 +3,9 @@
 Errors of transformers are raised as a UserError of one sentence, and its output is silenced.
 """
 
+import json
 import logging
+import pickle
 import re
 import textwrap
 from collections.abc import Iterator
@@ -17,7 +19,14 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import UserError
+from distill.models import gguf_files
 
+# JSON files of a model folder, each of which must hold an object.
+OBJECTS = (
+    *("config.json", "adapter_config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
+)
 # Libraries that add handlers to their loggers.
 _PRINTING = ("transformers", "datasets", "huggingface_hub", "lightning", "torch", "torchmetrics")
 
@@ -26,42 +35,49 @@ def resolve_path(name: str, key: str) -> str:
     """Resolve the name of a model or tokenizer.
 
     Args:
-        name: A local folder, `package:<distribution>/<folder in it>`, or a name on the Hub.
+        name: A local folder or GGUF file, `package:<distribution>/<folder or GGUF file in it>`, or
+            a name on the Hub.
         key: The recipe's key, for error messages.
 
     Returns:
-        The path of the folder; a name on the Hub is returned unchanged.
+        The path of the folder, for a GGUF file that of its conversion; a name on the Hub is
+        returned unchanged.
 
     Raises:
-        UserError: The folder or package does not exist.
+        UserError: The folder, file or package does not exist.
     """
-    if name.startswith("package:"):
-        return _package_folder(name, key)
-    path = Path(name).expanduser()
-    is_path = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if not path.is_dir() and is_path:
-        raise UserError(
-            f"{key} is {name}, but there is no such folder: "
-            "name a model folder, or a model on the Hub"
-        )
-    return str(path) if path.is_dir() else name
-
-
-def _package_folder(name: str, key: str) -> str:
-    package, _, inside = name.removeprefix("package:").partition("/")
-    try:
-        path = Path(str(distribution(package).locate_file(inside)))
-    except PackageNotFoundError as error:
-        raise UserError(
-            f"{key} is {name}, but the package {package} is not installed: "
-            "pip install 'distill[demo]' installs those of the shipped recipes"
-        ) from error
-    if not path.is_dir():
+    packaged, path = name.startswith("package:"), _named_path(name, key)
+    if path.is_dir():
+        return str(path)
+    if path.is_file() and path.suffix == gguf_files.SUFFIX:
+        with translate_errors(name, key), silence_transformers():
+            return str(gguf_files.convert(path, key))
+    if packaged:
+        package, _, inside = name.removeprefix("package:").partition("/")
         raise UserError(
             f"{key} is {name}, but the package {package} has no folder {inside}: "
             "name one of its folders"
         )
-    return str(path)
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"{key} is {name}, but there is no such folder: "
+            "name a model folder, or a model on the Hub"
+        )
+    return name
+
+
+def _named_path(name: str, key: str) -> Path:
+    """The path that a name stands for, whether there is something or not."""
+    if not name.startswith("package:"):
+        return Path(name).expanduser()
+    package, _, inside = name.removeprefix("package:").partition("/")
+    try:
+        return Path(str(distribution(package).locate_file(inside)))
+    except PackageNotFoundError as error:
+        raise UserError(
+            f"{key} is {name}, but the package {package} is not installed: "
+            "the first lines of a shipped recipe say how to install what it needs"
+        ) from error
 
 
 def local_files(name: str, key: str) -> Path:
@@ -90,18 +106,61 @@ def translate_errors(name: str, key: str, local: bool = True) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(
             f"{key} is {name}, but its weights are damaged ({error}): "
             "save or download the model again"
         ) from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{key} is {name}, but {_explain_pickle(error)}") from error
     except OSError as error:
         raise UserError(f"{key} is {name}, but {_explain(error, local)}") from error
-    except (ValueError, TypeError, RuntimeError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # what constructors and parsers of others raise is not limited
+        problem = (_damaged_json(name, key) if local else None) or describe(error)
         raise UserError(
-            f"{key} is {name}, but transformers cannot use it ({first_sentences(str(error))}): "
+            f"{key} is {name}, but transformers cannot use it ({problem}): "
             "correct it, or choose another one"
         ) from error
+
+
+def describe(error: BaseException) -> str:
+    """The beginning of an exception's message; with its type where that says more."""
+    text = first_sentences(str(error))
+    plain = (ValueError, TypeError, RuntimeError, OSError, SafetensorError, StrictDataclassError)
+    if isinstance(error, plain) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _damaged_json(name: str, key: str) -> str | None:
+    """What is wrong with the first file of a model folder that is not the JSON it must be."""
+    folder = _named_path(name, key)
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        if file.name in OBJECTS and (problem := json_problem(file)):
+            return f"{file.name} {problem}"
+    return None
+
+
+def json_problem(file: Path) -> str | None:
+    """Why a file holds no JSON object; None if it does."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"is no JSON ({first_sentences(str(error))})"
+    return None if isinstance(content, dict) else "holds no JSON object"
+
+
+def _explain_pickle(error: pickle.UnpicklingError) -> str:
+    """Why a pickle was not loaded: it holds code, or is damaged."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return (
+            f"its weights are a pickle that would run code ({refused[1]}), which is never done "
+            "here: save them as safetensors where you trust them"
+        )
+    return "its weights are no pickle of tensors, or damaged: save or download the model again"
 
 
 def first_sentences(text: str, length: int = 300) -> str:
@@ -123,7 +182,7 @@ def _explain(error: OSError, local: bool) -> str:
     if local:
         return f"this folder cannot be read ({first}): save or download the model again"
     return (
-        f"it could not be fetched from the Hub ({first}): "
+        f"there is no such folder here, and it could not be fetched from the Hub ({first}): "
         "check the name and the network, or name a local folder in its place"
     )
 

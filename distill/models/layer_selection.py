@@ -16,7 +16,7 @@ from distill.models.architectures import SHARED_KEYS, TRANSLATIONS, Translation
 from distill.models.families import family_of, stacks
 from distill.models.hub import silence_transformers
 from distill.models.layer_proof import copy_blocks, layer_count, shorten_config
-from distill.models.loading import from_config
+from distill.models.random_models import from_config
 from distill.remote_code.modeling import CompressionConfig
 from distill.tasks.base import Task
 

@@ -1,20 +1,12 @@
 """Load a model by name or config, with the task's head, in float32 and eval mode."""
 
-import copy
-import importlib.util
 import logging
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,19 +15,21 @@ from transformers import (
 
 from distill import internals
 from distill.errors import UserError
+from distill.models.finite_weights import check_finite
+from distill.models.generation_settings import read_generation
 from distill.models.hub import resolve_path, silence_transformers, translate_errors
 from distill.models.model_files import check_files, check_head
 from distill.models.positions import counts_from_padding
 from distill.models.precision import measured_dtype
 from distill.models.preflight import check_labels, compare_labels
+from distill.models.random_models import best_attention, from_config, random, without_weights
 from distill.models.saving import REMOTE_CLASS
-from distill.models.start_tokens import set_decoder_tokens
 from distill.models.stored_tensors import check_tensors, is_in_head
+from distill.models.weight_files import check_weights
 from distill.remote_code import container
 from distill.tasks.base import Task
 
 log = logging.getLogger("distill")
-_WITHOUT_WEIGHTS = ContextVar("without_weights", default=False)
 
 
 def load(
@@ -59,12 +53,14 @@ def load(
         strict: Whether the tensors of the head, too, must be in the model's file.
 
     Raises:
-        UserError: The model does not exist, or does not fit the task or the tokenizer.
+        UserError: The model does not exist, has weights that are not finite, or does not fit the
+            task or the tokenizer.
     """
     if model is None:
         loaded = random(config or {}, task, role, tokenizer)
     else:
         loaded = pretrained(model, task, role, strict)
+    check_finite(loaded, model, role)
     if tokenizer is not None:
         _fit_tokenizer(loaded, tokenizer, role)
     return loaded.eval()
@@ -83,11 +79,14 @@ def skeleton(
             built = random(config or {}, task, role, tokenizer)
         else:
             key = f"{role}.model"
+            where = resolve_path(model, key)
             content = AutoConfig.from_pretrained(
-                resolve_path(model, key), trust_remote_code=False, **task.model_kwargs()
+                where, trust_remote_code=False, **task.model_kwargs()
             )
             check_head(content, task.auto_class, key, model)
             built = from_config(content, task)
+            if built.can_generate():
+                read_generation(built, where)
     _fit_tokenizer(built, tokenizer, role)
     return built
 
@@ -104,65 +103,10 @@ def load_trained(
     Compressed ones are loaded in float32 whatever `dtype` is.
     """
     loaded = pretrained(model, task, role, strict=True, dtype=dtype).eval()
+    check_finite(loaded, model, role)
     _fit_tokenizer(loaded, tokenizer, role)
     check_labels(loaded, task, role)
     return loaded
-
-
-def random(
-    config: dict[str, Any], task: Task, role: str, tokenizer: PreTrainedTokenizerBase | None = None
-) -> PreTrainedModel:
-    """Initialize a model at random, from the global generator.
-
-    The tokenizer gives the defaults of `vocab_size` and of the ids of special tokens.
-    """
-    key = f"{role}.config"
-    check_config_keys(config, key)
-    options = copy.deepcopy(config)
-    model_type = options.pop("model_type")
-    # A family's default ids refer to its own vocabulary.
-    tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-    if tokenizer is not None:
-        tokens = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-        }
-    with translate_errors(str(config), key), silence_transformers():
-        built = AutoConfig.for_model(model_type, **(tokens | options | task.model_kwargs()))
-        check_head(built, task.auto_class, f"{key}.model_type", model_type)
-        set_decoder_tokens(built, options, tokenizer)
-        return from_config(built, task)
-
-
-def from_config(
-    config: PreTrainedConfig, task: Task, attention: str | None = None
-) -> PreTrainedModel:
-    """Initialize a model with the task's head at random, in float32.
-
-    Args:
-        config: Changed in place if the task needs it.
-        task: Decides the head.
-        attention: Attention implementation; by default the fastest on this machine.
-    """
-    auto = getattr(transformers, task.auto_class)
-    task.adapt_config(config)
-    with torch.device("meta") if _WITHOUT_WEIGHTS.get() else nullcontext():
-        loaded: PreTrainedModel = auto.from_config(
-            config, dtype=torch.float32, attn_implementation=attention or best_attention()
-        )
-    return loaded.eval()
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Inside the context, models that are built from a config are on the meta device."""
-    token = _WITHOUT_WEIGHTS.set(True)
-    try:
-        yield
-    finally:
-        _WITHOUT_WEIGHTS.reset(token)
 
 
 def pretrained(
@@ -179,6 +123,7 @@ def pretrained(
         declared = dict(AutoConfig.from_pretrained(where, trust_remote_code=False).id2label)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **task.model_kwargs())
         check_head(config, task.auto_class, key, name)
+        check_weights(name, key)
         task.adapt_config(config)
         loaded, report = _model_class(config, task).from_pretrained(
             where,
@@ -249,36 +194,3 @@ def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
             "use its own tokenizer"
         )
     model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def check_config_keys(config: Mapping[str, Any], key: str) -> None:
-    """UserError if the model type or a key of the config of a random model is unknown."""
-    model_type = str(config.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        suggestions = get_close_matches(model_type, CONFIG_MAPPING.keys(), n=3)
-        raise UserError(
-            f"{key}.model_type is {model_type}, but it must be a model type of transformers: "
-            f"choose one, such as {', '.join(suggestions or ('bert', 'gpt2', 'llama'))}"
-        )
-    family = CONFIG_MAPPING[model_type]
-    known = family().to_dict().keys() | family.attribute_map.keys() | _keys_read(family.__module__)
-    for name in (name for name in config if name not in known):
-        raise UserError(
-            f"{key} has {name}, but a {model_type} config has no such key: "
-            f"did you mean {', '.join(get_close_matches(name, known, n=3, cutoff=0))}?"
-        )
-
-
-def _keys_read(module: str) -> set[str]:
-    """Keys that the code of a family reads, some of which its config does not list."""
-    modeling = importlib.util.find_spec(module.replace("configuration_", "modeling_"))
-    if modeling is None or modeling.origin is None:
-        return set()
-    pattern = r"config\.([a-z]\w*)\b(?!\()|getattr\(\w*config, \"(\w+)\""
-    matches = re.findall(pattern, Path(modeling.origin).read_text())
-    return {name for names in matches for name in names if name}
-
-
-def best_attention() -> str:
-    """The faster attention for short texts: `eager` on CPUs, `sdpa` on GPUs."""
-    return "sdpa" if torch.cuda.is_available() else "eager"

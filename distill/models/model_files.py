@@ -16,7 +16,13 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from distill import internals
 from distill.errors import UserError
-from distill.models.hub import resolve_path, silence_transformers, translate_errors
+from distill.models.hub import (
+    json_problem,
+    resolve_path,
+    silence_transformers,
+    translate_errors,
+)
+from distill.models.weight_files import check_json
 from distill.remote_code import container
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -43,6 +49,7 @@ def check_files(name: str, key: str) -> dict[str, Any]:
         if not (Path(where) / CONFIG).is_file():
             way_out = _folder_below(Path(where), name)
             raise UserError(f"{key} is {name}, but this folder has no {CONFIG}: {way_out}")
+        check_json(Path(where), name, key)
     try:
         with translate_errors(name, key, local), silence_transformers():
             content, _ = PreTrainedConfig.get_config_dict(where)
@@ -66,7 +73,10 @@ def _refuse_adapter(file: Path | None, name: str, key: str) -> None:
     """UserError if there is the config of a PEFT adapter, whose weights are only a difference."""
     if file is None or not file.is_file():
         return
-    adapter = json.loads(file.read_text())
+    problem = json_problem(file)
+    if problem:
+        raise UserError(f"{key} is {name}, but its {ADAPTER} {problem}: save the adapter again")
+    adapter = json.loads(file.read_text(encoding="utf-8"))
     kind, base = adapter.get("peft_type") or "PEFT", adapter.get("base_model_name_or_path")
     raise UserError(
         f"{key} is {name}, but it holds a {kind} adapter of {base or 'a model without a name'}, "

@@ -63,7 +63,7 @@ def _measure(config: PreTrainedConfig) -> Positions:
             if isinstance(table, nn.Embedding) and table is not model.get_input_embeddings()
         }
         short, long = (_used_rows(model, tables, length) for length in (LENGTH - 3, LENGTH))
-    except (UserError, RuntimeError, TypeError, ValueError, AttributeError):
+    except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         return Positions(declared, 0)
     for name, table in tables.items():
         first = min(long[name], default=0)

@@ -1,11 +1,13 @@
-"""The float type in which an export stores weights, and in which models are measured."""
+"""The float type in which an export stores weights, and in which models are measured or teach."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from distill.models.hub import resolve_path, translate_errors
 from distill.models.model_files import check_files
@@ -20,13 +22,15 @@ def resolve_export_dtype(
 ) -> config.Export:
     """Replace `export.dtype=auto` by the dtype of the teacher's checkpoint.
 
-    Without a teacher it is that of the student's checkpoint; float32 for models from a config, and
-    for formats that cannot store it.
+    Without a teacher here it is that of the student's checkpoint; float32 for models from a config,
+    and for formats that cannot store it. An adapter always has the dtype of its base model.
     """
+    if settings.format == "lora" and student.model is not None:
+        return replace(settings, dtype=checkpoint_dtype(student.model, "student.model"))
     if settings.dtype != "auto":
         return settings
     model, key = student.model, "student.model"
-    if teacher is not None:
+    if teacher is not None and teacher.outputs != "served":
         model, key = teacher.model, "teacher.model"
     return with_dtype_of(settings, model, key)
 
@@ -74,3 +78,17 @@ def measured_dtype(folder: Path, dtype: str) -> str:
     settings = json.loads((folder / "config.json").read_text())
     compressed = settings.get("auto_map") or settings.get("quantization_config")
     return "float32" if compressed else dtype
+
+
+def in_dtype(teacher: PreTrainedModel, name: str, copies: bool) -> PreTrainedModel:
+    """Convert the teacher to another dtype.
+
+    Args:
+        teacher: changed in place if it is not copied.
+        name: name of the dtype, such as bfloat16.
+        copies: whether a teacher in another dtype is copied.
+    """
+    dtype = getattr(torch, name)
+    if copies and dtype != teacher.dtype:
+        teacher = copy.deepcopy(teacher)
+    return teacher.to(dtype)

@@ -43,7 +43,9 @@ def tiny_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, int]:
     return small, factor
 
 
-def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    config: PreTrainedConfig, seed: int = 0, attention: str = "eager"
+) -> PreTrainedModel:
     """A model of a config of :func:`tiny_config`, without a head, whose every tensor is random.
 
     The global generators are left as they were.
@@ -55,7 +57,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         # torch.manual_seed would also seed GPUs, whose generators are not restored.
         torch.default_generator.manual_seed(seed)
         model = AutoModel.from_config(
-            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
         ).double()
         with torch.no_grad():
             for parameter in model.parameters():

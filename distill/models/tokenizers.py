@@ -11,7 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from distill.errors import UserError
 from distill.models.hub import resolve_path, silence_transformers, translate_errors
-from distill.models.vocabulary import added_tokens, check_vocabulary, encode_alike
+from distill.models.vocabulary import (
+    added_tokens,
+    check_splits,
+    check_vocabulary,
+    encode_alike,
+    same_template,
+)
 from distill.tasks.base import Task
 from distill.tasks.special_tokens import CLASSIFICATION_TOKENS
 
@@ -23,6 +29,7 @@ class Tokenizers(NamedTuple):
 
     student: PreTrainedTokenizerBase
     teacher: PreTrainedTokenizerBase | None = None  # None: the teacher reads the student's ids
+    spans: bool = False  # whether both predict tokens, and different ones
 
 
 def build_tokenizers(
@@ -31,6 +38,7 @@ def build_tokenizers(
     task: Task,
     texts: Iterable[str],
     shared: bool = False,
+    spans: bool = False,
 ) -> Tokenizers:
     """Load or train the tokenizers of a run.
 
@@ -40,6 +48,7 @@ def build_tokenizers(
         task: Decides whether two vocabularies may differ, and the special tokens of a trained one.
         texts: The training texts; read only to train a tokenizer.
         shared: Whether the student has the teacher's embeddings, and so its ids.
+        spans: Whether the loss compares models that predict different tokens.
 
     Raises:
         UserError: There is no tokenizer, or two models must share one and do not.
@@ -63,11 +72,15 @@ def build_tokenizers(
     assert first is not None
     if teacher is None or (chosen or student) is None or shared:
         return Tokenizers(first)
-    return pair_tokenizers(chosen or student, teacher, task, first)
+    return pair_tokenizers(chosen or student, teacher, task, first, spans)
 
 
 def pair_tokenizers(
-    student: Any, teacher: PreTrainedTokenizerBase, task: Task, first: Any
+    student: Any,
+    teacher: PreTrainedTokenizerBase,
+    task: Task,
+    first: Any,
+    spans: bool = False,
 ) -> Tokenizers:
     """The tokenizers of two models.
 
@@ -76,28 +89,39 @@ def pair_tokenizers(
         teacher: The teacher's.
         task: Models that predict tokens must share them, up to tokens that were added to one.
         first: The one that encodes the examples if both encode alike.
+        spans: Whether models may predict different tokens.
 
     Returns:
         Both where they differ. If the models predict tokens, `student` is then the one with fewer.
 
     Raises:
-        UserError: The models predict tokens, and their vocabularies differ.
+        UserError: The models predict tokens, and their vocabularies differ, or split texts
+            differently.
     """
+    if task.predicts_tokens and not same_template(student, teacher):
+        log.warning(
+            "the chat templates of student and teacher differ: the examples have that of %s, in "
+            "which the teacher answers best if it is its own",
+            first.name_or_path,
+        )
     if encode_alike(student, teacher):
         return Tokenizers(first)
-    if not task.predicts_tokens:
+    if spans or not task.predicts_tokens:
         log.info(
             "teacher and student have different tokenizers, of %d and %d tokens: "
             "each text is encoded twice",
             len(teacher),
             len(student),
         )
-        return Tokenizers(student, teacher)
+        return Tokenizers(student, teacher, task.predicts_tokens)
     smaller, larger = sorted((student, teacher), key=len)
     surplus = added_tokens(larger, smaller)
     if surplus is None:
         check_vocabulary(student, teacher)
-    return Tokenizers(smaller, larger) if surplus else Tokenizers(first)
+    if surplus:
+        return Tokenizers(smaller, larger)
+    check_splits(student, teacher)
+    return Tokenizers(first)
 
 
 def load_tokenizer(name: str, key: str = "tokenizer.model") -> PreTrainedTokenizerBase:

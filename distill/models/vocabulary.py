@@ -4,19 +4,26 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import UserError
 
 log = logging.getLogger("distill")
 MAX_SHOWN = 3  # tokens in a message
+MAX_CHARACTERS = 40  # of a text in a message
 COMPARED_TEXTS = 200  # texts that two tokenizers must encode to the same ids
-# Texts in which tokenizers differ: case, accents, white space, scripts, numbers, contractions.
+# Texts in which tokenizers differ: case, accents, white space, scripts, digits, emoji, code, turns.
 PROBES = (
     "Crème BRÛLÉE  for 42,50 €",
     "naïve\tcafé 東京 😀\n",
     " don't stop: e-mail a_b@c.org!?",
     "",
+    "1234567890 3.14 1,000,000 ½ ٢٠٢٦",
+    "👩‍👩‍👧 🏳️‍🌈 e\u0301 ﬁ \u200b\xa0x",
+    "def f(x):\n    return [x ** 2,\t{'a': None}]  # ok\r\n\n\n",
+    "  two   three    four     spaces ",
+    "<|im_start|>user\nHi<|im_end|>\n<start_of_turn>model\n[INST] Hi [/INST] </s>",
 )
 
 
@@ -66,6 +73,54 @@ def encode_alike(
     if tokenizer.get_vocab() != other.get_vocab() or tokenizer.pad_token_id != other.pad_token_id:
         return False
     return _same_ids(tokenizer, other, texts)
+
+
+def check_splits(tokenizer: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase) -> None:
+    """Check that the student's tokenizer splits texts as the teacher's, which has the same tokens.
+
+    Raises:
+        UserError: They split a text differently; the message has the first one.
+    """
+    for text in PROBES:
+        ids, expected = (
+            each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, reference)
+        )
+        if ids != expected:
+            raise UserError(
+                "the tokenizers of student and teacher have the same tokens, but they split "
+                f"{text!r} into {len(ids)} and {len(expected)} tokens: set "
+                f"tokenizer.model={reference.name_or_path} to give the student the teacher's, or "
+                "take two models with one tokenizer"
+            )
+
+
+def same_template(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers write a conversation alike, or one has no chat template."""
+    if not (tokenizer.chat_template and other.chat_template):
+        return True
+    if tokenizer.chat_template == other.chat_template:
+        return True
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}] * 2
+    try:
+        written = [each.apply_chat_template(turns, tokenize=False) for each in (tokenizer, other)]
+    except (TemplateError, ValueError):  # one of them refuses it
+        return False
+    return written[0] == written[1]
+
+
+def check_start(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
+    """Check that texts do not begin with the token that is put before each of them.
+
+    Raises:
+        UserError: A text does, and would begin with two.
+    """
+    start = tokenizer.bos_token
+    text = next((text for text in texts if start and text.startswith(start)), None)
+    if text is not None:
+        raise UserError(
+            f"a text begins with {start} ({text[:MAX_CHARACTERS]!r}), but the tokenizer puts this "
+            "token before each text: remove it from the texts, or give the turns as messages"
+        )
 
 
 def _same_ids(
@@ -119,7 +174,8 @@ def check_unused(
             )
         if len(compared) < COMPARED_TEXTS:
             compared.append(text)
-    if not _same_ids(larger, smaller, [*PROBES, *compared]):
+    probes = [text for text in PROBES if not pattern.search(text)]
+    if not _same_ids(larger, smaller, [*probes, *compared]):
         raise UserError(
             f"the tokenizers of teacher and student differ only in {names}, but they split the "
             "texts differently, and both must read the same ids: take two models with one tokenizer"

@@ -6,7 +6,6 @@ submodule, so it is in no checkpoint, optimizer or DDP bucket, and `.train()` do
 N = rows of logits that count, C = classes or vocabulary.
 """
 
-import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -17,25 +16,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import internals, losses, models
-from distill.compress.restore import restore_structure
+from distill import losses, models
 from distill.data import batch_from_columns, is_dummy_batch
 from distill.errors import UserError
 from distill.losses import chunked, fused
+from distill.models.adapters import BaseTeacher, without_adapter
+from distill.module import student_state
 from distill.module.label_loss import LabelLoss
 from distill.module.loss_functions import resolve_divergence, term_value
-from distill.module.optimization import OptimizedModule
+from distill.module.sharded_module import ShardedModule
+from distill.module.span_losses import sum_span_losses
 from distill.module.step_losses import peak
-from distill.processes import fsdp, ranks
+from distill.processes import ranks
 from distill.recipe import config, targets
 from distill.tasks.base import Task
-from distill.tasks.batch import Batch, CachedHidden, SparseTargets
+from distill.tasks.batch import Batch, CachedHidden, FewTokens
 from distill.terms import Term
 
 PARTS = ("loss", "supervised", "divergence")  # parts of the loss, besides the extra terms
 
 
-class Distillation(OptimizedModule):
+class Distillation(ShardedModule):
     """Trains a student on labels and on the outputs of a frozen teacher.
 
     The loss is `alpha * CE + (1 - alpha) * T^2 * divergence` plus `weight * term` for each extra
@@ -88,7 +89,6 @@ class Distillation(OptimizedModule):
         self._teacher: tuple[Any, ...] = (
             () if teacher is None else (teacher.eval().requires_grad_(False),)
         )
-        self._unsharded: tuple[Any, ...] = ()  # student and teacher while FSDP trains copies
         self._factored_teacher = (
             self.chunked
             and isinstance(teacher, PreTrainedModel)
@@ -116,6 +116,13 @@ class Distillation(OptimizedModule):
     def models(self) -> list[Any]:
         """The student, and its teacher or the teacher's head, if there is one."""
         return [self.student, *self._teacher]
+
+    def custom_part(self, part: str) -> str | None:
+        key, path = f"loss.{part}", self.loss.divergence if part == "divergence" else None
+        if part in self.loss.terms:
+            key, path = f"loss.terms.{part}", self.loss.terms[part]["_target_"]
+        is_custom = path is not None and "." in path and not path.startswith("distill.")
+        return f"{key} is {path}" if is_custom else None
 
     def named_terms(self) -> Iterable[tuple[str, Term]]:
         """The extra loss terms by their names in the recipe."""
@@ -160,10 +167,13 @@ class Distillation(OptimizedModule):
     def _sums_and_peaks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The parts of the loss summed over the rows, the largest logits of student and teacher."""
         teacher = self._teacher_logits(batch)
-        student = self._logits(self.student, batch, self.chunked)
-        sparse = batch.teacher if isinstance(batch.teacher, SparseTargets) else ()
+        student = self._logits(self.student, batch, self.chunked and batch.spans is None)
+        sparse = batch.teacher if isinstance(batch.teacher, FewTokens) else ()
         targets_N = (batch.labels, *sparse)
-        if isinstance(student, Tensor):
+        if batch.spans is not None and teacher is not None:
+            functions = (self.label_loss, self._divergence)
+            sums = sum_span_losses((student, teacher), batch, *functions, self.loss)
+        elif isinstance(student, Tensor):
             teacher_NC = None if teacher is None else chunked.full_logits(teacher)
             sums = self._sum_losses(student, teacher_NC, *targets_N)
         else:  # hidden states and head of a language model
@@ -200,22 +210,25 @@ class Distillation(OptimizedModule):
 
     def _teacher_logits(self, batch: Batch) -> chunked.LogitRows | None:
         """The teacher's rows, (N, C), cached or computed; None if the loss does not need them."""
-        if not self.loss.needs_teacher or isinstance(batch.teacher, SparseTargets):
+        if not self.loss.needs_teacher or isinstance(batch.teacher, FewTokens):
             return None
         if isinstance(batch.teacher, CachedHidden):
             return models.factored_logits(batch.teacher.states_ND, self.teacher, self.classes)
         if batch.teacher is not None:
             return batch.teacher[:, : self.classes]
+        if isinstance(self.teacher, BaseTeacher):
+            with torch.no_grad(), models.eval_mode(self.student), without_adapter(self.student):
+                return self._logits(self.student, batch.for_teacher(), self.chunked)
         # The teacher computes in the dtype of its weights, whatever the Trainer's precision.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self._logits(self.teacher, batch.for_teacher(), self._factored_teacher)
 
     def _logits(self, model: Any, batch: Batch, factored: bool) -> chunked.LogitRows:
         """The rows of a model's logits that enter the loss, (N, C), or their factors."""
-        with internals.known_padding(batch.padded) if batch.padded is not None else nullcontext():
+        with models.batch_inputs(model, batch) as inputs:
             return models.logit_rows(
                 model,
-                batch.inputs,
+                inputs,
                 lambda positions: self.task.select_rows(positions, batch),
                 self.classes,
                 factored,
@@ -252,47 +265,21 @@ class Distillation(OptimizedModule):
 
     # ---- start, end and checkpoints
 
-    def configure_model(self) -> None:
-        """With FSDP, replace student and teacher by sharded copies."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, fsdp.ShardedStrategy) or self._unsharded:
-            return
-        mesh = strategy.device_mesh["data_parallel"]
-        for _, term in self.named_terms():
-            term.detach()
-        self._unsharded = (self.student, *self._teacher)
-        self._replace_models(
-            *(
-                fsdp.shard(model, models.blocks, mesh)
-                if isinstance(model, PreTrainedModel)
-                else model
-                for model in self._unsharded
-            )
-        )
-        for _, term in self.named_terms():
-            fsdp.fully_shard(term, mesh=mesh)
-        self.attach_terms()
-
-    def _replace_models(self, student: PreTrainedModel, *teacher: Any) -> None:
-        self.student, self._teacher = student, teacher
-
     def on_fit_start(self) -> None:
         for teacher in self._teacher:
             teacher.to(self.device)
 
     def on_fit_end(self) -> None:
         self._compiled = None
-        if self._unsharded:
-            self._replace_models(*self._unsharded)
-            self._unsharded = ()
+        self.unshard()
         for teacher in self._teacher:
             teacher.to("cpu")  # where the Trainer leaves the student
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["student_config"] = self.student.config.to_json_string(use_diff=False)
+        student_state.write(self.student, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the structure of a compressed student before its weights are loaded."""
-        restore_structure(self.student, json.loads(checkpoint["student_config"]))
+        student_state.restore(self.student, checkpoint)
         self.attach_terms()

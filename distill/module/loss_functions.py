@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill import losses
 from distill.errors import UserError
 from distill.recipe import config, targets
 from distill.tasks.base import Task
@@ -33,6 +34,8 @@ def resolve_divergence(task: Task, loss: config.Loss) -> Any:
             return a finite value with a gradient for each row.
     """
     name = loss.divergence or task.divergences[0]
+    if loss.compares_spans and task.predicts_tokens:
+        return getattr(losses, name)
     if "." not in name and name not in task.divergences:
         raise UserError(
             f"loss.divergence is {name}, but {type(task).__name__} needs one that suits its "

@@ -25,6 +25,8 @@ class OptimizedModule(L.LightningModule):
         steps: optimizer steps of the run; None takes them from the Trainer.
     """
 
+    loss: config.Loss
+
     def __init__(self, optimizer: config.Optimizer, steps: int | None) -> None:
         super().__init__()
         self.settings, self.steps = optimizer, steps or 0
@@ -41,6 +43,10 @@ class OptimizedModule(L.LightningModule):
 
     def attach_terms(self) -> None:
         """Register the hooks of loss terms again; called after modules were replaced."""
+
+    def custom_part(self, part: str) -> str | None:
+        """The key and dotted path of a part of the loss that is no code of distill."""
+        return None
 
     # ---- losses and logging
 
@@ -65,6 +71,11 @@ class OptimizedModule(L.LightningModule):
             raise RunFailed(
                 f"{name}, but a student can only learn finite ones: set teacher.dtype=float32, or "
                 "choose another teacher"
+            )
+        path = self.custom_part(first.part)
+        if path is not None:
+            raise RunFailed(
+                f"{path}, but {name} for finite logits: correct it, or lower {self.rate_key}"
             )
         raise RunFailed(
             f"{self.rate_key} is {self.settings.lr:g}, but with it the training diverged "

@@ -5,6 +5,8 @@
 | `export_spec.py` | what an export needs besides the student's folder |
 | `post_training.py` | quantization after training |
 | `packed.py` | `format=packed`: 2 to 8 bits per weight, and back to ordinary weights |
+| `file_header.py` | the header of a safetensors file, in an order of its own |
+| `lora.py` | `format=lora`: the adapter alone |
 | `torchao.py` | `format=torchao`: int8 weights as tensors of torchao |
 | `runtime_folder.py` | the files beside a runtime's model: tokenizer, config, program |
 | `programs/` | the programs that run texts in a runtime |
@@ -34,7 +36,7 @@ from distill.compress.fake_quant import modules_sharing
 from distill.compress.quantizable import default_layers
 from distill.compress.quantizer import QuantSpec
 from distill.errors import RunFailed, UserError
-from distill.packing import packed, runtime_folder, torchao
+from distill.packing import lora, packed, runtime_folder, torchao
 from distill.packing.export_spec import ExportSpec
 from distill.packing.graph import check_quantized
 from distill.packing.post_training import quantize_model
@@ -105,10 +107,10 @@ def write_artefact(spec: ExportSpec, student: Path, target: Path) -> None:
 def is_measured(settings: config.Export) -> bool:
     """Whether an evaluation measures the export instead of the trained student.
 
-    It does not if the export stores the student unchanged (dense, float32). Exports for a runtime
-    are measured by `evaluate runtimes=`.
+    It does not if the export stores the student unchanged (dense, float32), or only its adapter.
+    Exports for a runtime are measured by `evaluate runtimes=`.
     """
-    if settings.format is None or settings.format in capabilities.RUNTIMES:
+    if settings.format in (None, "lora", *capabilities.RUNTIMES):
         return False
     plain = settings.format == "dense" and settings.stored_dtype == "float32"
     return not plain or settings.quantize is not None
@@ -175,6 +177,8 @@ def write_format(spec: ExportSpec, student: Path, target: Path) -> None:
         runtime_folder.save(replace(spec, tokenizer=tokenizer), model, target)
     elif settings.format == "packed":
         packed.save(model, tokenizer, target, dtype)
+    elif settings.format == "lora":
+        lora.save(tokenizer, student, target, dtype)
     elif settings.format == "torchao":
         torchao.save(model, tokenizer, target, dtype)
     else:

@@ -18,6 +18,7 @@ from distill.compress.quantizer import QuantSpec, quantize_weight
 from distill.errors import RunFailed, UserError
 from distill.models.hub import silence_transformers, translate_errors
 from distill.models.saving import write_auto_map
+from distill.packing.file_header import sort_metadata
 from distill.remote_code import container
 from distill.remote_code.modeling import CompressionConfig
 
@@ -43,6 +44,7 @@ def save(model: PreTrainedModel, tokenizer: Any, target: Path, dtype: torch.dtyp
         models.save_tokenizer(tokenizer, target)
     write_auto_map(model, target, code=True)
     save_file(tensors, target / container.FILE, metadata)
+    sort_metadata(target / container.FILE)
     (target / container.FILE).chmod((target / "config.json").stat().st_mode)
 
 

@@ -109,7 +109,8 @@ def _record(error: BaseException) -> None:
     if file := os.environ.get(ERROR_FILE):
         extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
         message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
-        Path(file).write_text(json.dumps({"message": message}))
+        with suppress(OSError):  # the message is printed too
+            Path(file).write_text(json.dumps({"message": message}))
 
 
 def _exit(code: Any) -> None:

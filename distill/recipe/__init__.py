@@ -7,6 +7,7 @@
 | `config_training.py` | the sections about the loss and the training |
 | `schema.py` | the types of its keys |
 | `validation.py` | checks of single values |
+| `memory_keys.py` | checks of the keys that save memory against others |
 | `compose.py` | reads, validates and saves recipes |
 | `yaml_files.py` | files of recipes, read safely |
 | `references.py` | `${...}` in recipes, and values of environment variables hidden |

@@ -5,8 +5,10 @@ of the shipped recipes and of the folder `recipes` in the current directory, whi
 """
 
 import copy
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,7 +16,9 @@ from distill import store
 from distill.errors import UserError
 from distill.recipe import capabilities, targets, yaml_files
 from distill.recipe.config import SPARSE, Loss, Optimizer, Run, Student, Teacher, Trainer
+from distill.recipe.memory_keys import check_memory_keys
 from distill.recipe.references import check_references, hide_in_values
+from distill.recipe.schema import check_kinds
 
 __all__ = [
     "SHIPPED",
@@ -49,7 +53,9 @@ def read_recipe(file: Path) -> DictConfig:
             f"recipe {file} has the key hydra, but a recipe cannot change Hydra's settings, which "
             "run code: remove it, and set hydra.run.dir on the command line"
         )
-    check_references(OmegaConf.to_container(recipe))
+    plain = OmegaConf.to_container(recipe)
+    check_references(plain)
+    check_kinds(plain)  # type: ignore[arg-type]
     return OmegaConf.merge({"name": file.stem}, recipe)  # type: ignore[return-value]
 
 
@@ -103,6 +109,7 @@ def validate(composed: DictConfig) -> Run:
             targets.check_target(f"{section}.{name}", spec)
     _check_loss(run.loss, run.teacher, run.student)
     _check_trainer(run.trainer, run.optimizer, run.data.batch_size)
+    check_memory_keys(run)
     export = run.export
     capabilities.check_export(export.format, export.dtype, export.quantize, export.bits)
     return run
@@ -116,11 +123,22 @@ def with_absolute_paths(run: Run) -> Run:
         value = getattr(section, key)
         if value is not None and Path(value).exists():
             setattr(section, key, str(Path(value).absolute()))
-    unlabelled = saved.data.unlabelled
     # Not a folder, which may only have the name of a split.
-    if unlabelled is not None and Path(unlabelled).is_file():
-        saved.data.unlabelled = str(Path(unlabelled).absolute())
+    if _is_file(saved.data.unlabelled):
+        saved.data.unlabelled = str(Path(saved.data.unlabelled).absolute())
+    if _is_file(saved.task.get("template")):
+        saved.task["template"] = str(Path(saved.task["template"]).absolute())
+    tasks = saved.evaluate.harness_path
+    if tasks is not None and Path(tasks).is_dir():
+        saved.evaluate.harness_path = str(Path(tasks).absolute())
     return saved
+
+
+def _is_file(value: Any) -> TypeGuard[str]:
+    """Whether a value of a recipe names a file."""
+    with suppress(OSError):  # of a text that is too long for a name
+        return isinstance(value, str) and Path(value).is_file()
+    return False
 
 
 def save_recipe(run: Run, file: Path) -> None:
@@ -140,6 +158,8 @@ def _check_loss(loss: Loss, teacher: Teacher | None, student: Student) -> None:
             raise UserError(f"loss.divergence is {path}: {error}") from error
     if teacher is not None:
         _check_outputs(teacher.outputs, loss)
+        if teacher.outputs == "served":
+            _check_served(loss, student)
         return
     if student.layers is not None:
         raise UserError(
@@ -163,10 +183,37 @@ def _check_outputs(outputs: str, loss: Loss) -> None:
             f"teacher.outputs is {outputs}, but loss.terms ({', '.join(loss.terms)}) needs hidden "
             "states or attention of the teacher: set teacher.outputs=online"
         )
+    if loss.compares_spans and (outputs != "online" or loss.on_policy):
+        key, value = "teacher.outputs", str(outputs)
+        if loss.on_policy:
+            key, value = "loss.on_policy", f"{loss.on_policy:g}"
+        raise UserError(
+            f"loss.divergence is {loss.divergence}, which compares models of different tokenizers, "
+            f"but {key} is {value}: set teacher.outputs=online and loss.on_policy=0"
+        )
     if outputs in SPARSE and loss.divergence not in (None, "forward_kl"):
         raise UserError(
             f"loss.divergence is {loss.divergence}, but teacher.outputs={outputs} supports "
             "forward_kl only: set teacher.outputs=hidden"
+        )
+
+
+def _check_served(loss: Loss, student: Student) -> None:
+    """Check what a served teacher, whose weights are not here, cannot do."""
+    if student.layers is not None:
+        raise UserError(
+            f"student.layers is {student.layers}, but teacher.outputs=served loads no weights to "
+            "take layers from: set student.model"
+        )
+    if loss.temperature != 1 and loss.alpha < 1:
+        raise UserError(
+            f"loss.temperature is {loss.temperature:g}, but a server gives probabilities at 1, and "
+            "those of the tokens that it leaves out are unknown at another: set loss.temperature=1"
+        )
+    if loss.divergence not in (None, "forward_kl"):
+        raise UserError(
+            f"loss.divergence is {loss.divergence}, but teacher.outputs=served supports forward_kl "
+            "only: leave loss.divergence out"
         )
 
 

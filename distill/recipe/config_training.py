@@ -17,6 +17,9 @@ _WANDB_MODES = ("auto", "online", "offline", "disabled")
 _LOGGED_PARTS = ("loss", "supervised", "divergence")  # logged values, which a term must not replace
 
 
+SPANS = ("span_kl", "uld")  # divergences between language models of different tokenizers
+
+
 @dataclass
 class Loss:
     """alpha * CE(labels, student) + (1 - alpha) * T^2 * divergence(teacher, student) + terms."""
@@ -26,7 +29,8 @@ class Loss:
     temperature: float = 2.0
     """T, by which the logits of both models are divided"""
     divergence: str | None = None
-    """function of distill.losses, or a dotted path; null: the task's default"""
+    """function of distill.losses, or a dotted path; null: the task's default. For language models
+    of different tokenizers span_kl (likelihoods of the same bytes) or uld (sorted probabilities)"""
     beta: float = 0.5
     """weight of the teacher in the mixture of jensen_shannon and skew_kl, in (0, 1)"""
     class_weights: Any = None
@@ -40,6 +44,19 @@ class Loss:
     """for language models: token positions whose logits are in memory at once; null: as many as
     take 32 MB, on a GPU 1/128 of its memory; 0: all"""
 
+    on_policy: float = 0.0
+    """for language models with teacher.outputs=online: share of the optimizer steps, in [0, 1],
+    whose completions the student writes; their loss is the divergence alone, times 1 - alpha"""
+    completion_tokens: int = 128
+    """tokens that a model writes at most, but no more than half of task.max_length"""
+    sampling_temperature: float = 1.0
+    """temperature at which a model writes; 0 takes the likeliest token"""
+
+    @property
+    def compares_spans(self) -> bool:
+        """Whether the divergence is for language models of different tokenizers."""
+        return self.divergence in SPANS
+
     @property
     def needs_teacher(self) -> bool:
         """Whether a part of the loss is computed from the teacher."""
@@ -50,19 +67,32 @@ class Loss:
         check_range("loss.alpha", self.alpha, 0, 1, hint)
         check_range("loss.chunk", self.chunk, 0, inf, "null chooses, 0 computes all logits at once")
         hint = "1 leaves the logits as they are, 2 to 8 softens them"
-        check_positive("loss.temperature", self.temperature, hint)
+        check_range("loss.temperature", self.temperature, 1e-3, 1e4, hint)
         if not 0 < self.beta < 1:
             raise UserError(
                 f"loss.beta is {self.beta:g}, but it must lie between 0 and 1: "
                 "0.5 mixes evenly, forward_kl and reverse_kl are the limits"
             )
         self._check_class_weights()
+        self._check_writing()
         for name in self.terms:
             if name in _LOGGED_PARTS or not name.isidentifier():
                 raise UserError(
                     f"loss.terms has {name!r}, but the name of a term must be an identifier other "
                     f"than {', '.join(_LOGGED_PARTS)}: rename it"
                 )
+
+    def _check_writing(self) -> None:
+        hint = "0 trains on the completions in the data only, 1 on the student's only"
+        check_range("loss.on_policy", self.on_policy, 0, 1, hint)
+        check_positive("loss.completion_tokens", self.completion_tokens, "128 is a good start")
+        hint = "1 draws from the model's distribution, 0 takes the likeliest token"
+        check_range("loss.sampling_temperature", self.sampling_temperature, 0, inf, hint)
+        if self.on_policy and self.alpha == 1:
+            raise UserError(
+                f"loss.on_policy is {self.on_policy:g}, but loss.alpha is 1, and completions of "
+                "the student have no labels: set loss.alpha below 1"
+            )
 
     def _check_class_weights(self) -> None:
         weights = self.class_weights

@@ -1,5 +1,6 @@
 """Errors of OmegaConf and Hydra -> one sentence: the key, its value, what it must be."""
 
+import re
 from collections.abc import Iterator
 
 from hydra.errors import OverrideParseException
@@ -30,7 +31,25 @@ def explain_error(error: BaseException) -> str:
             )
         if isinstance(cause, OmegaConfBaseException):
             return _explain_omegaconf(cause)
-    return " ".join(str(error).split())
+    return _explain_hydra(" ".join(str(error).split()))
+
+
+def _explain_hydra(message: str) -> str:
+    """The messages of Hydra about an argument that removes or adds a key, in our words."""
+    if match := re.match(r"Could not delete from config\. '(.+?)' does not exist", message):
+        return f"the argument is ~{match[1]}, but the recipe has no such key: leave it out"
+    if match := re.match(
+        r"Could not delete from config\. The value of '(.+?)' is (.*?) and", message
+    ):
+        return f"the argument removes {match[1]}, but its value is {match[2]}: leave the value out"
+    if match := re.match(r"Could not append to config\. An item is already at '(.+?)'", message):
+        return f"the argument is +{match[1]}, but the recipe has that key: leave the + out"
+    if match := re.match(r"Ambiguous value for argument '(.+?)' 1\.", message):
+        return (
+            f"the argument is {match[1]}, but several values are a sweep: add -m, or write a list "
+            "as key=[a,b], or a text with commas in quotes"
+        )
+    return message
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -40,7 +59,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _explain_omegaconf(error: OmegaConfBaseException) -> str:
-    key, section = str(error.full_key or error.key), error.object_type
+    key, section = str(error.full_key or error.key or ""), error.object_type
     message = " ".join(str(error.msg or error).split())
     if isinstance(error, InterpolationKeyError | InterpolationResolutionError):
         return (
@@ -56,6 +75,7 @@ def _explain_omegaconf(error: OmegaConfBaseException) -> str:
         return f"{key}: {message}: correct it in the recipe or on the command line"
     value = repr(error.value)
     if error.value is None:
-        value = "null" if "Optional" in message else "of another kind"
+        is_null = "is not Optional" in message or "value 'None'" in message
+        value = "null" if is_null else "of another kind"
     expected = describe_type(types[-1])
     return f"{key} is {value}, but it must be {expected}: correct it, or leave it out"

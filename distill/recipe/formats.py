@@ -93,6 +93,12 @@ FORMATS = {
         ),
         Format("packed", packages={}),
         Format(
+            "lora",
+            packages={"peft": "0.18"},
+            quantize=(),
+            bits=(8,),
+        ),
+        Format(
             "onnx",
             packages=_ONNX_EXPORT | {"onnxruntime": "1.20"},
             runtime="onnxruntime",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from distill.errors import UserError
 from distill.recipe.arguments import (
@@ -130,6 +130,16 @@ def _hydra_argument(argument: str, recipes: dict[str, Path]) -> str:
     return f"recipe={','.join(_register(name, recipes) for name in values)}"
 
 
+def _bases(defaults: Any, recipe: str) -> list[str]:
+    """The recipes that a recipe builds on; UserError if it does not list their names."""
+    if not isinstance(defaults, ListConfig) or not all(isinstance(base, str) for base in defaults):
+        raise UserError(
+            f"defaults of recipe {recipe} is {defaults}, but it must list names of recipes: "
+            "write [name, _self_]"
+        )
+    return list(defaults)
+
+
 def _check_name(name: Any) -> str:
     """The name of a run as the name of a folder; UserError if it leads to another folder."""
     if Path(str(name)).name != str(name) or str(name) == "..":
@@ -163,10 +173,9 @@ def _register(recipe: str, recipes: dict[str, Path], above: tuple[str, ...] = ()
         name = f"file_{zlib.crc32(recipe.encode()):08x}"
     node = read_recipe(file)
     if "defaults" in node:
-        bases = (str(base) for base in node.defaults)
         node.defaults = [
             base if base == "_self_" else _register(base, recipes, (*above, recipe))
-            for base in bases
+            for base in _bases(node.defaults, recipe)
         ]
     ConfigStore.instance().store(group="recipe", name=name, node=node, package="_global_")
     return name

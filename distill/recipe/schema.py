@@ -4,9 +4,10 @@ from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from distill.errors import UserError
 from distill.recipe.config import Run
 
-__all__ = ["describe_type", "is_optional_section", "types_along"]
+__all__ = ["check_kinds", "describe_type", "is_optional_section", "types_along"]
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
@@ -27,6 +28,27 @@ def types_along(key: str) -> list[Any]:
         types.append(get_type_hints(section)[name])
         section = _not_none(types[-1])
     return types
+
+
+def check_kinds(recipe: dict[str, Any], section: Any = Run, above: str = "") -> None:
+    """Check that sections of a recipe are sections, and that no list is one.
+
+    Raises:
+        UserError: if one is not, which OmegaConf would report without its key.
+    """
+    for name, kind in get_type_hints(section).items():
+        value, expected = recipe.get(name), _not_none(kind)
+        is_section = is_dataclass(expected) or get_origin(expected) is dict
+        is_list = get_origin(expected) is list
+        if value is None or (isinstance(value, str) and "${" in value):
+            continue
+        if (is_section and not isinstance(value, dict)) or (is_list and isinstance(value, dict)):
+            raise UserError(
+                f"{above}{name} is {value!r}, but it must be {describe_type(kind)}: correct it, or "
+                "leave it out"
+            )
+        if is_dataclass(expected):
+            check_kinds(value, expected, f"{above}{name}.")
 
 
 def is_optional_section(kind: Any) -> bool:

@@ -1,10 +1,11 @@
 """Checks of single values; their messages name the key, the value, the rule and a way out."""
 
 import math
+from urllib.parse import urlsplit
 
 from distill.errors import UserError
 
-__all__ = ["check_choice", "check_positive", "check_range"]
+__all__ = ["check_choice", "check_positive", "check_range", "check_served"]
 
 
 def check_range(key: str, value: float | None, low: float, high: float, hint: str) -> None:
@@ -27,3 +28,28 @@ def check_positive(key: str, value: float | None, hint: str) -> None:
     """Raise UserError unless `value` is None or a finite number above 0."""
     if value is not None and not 0 < value < math.inf:
         raise UserError(f"{key} is {value:g}, but it must be a number above 0: {hint}")
+
+
+def check_served(outputs: str, url: str | None, model: str | None) -> None:
+    """Raise UserError unless the address of a server is there where it is read, and valid."""
+    if outputs != "served":
+        for key, value in (("url", url), ("served_model", model)):
+            if value is not None:
+                raise UserError(
+                    f"teacher.{key} is {value}, but teacher.outputs is {outputs}, which asks no "
+                    f"server: set teacher.outputs=served, or leave teacher.{key} out"
+                )
+        return
+    hint = "write it as http://127.0.0.1:8000/v1"
+    if url is None:
+        raise UserError(f"teacher.outputs is served, but teacher.url is not set: {hint}")
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise UserError(
+            f"teacher.url has a user or password for {parts.hostname}, but recipes are stored: "
+            "leave it out, and set the environment variable DISTILL_TEACHER_KEY"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise UserError(
+            f"teacher.url is {url}, but it must be the http address of a server: {hint}"
+        )

@@ -3,12 +3,18 @@
 | file | contents |
 |---|---|
 | `base.py` | :class:`Task`, the interface of a task |
+| `text_reading.py` | its part that reads text columns: texts, or messages |
 | `batch.py` | :class:`Batch`, the input of models and loss |
+| `words.py` | texts -> token ids word by word, where words do not depend on each other |
 | `collation.py` | encoded examples -> padded tensors |
 | `classification.py` | one class per text |
 | `multi_label.py` | any number of classes per text |
 | `regression.py` | a number per text |
 | `language.py` | the next token |
+| `windows.py` | texts -> tokens -> windows of a language model |
+| `messages.py` | cells of a column of messages -> conversations in one form |
+| `chat_template.py` | conversations -> text, and where the assistant's parts lie in it |
+| `conversations.py` | conversations -> windows and requests |
 | `labels.py` | cells of a label column -> label names |
 | `class_metrics.py` | metrics of classifiers from counts |
 | `class_weights.py` | factors of the supervised loss by class |
@@ -21,8 +27,8 @@
 A custom task is a subclass of `Task` under any dotted path.
 """
 
-from distill.tasks.base import Task, build_task, sum_per_example
-from distill.tasks.batch import Batch
+from distill.tasks.base import Task, build_task
+from distill.tasks.batch import Batch, sum_per_example
 from distill.tasks.classification import SingleLabelClassification
 from distill.tasks.labels import Labels
 from distill.tasks.language import CausalLanguageModelling

@@ -9,6 +9,7 @@ N = rows.
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
@@ -24,16 +25,18 @@ from distill.losses.chunked import LogitRows, full_logits, rows_in_chunks
 from distill.recipe import targets
 from distill.recipe.config import Data
 from distill.tasks import class_weights
-from distill.tasks.batch import Batch
-from distill.tasks.labels import Labels
+from distill.tasks.batch import Batch, join_columns, sum_per_example
+from distill.tasks.labels import Labels, Names
 from distill.tasks.serving import Serving
 from distill.tasks.special_tokens import CLASSIFICATION_TOKENS
+from distill.tasks.text_reading import TextReading
 
-# Values of the column `truncated`: a text was truncated or split, its prompt lost its beginning.
-SPLIT, SHORTENED = 1, 2
+# Values of the column `truncated`: a text was truncated or split, its prompt lost its beginning, a
+# conversation was cut at turns.
+SPLIT, SHORTENED, TURNS = 1, 2, 4
 
 
-class Task(Serving, ABC):
+class Task(TextReading, Serving, ABC):
     """One kind of problem; a recipe names it as `task._target_`.
 
     An instance holds its arguments. Loading data returns a copy that is bound to the labels of the
@@ -72,7 +75,7 @@ class Task(Serving, ABC):
     def with_labels(self, labels: Labels) -> Self:
         """Return a copy of the task that is bound to these labels."""
         bound = copy.copy(self)
-        bound.names = labels.names
+        bound.names = Names(labels.names)
         return bound
 
     def parse_label(self, cell: Any, declared: Sequence[str] | None) -> Any:
@@ -113,8 +116,8 @@ class Task(Serving, ABC):
 
         Returns:
             Columns `input_ids`, `labels`, `size` (see :class:`Batch`), `length` (tokens), `rows`,
-            `truncated` (0, or what was done to a text that was too long: SPLIT, SHORTENED or their
-            sum, at most once per text). If a text can become several examples, also
+            `truncated` (0, or what was done to a text that was too long: the sum of SPLIT,
+            SHORTENED and TURNS, at most once per text). If a text can become several examples, also
             `first_window`, which is 1 for the first of them.
         """
 
@@ -219,16 +222,44 @@ class Task(Serving, ABC):
         """Whether outcomes are sums over rows, so that not all logits are needed at once."""
         return type(self).outcomes is Task.outcomes
 
-    @abstractmethod
     def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics over examples.
+        """Metrics over examples: :meth:`weighted_metrics` of equal weights, unless overridden.
 
         Args:
             columns: Concatenated :meth:`outcomes`.
 
         Returns:
-            Metrics by name, NaN if undefined.
+            Metrics by name, NaN if undefined; the primary metric alone if nothing is defined.
         """
+        first = next(iter(columns.values()))
+        ones_N1 = torch.ones(len(first), 1, dtype=torch.double, device=first.device)
+        metrics = {
+            name: float(value) for name, value in self.weighted_metrics(columns, ones_N1).items()
+        }
+        if math.isnan(metrics[self.primary_metric]) and all(map(math.isnan, metrics.values())):
+            return {self.primary_metric: math.nan}
+        return metrics
+
+    def weighted_metrics(self, columns: dict[str, Tensor], weights_NR: Tensor) -> dict[str, Tensor]:
+        """Metrics over examples that count several times or not at all, for each set of weights.
+
+        A task without it defines :meth:`compute_metrics`, which is then called for each resample of
+        a confidence interval.
+
+        Args:
+            columns: Concatenated :meth:`outcomes` of N examples.
+            weights_NR: R sets of weights, in float64.
+
+        Returns:
+            Metrics by name, each (R,), NaN where undefined.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} defines neither compute_metrics nor weighted_metrics"
+        )
+
+    def has_weighted_metrics(self) -> bool:
+        """Whether the metrics of many resamples can be computed at once."""
+        return type(self).compute_metrics is Task.compute_metrics
 
     @abstractmethod
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
@@ -261,21 +292,9 @@ def build_task(spec: dict[str, Any]) -> Task:
 
 def check_max_length(max_length: Any, least: int, reason: str) -> int:
     """Return `max_length`; UserError if it is not an integer or below `least`."""
-    if not isinstance(max_length, int) or max_length < least:
+    if type(max_length) is not int or max_length < least:
         raise UserError(
-            f"task.max_length is {max_length}, but it must be an integer of at least {least}: "
+            f"task.max_length is {max_length!r}, but it must be an integer of at least {least}: "
             f"{reason}"
         )
     return max_length
-
-
-def join_columns(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate columns by name."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def sum_per_example(values_N: Tensor, batch: Batch) -> Tensor:
-    """Sum the values of rows over the example that each row belongs to, (B,)."""
-    return torch.zeros(len(batch.size), dtype=values_N.dtype, device=values_N.device).index_add(
-        0, batch.example, values_N
-    )

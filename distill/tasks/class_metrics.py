@@ -1,11 +1,12 @@
-"""Metrics of classifiers from counts, in memory that grows with rows plus classes.
+"""Metrics of classifiers from weighted counts, in memory that grows with rows plus classes.
 
-Where a class has no example and no prediction, its F1 is undefined and left out of means.
+Each set of weights gives one value of each metric: weights of 1 that of all rows, the numbers of
+times that rows were drawn that of a bootstrap resample. Where a class has no example and no
+prediction, its F1 is undefined and left out of means.
 
-N = rows, C = classes.
+N = rows, C = classes, R = sets of weights.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,82 +17,100 @@ ECE_BINS = 15  # bins of the expected calibration error
 
 
 class Counts(NamedTuple):
-    """Decisions about each class, each (C,)."""
+    """Weighted decisions about each class, each (C, R) in float64."""
 
     correct: Tensor  # examples of the class that were predicted to be
     predicted: Tensor
     actual: Tensor
 
     def f1(self) -> Tensor:
-        """Harmonic mean of precision and recall of each class, NaN if undefined, (C,)."""
-        return 2 * self.correct.float() / (self.predicted + self.actual).float()
+        """Harmonic mean of precision and recall of each class, NaN if undefined, (C, R)."""
+        return 2 * self.correct / (self.predicted + self.actual)
 
-    def macro_f1(self) -> float:
-        """Mean over the classes of which F1 is defined, NaN if there are none."""
-        f1_C = self.f1()
-        return float((f1_C.nan_to_num() / (~f1_C.isnan()).sum()).sum()) if len(f1_C) else math.nan
+    def macro_f1(self) -> Tensor:
+        """Mean over the classes of which F1 is defined, NaN if there are none, (R,)."""
+        return self.f1().nanmean(0)
 
-    def micro_f1(self) -> float:
-        """F1 of all decisions together, NaN if undefined."""
-        return float(Counts(*(column.sum() for column in self)).f1())
+    def micro_f1(self) -> Tensor:
+        """F1 of all decisions together, NaN if undefined, (R,)."""
+        return Counts(*(column.sum(0) for column in self)).f1()
 
-    def f1_by_name(self, names: Sequence[str]) -> dict[str, float]:
-        """F1 of each class that has examples: of the others, a model cannot be right."""
-        has_examples = (self.actual > 0).tolist()
-        values = zip(names, self.f1().tolist(), has_examples, strict=True)
+    def f1_by_name(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """F1 of each class that has examples: of the others, a model cannot be right, (R,)."""
+        held_CR = self.actual > 0
+        f1_CR = torch.where(held_CR, self.f1(), torch.nan)
+        values = zip(names, f1_CR, held_CR.any(1).tolist(), strict=True)
         return {f"f1/{name}": value for name, value, held in values if held}
 
 
-def count_one_of_c(prediction_N: Tensor, label_N: Tensor, classes: int) -> Counts:
+def count_one_of_c(
+    prediction_N: Tensor, label_N: Tensor, classes: int, weights_NR: Tensor
+) -> Counts:
     """Counts where each row has one class."""
-    columns = (label_N[prediction_N == label_N], prediction_N, label_N)
-    return Counts(*(torch.bincount(column, minlength=classes) for column in columns))
+    right_N = prediction_N == label_N
+    columns = (
+        (label_N[right_N], weights_NR[right_N]),
+        (prediction_N, weights_NR),
+        (label_N, weights_NR),
+    )
+    zeros_CR = weights_NR.new_zeros(classes, weights_NR.shape[1])
+    return Counts(*(zeros_CR.index_add(0, ids, weights) for ids, weights in columns))
 
 
-def count_any_of_c(prediction_NC: Tensor, label_NC: Tensor) -> Counts:
+def count_any_of_c(prediction_NC: Tensor, label_NC: Tensor, weights_NR: Tensor) -> Counts:
     """Counts where each row has any number of classes; both tensors are boolean."""
     columns = (prediction_NC & label_NC, prediction_NC, label_NC)
-    return Counts(*(column.sum(0) for column in columns))
+    return Counts(*(column.T.to(weights_NR.dtype) @ weights_NR for column in columns))
 
 
-def matthews_correlation(counts: Counts, rows: int) -> float:
-    """Matthews correlation of one class per row (Gorodkin 2004), 0 where it is undefined.
+def matthews_correlation(counts: Counts, rows_R: Tensor) -> Tensor:
+    """Matthews correlation of one class per row (Gorodkin 2004), 0 where it is undefined, (R,).
 
     It is undefined if all labels or all predictions are of one class.
+
+    Args:
+        counts: Counts of the classes.
+        rows_R: The sum of each set of weights.
     """
-    correct = int(counts.correct.sum())
-    predicted, actual = (column.tolist() for column in (counts.predicted, counts.actual))
-    covariance = correct * rows - sum(p * a for p, a in zip(predicted, actual, strict=True))
-    variances = [rows**2 - sum(count**2 for count in column) for column in (predicted, actual)]
-    if not all(variances):
-        return 0.0
-    return covariance / math.sqrt(variances[0]) / math.sqrt(variances[1])
+    correct, predicted, actual = counts
+    wrong, missed = predicted - correct, actual - correct
+    rest = rows_R - correct - wrong - missed
+    # These forms of the covariance and variances are exact for large counts too.
+    covariance_R = (correct * rest - wrong * missed).sum(0)
+    variances = [(column * (rows_R - column)).sum(0) for column in (predicted, actual)]
+    scale_R = variances[0].sqrt() * variances[1].sqrt()
+    undefined_R = torch.where(rows_R > 0, 0.0, torch.nan)
+    return torch.where(scale_R > 0, covariance_R / scale_R, undefined_R)
 
 
-def pooled_matthews_correlation(counts: Counts, rows: int) -> float:
-    """Matthews correlation of all decisions, one per row and class; 0 where it is undefined."""
-    total = rows * len(counts.actual)
-    correct, predicted, actual = (int(column.sum()) for column in counts)
+def pooled_matthews_correlation(counts: Counts, rows_R: Tensor) -> Tensor:
+    """Matthews correlation of all decisions, one per row and class; 0 where undefined, (R,)."""
+    total_R = rows_R * len(counts.actual)
+    correct, predicted, actual = (column.sum(0) for column in counts)
     wrong = predicted + actual - 2 * correct
     yes_no = Counts(
-        torch.tensor([correct, total - wrong - correct]),
-        torch.tensor([predicted, total - predicted]),
-        torch.tensor([actual, total - actual]),
+        torch.stack([correct, total_R - wrong - correct]),
+        torch.stack([predicted, total_R - predicted]),
+        torch.stack([actual, total_R - actual]),
     )
-    return matthews_correlation(yes_no, total)
+    return matthews_correlation(yes_no, total_R)
 
 
-def calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
-    """Expected calibration error: mean of |accuracy - confidence| over bins, weighted by rows.
+def calibration_error(confidence: Tensor, correct: Tensor, weights_NR: Tensor) -> Tensor:
+    """Expected calibration error: weighted mean of |accuracy - confidence| over bins, (R,).
 
     The bins are [0, 1/15), [1/15, 2/15), ..., [14/15, 1].
 
     Args:
-        confidence_N: Probabilities.
-        correct_N: 1 for rows of which the predicted event happened, else 0.
+        confidence: Probabilities, (N,), or (N, C) where a row has several events.
+        correct: 1 for predicted events that happened, else 0.
+        weights_NR: Weights of the rows.
     """
-    edges = torch.arange(1, ECE_BINS, dtype=torch.double, device=confidence_N.device) / ECE_BINS
-    bin_N = torch.bucketize(confidence_N, edges.to(confidence_N.dtype), right=True)
-    gap_N = correct_N.double() - confidence_N.double()
-    gaps = torch.zeros(ECE_BINS, dtype=torch.double, device=gap_N.device)
-    return float(gaps.index_add(0, bin_N, gap_N).abs().sum() / len(gap_N))
+    rows, events = len(confidence), confidence[0].numel() if len(confidence) else 1
+    edges = torch.arange(1, ECE_BINS, dtype=torch.double, device=confidence.device) / ECE_BINS
+    bins = torch.bucketize(confidence.contiguous(), edges.to(confidence.dtype), right=True)
+    places = bins.view(rows, events) + ECE_BINS * torch.arange(rows, device=bins.device)[:, None]
+    gaps = correct.double() - confidence.double()
+    by_bin = gaps.new_zeros(rows * ECE_BINS).index_add(0, places.flatten(), gaps.flatten())
+    by_bin_NB = by_bin.view(rows, ECE_BINS)
+    return (by_bin_NB.T @ weights_NR).abs().sum(0) / (weights_NR.sum(0) * events)

@@ -3,7 +3,6 @@
 Shapes: N = examples, C = classes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from distill.tasks.batch import Batch
 from distill.tasks.collation import model_inputs
 from distill.tasks.labels import Labels
 from distill.tasks.text_classes import TextClassification
+from distill.tasks.words import encode_words
 
 
 class SingleLabelClassification(TextClassification, Task):
@@ -67,25 +67,17 @@ class SingleLabelClassification(TextClassification, Task):
     ) -> dict[str, list[Any]]:
         # One side of a pair may be empty.
         texts = [[text or "" for text in examples[column]] for column in data.text]
-        pairs = len(texts) == 2
-        tokens = tokenizer(
-            *texts,
-            truncation=True,
-            max_length=self.max_length,
-            return_token_type_ids=None if pairs else False,
-            return_attention_mask=False,
-            return_overflowing_tokens=not tokenizer.is_fast,
-        )
-        ids = tokens["input_ids"]
+        words = encode_words(tokenizer, texts[0], self.max_length) if len(texts) == 1 else None
+        ids, truncated, types = words or _encode_texts(tokenizer, texts, self.max_length)
         cells = examples.get(data.label_column or "", [None] * len(ids))
         columns = {"input_ids": ids, "labels": [self._target(cell) for cell in cells]}
-        if pairs and "token_type_ids" in tokens:
-            columns["token_type_ids"] = tokens["token_type_ids"]
+        if types is not None:
+            columns["token_type_ids"] = types
         return columns | {
             "size": [1] * len(ids),
             "length": [len(row) for row in ids],
             "rows": [1] * len(ids),
-            "truncated": _truncated(tokens),
+            "truncated": truncated,
         }
 
     def _target(self, cell: Any) -> Any:
@@ -123,22 +115,22 @@ class SingleLabelClassification(TextClassification, Task):
             "nll": self.label_loss(logits_NC, batch.labels),
         }
 
-    def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
+    def weighted_metrics(self, columns: dict[str, Tensor], weights_NR: Tensor) -> dict[str, Tensor]:
         """Accuracy, F1, Matthews correlation, mean loss in nats, calibration error, F1 by class.
 
         Classes without examples have no F1.
         """
-        columns = keep_rows(columns, columns["label"] != losses.IGNORED)
+        labelled_N = columns["label"] != losses.IGNORED
+        columns, weights_NR = keep_rows(columns, labelled_N), weights_NR[labelled_N]
         label, prediction = columns["label"], columns["prediction"]
-        if len(label) == 0:
-            return {self.primary_metric: math.nan}
-        counts = class_metrics.count_one_of_c(prediction, label, len(self.names))
+        counts = class_metrics.count_one_of_c(prediction, label, len(self.names), weights_NR)
+        rows_R, right_N = weights_NR.sum(0), prediction == label
         return {
-            "accuracy": float((prediction == label).float().mean()),
+            "accuracy": right_N.double() @ weights_NR / rows_R,
             "macro_f1": counts.macro_f1(),
-            "mcc": class_metrics.matthews_correlation(counts, len(label)),
-            "nll": float(columns["nll"].mean()),
-            "ece": class_metrics.calibration_error(columns["confidence"], prediction == label),
+            "mcc": class_metrics.matthews_correlation(counts, rows_R),
+            "nll": columns["nll"].double() @ weights_NR / rows_R,
+            "ece": class_metrics.calibration_error(columns["confidence"], right_N, weights_NR),
         } | counts.f1_by_name(self.names)
 
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
@@ -148,6 +140,23 @@ class SingleLabelClassification(TextClassification, Task):
 def keep_rows(columns: dict[str, Tensor], keep_N: Tensor) -> dict[str, Tensor]:
     """The rows of every column where `keep_N` is True."""
     return {name: column[keep_N] for name, column in columns.items()}
+
+
+def _encode_texts(
+    tokenizer: Any, texts: list[list[str]], max_length: int
+) -> tuple[list[list[int]], list[int], list[list[int]] | None]:
+    """Token ids of truncated texts or pairs, 1 for each that is, and token types of pairs."""
+    pairs = len(texts) == 2
+    tokens = tokenizer(
+        *texts,
+        truncation=True,
+        max_length=max_length,
+        return_token_type_ids=None if pairs else False,
+        return_attention_mask=False,
+        return_overflowing_tokens=not tokenizer.is_fast,
+    )
+    types = tokens["token_type_ids"] if pairs and "token_type_ids" in tokens else None
+    return tokens["input_ids"], _truncated(tokens), types
 
 
 def _truncated(tokens: Any) -> list[int]:

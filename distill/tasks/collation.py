@@ -1,6 +1,6 @@
-"""Encoded examples -> padded tensors.
+"""Encoded examples -> padded tensors; padded -> packed batches.
 
-B = examples, L = tokens of the longest.
+B = examples, L = tokens of the longest, T = tokens of all examples.
 """
 
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from distill.tasks.batch import Batch, PackedLayout
 
 
 def pad_column(examples: list[dict[str, Any]], column: str, value: int) -> Tensor:
@@ -31,6 +33,24 @@ def model_inputs(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tenso
     if "token_type_ids" in examples[0]:
         inputs["token_type_ids"] = pad_column(examples, "token_type_ids", 0)
     return inputs
+
+
+def pack(batch: Batch) -> Batch:
+    """Drop the padding of a batch whose rows are positions; its examples then follow each other."""
+    inputs, layout = pack_inputs(batch.inputs)
+    positions = batch.positions
+    if positions is not None:
+        positions = torch.searchsorted(layout.slots_T, positions)
+    return batch._replace(inputs=inputs, positions=positions, packed=layout, padded=False)
+
+
+def pack_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], PackedLayout]:
+    """Drop padding on the right, (B, L) -> (1, T); `position_ids` count in each example."""
+    mask_BL = inputs["attention_mask"]
+    slots_T = mask_BL.flatten().nonzero().flatten()
+    packed = {name: column.flatten()[slots_T][None] for name, column in inputs.items()}
+    packed["position_ids"] = (slots_T % mask_BL.shape[1])[None]
+    return packed, PackedLayout(slots_T, (mask_BL.shape[0], mask_BL.shape[1]))
 
 
 def _is_token(rows: list[Any]) -> np.ndarray:

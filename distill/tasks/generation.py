@@ -3,10 +3,12 @@
 Shapes: L = tokens of a text, N = predicted tokens, V = vocabulary, B = texts of a batch.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
@@ -29,6 +31,10 @@ EXAMPLE = """from transformers import pipeline
 
 write = pipeline("text-generation", model="path/of/this/folder"{options})
 print(write("The", max_new_tokens=50))"""
+CHAT_EXAMPLE = """from transformers import pipeline
+
+write = pipeline("text-generation", model="path/of/this/folder"{options})
+print(write([{{"role": "user", "content": "Hello"}}], max_new_tokens=50))"""
 CACHED = """One graph processes the prompt, and then one generated token at a time: keys and values
 of earlier tokens are inputs (`past_key_values.*`, of length 0 at first) and outputs (`present.*`),
 as `generate` shows."""
@@ -50,6 +56,18 @@ class TextGeneration(Serving):
         """The first column, the prompt: a second column holds completions."""
         return data.text[:1]
 
+    def request_texts(self, cells: Sequence[str | None], tokenizer: Any) -> list[str]:
+        """The text of each request that a model continues, from cells of the first column."""
+        return [cell or "" for cell in cells]
+
+    def start(self, tokenizer: Any) -> list[int]:
+        """The tokens that are put before each text."""
+        return start_token(tokenizer)
+
+    def requests(self, texts: Dataset, data: Data, tokenizer: Any) -> list[list[str]]:
+        cells = texts[self.request_columns(data)[0]]
+        return [[text] for text in self.request_texts(cells, tokenizer)]
+
     def truncate_request(self, cells: list[str], tokenizer: Any) -> list[str]:
         """The complete text: programs truncate texts that are too long, on the left."""
         return cells
@@ -58,19 +76,45 @@ class TextGeneration(Serving):
         self, examples: dict[str, list[Any]], tokenizer: Any, data: Data, keep_end: bool = False
     ) -> dict[str, list[Any]]:
         """Encode the start token and as much of the text as fits, without labels."""
-        start, rows = start_token(tokenizer), []
-        for text in examples[self.request_columns(data)[0]]:
-            ids = tokenizer(text or "", add_special_tokens=False, verbose=False)["input_ids"]
+        start, rows = self.start(tokenizer), []
+        for text in self.request_texts(examples[self.request_columns(data)[0]], tokenizer):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             surplus = max(0, len(ids) + len(start) - self.max_length) if keep_end else 0
             rows.append([*start, *ids[surplus:]][: self.max_length])
         labels = [[losses.IGNORED] * len(ids) for ids in rows]
         return {"input_ids": rows, "labels": labels, "size": [0] * len(rows)}
 
+    def has_prompts(self, data: Data) -> bool:
+        """Whether requests are prompts, which completions follow, and not plain texts."""
+        return len(data.text) > 1
+
+    def with_max_length(self, max_length: int) -> Self:
+        """A copy of the task whose texts have at most so many tokens."""
+        bounded = copy.copy(self)
+        bounded.max_length = max_length
+        return bounded
+
+    def encode_prompts(
+        self, examples: dict[str, list[Any]], tokenizer: Any, data: Data, room: int
+    ) -> list[list[int]]:
+        """Token ids of texts to continue: the requests, or of plain texts the first half.
+
+        Args:
+            examples: columns of raw rows.
+            tokenizer: the model's tokenizer.
+            data: names the text columns.
+            room: most tokens of a prompt; those at its end stay.
+        """
+        complete = self.has_prompts(data)
+        columns = self.with_max_length(room).encode_requests(examples, tokenizer, data, complete)
+        texts = columns["input_ids"]
+        return texts if complete else [ids[: (len(ids) + 1) // 2] for ids in texts]
+
     def proof_requests(
         self, cells: list[list[str]], batches: Sequence["Batch"], tokenizer: Any
     ) -> list[Any]:
         """The texts, each with its start token and the maximum number of tokens."""
-        start = start_token(tokenizer)
+        start = self.start(tokenizer)
         return [{"text": text, "start": start, "max_length": self.max_length} for (text,) in cells]
 
     def compare(
@@ -100,7 +144,7 @@ class TextGeneration(Serving):
     def runtime_tokenizer(self, tokenizer: Any) -> Tokenizer:
         """A tokenizer that also adds the start token, and truncates on the left."""
         backend = super().runtime_tokenizer(tokenizer)
-        names = tokenizer.convert_ids_to_tokens(start_token(tokenizer))
+        names = tokenizer.convert_ids_to_tokens(self.start(tokenizer))
         special = [(name, backend.token_to_id(name)) for name in names]
         backend.post_processor = processors.TemplateProcessing(
             single=[*names, "$A"], special_tokens=special

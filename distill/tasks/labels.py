@@ -9,10 +9,12 @@ import json
 import logging
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, SupportsIndex
 
+import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
 from distill.errors import UserError
@@ -21,8 +23,22 @@ from distill.recipe.config import Data
 log = logging.getLogger(__name__)
 
 HIDDEN = -1  # id of labels that a test set hides, a convention of data sets on the Hub
-CHUNK = 1000  # rows that are read at a time
+CHUNK = 10_000  # rows that are read at a time
 MAX_SHOWN = 12  # names in a message
+
+
+class Names(tuple[str, ...]):
+    """Label names in the order of their ids, which are found in constant time."""
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ids
+
+    def index(self, name: str, *bounds: SupportsIndex) -> int:
+        return super().index(name, *bounds) if bounds else self._ids[name]
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,8 @@ def read_names(train: Dataset, data: Data) -> tuple[str, ...]:
             "list them in data.labels"
         )
     else:
-        cells = (
-            cell for batch in train.select_columns([column]).iter(CHUNK) for cell in batch[column]
-        )
-        names = tuple(declared(train.features[column]) or _distinct(cells, column))
+        check_no_objects(train, column)
+        names = tuple(declared(train.features[column]) or _distinct(_cells(train, column), column))
         check_different(names, column)
     if len(set(names)) < len(names):
         raise UserError(
@@ -68,6 +82,18 @@ def read_names(train: Dataset, data: Data) -> tuple[str, ...]:
     return names
 
 
+def _cells(train: Dataset, column: str) -> Iterator[Any]:
+    """The cells of a column, those of texts and integers once in each chunk."""
+    for table in train.select_columns([column]).with_format("arrow").iter(CHUNK):
+        cells = table.column(0)
+        yield from (cells.unique() if has_recurring(cells.type) else cells).to_pylist()
+
+
+def has_recurring(kind: pa.DataType) -> bool:
+    """Whether cells of a type recur, and Arrow can compare them."""
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_boolean(kind)
+
+
 def check_one_column(data: Data) -> None:
     """UserError if the recipe names several label columns."""
     if isinstance(data.label, list):
@@ -76,6 +102,22 @@ def check_one_column(data: Data) -> None:
             "or use distill.tasks.MultiLabelClassification, which takes a column of 0 and 1 "
             "for each label"
         )
+
+
+def check_no_objects(train: Dataset, column: str) -> None:
+    """UserError if a column holds objects with keys, or lists of lists or of objects."""
+    feature = train.features[column]
+    part = getattr(feature, "feature", feature)
+    if isinstance(part, dict):
+        kind = f"objects with the keys {shorten(part)}"
+    elif part is not feature and hasattr(part, "feature"):
+        kind = "lists of lists"
+    else:
+        return
+    raise UserError(
+        f"column {column!r} holds {kind}, but a label is a name or an integer: "
+        "write each value into a column of its own, or choose another column as data.label"
+    )
 
 
 def check_different(names: Iterable[str], column: str) -> None:
@@ -163,7 +205,16 @@ def shorten(names: Iterable[Any]) -> str:
 
 def _distinct(cells: Iterable[Any], column: str) -> list[str]:
     """The names in a column: sorted texts and booleans, or integers in their order."""
-    values = {cell for cell in cells if not is_missing(cell)}
+    values = set()
+    for cell in cells:
+        if isinstance(cell, list | dict):
+            raise UserError(
+                f"column {column!r} holds {cell!r}, but a label must be a name or an integer: "
+                "choose another column as data.label, or use "
+                "distill.tasks.MultiLabelClassification for lists of names"
+            )
+        if not is_missing(cell):
+            values.add(cell)
     if all(isinstance(value, str | bool) for value in values):
         return sorted(map(str, values))
     if not all(isinstance(value, int | float) and float(value).is_integer() for value in values):

@@ -5,9 +5,8 @@ C = vocabulary.
 """
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,14 @@ from transformers import PreTrainedConfig
 from distill import losses
 from distill.errors import UserError
 from distill.recipe.config import Data
-from distill.tasks.base import SHORTENED, SPLIT, Task, check_max_length
+from distill.tasks.base import Task, check_max_length
 from distill.tasks.batch import Batch
 from distill.tasks.collation import model_inputs, pad_column
-from distill.tasks.generation import TextGeneration, start_token
+from distill.tasks.conversations import Conversations, read_template
+from distill.tasks.generation import CHAT_EXAMPLE, TextGeneration, start_token
+from distill.tasks.messages import Conversation, contents
 from distill.tasks.special_tokens import LANGUAGE_TOKENS
+from distill.tasks.windows import Tokens, completion_windows, tokenize, windows, with_context
 
 
 class CausalLanguageModelling(TextGeneration, Task):
@@ -39,8 +41,21 @@ class CausalLanguageModelling(TextGeneration, Task):
     with the half before it as context. Each token is predicted exactly once: the number of
     predicted tokens does not depend on `max_length`. Windows without predicted tokens are left out.
 
+    With `learn`, the column holds conversations: lists of messages in the form of OpenAI (`role`,
+    `content`, `tool_calls`, `reasoning_content`) or ShareGPT (`from`, `value`), or JSON text of
+    one; a column `tools` describes tools. The chat template of the tokenizer makes a text of each.
+    The assistant's messages are predicted, from the end of the generation prompt to the end-of-turn
+    token. A conversation longer than `max_length` is cut at the user's messages: its oldest turns
+    are examples of their own after the same system message, or are left out with `last`. Templates
+    that write today's date get 26 Jul 2024.
+
     Args:
         max_length: Tokens of a window.
+        learn: Predicted tokens of conversations: `assistant`, those of all messages of the
+            assistant; `last`, of its last message; `all`. None: the column holds texts.
+        template: A chat template in Jinja, as a file or as text; None: that of the tokenizer.
+        unanswered: What is done with a conversation without a message to predict: `refuse`, which
+            names its row, or `drop`.
     """
 
     auto_class = "AutoModelForCausalLM"
@@ -51,11 +66,25 @@ class CausalLanguageModelling(TextGeneration, Task):
     predicts_tokens = True
     uses_labels = False
     label_feature = List(Value("int64"))
+    conversations: Conversations | None = None  # how they are read; None: the column holds texts
 
-    def __init__(self, max_length: int = 256) -> None:
+    def __init__(
+        self,
+        max_length: int = 256,
+        learn: str | None = None,
+        template: str | None = None,
+        unanswered: str = "refuse",
+    ) -> None:
         self.max_length = check_max_length(
             max_length, 2, "a window holds a context and a token to predict"
         )
+        if learn is not None:
+            self.conversations = Conversations(learn, unanswered, read_template(template))
+        elif template is not None:
+            raise UserError(
+                "task.template is set, but task.learn is null, so that the column holds texts: "
+                "set task.learn to assistant, or leave task.template out"
+            )
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -68,6 +97,50 @@ class CausalLanguageModelling(TextGeneration, Task):
     def special_tokens(self) -> dict[str, str]:
         return LANGUAGE_TOKENS
 
+    # ---- conversations
+
+    @property
+    def reads_messages(self) -> bool:
+        return self.conversations is not None
+
+    def parse_text(self, cell: Any, tools: Any) -> str:
+        assert self.conversations is not None
+        return self.conversations.parse(cell, tools)
+
+    def plain_texts(self, texts: Iterable[str]) -> Iterable[str]:
+        if self.conversations is None:
+            return texts
+        return (each for text in texts for each in contents(Conversation.from_json(text)))
+
+    def added_texts(self, tokenizer: Any) -> list[str]:
+        template = tokenizer.chat_template if self.reads_messages else None
+        return [*template.values()] if isinstance(template, dict) else [template or ""]
+
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """Give it the template of the recipe, which is saved with it."""
+        if self.conversations is not None and self.conversations.template is not None:
+            tokenizer.chat_template = self.conversations.template
+
+    def has_prompts(self, data: Data) -> bool:
+        return self.reads_messages or super().has_prompts(data)
+
+    def request_texts(self, cells: Sequence[str | None], tokenizer: Any) -> list[str]:
+        """Texts, or conversations up to the generation prompt of the message to predict."""
+        if self.conversations is None:
+            return super().request_texts(cells, tokenizer)
+        read = self.conversations.prompt
+        return [read(cell or "", tokenizer, self.max_length) for cell in cells]
+
+    def start(self, tokenizer: Any) -> list[int]:
+        """The start token; a chat template writes its own."""
+        return [] if self.reads_messages else super().start(tokenizer)
+
+    def usage(self, data: Data, options: str) -> str:
+        example = CHAT_EXAMPLE if self.reads_messages else self.example
+        return example.format(options=options)
+
+    # ---- data
+
     def encode(
         self, examples: dict[str, list[Any]], tokenizer: Any, data: Data
     ) -> dict[str, list[Any]]:
@@ -76,7 +149,7 @@ class CausalLanguageModelling(TextGeneration, Task):
         `labels` holds the token at each position, or -100 for context; `size` is the number of
         UTF-8 bytes of the predicted tokens. `first_window` is 1 for the first window of a text;
         `truncated` of the first is SPLIT if there are several, plus SHORTENED if the prompt lost
-        its beginning.
+        its beginning, plus TURNS if a conversation was cut.
         """
         columns: dict[str, list[Any]] = {
             name: []
@@ -90,25 +163,35 @@ class CausalLanguageModelling(TextGeneration, Task):
                 "first_window",
             )
         }
-        texts = zip(*(_tokenize(examples[column], tokenizer) for column in data.text), strict=True)
-        start = start_token(tokenizer)
-        for parts in texts:
-            for window in self._windows(list(parts), start, tokenizer.eos_token_id):
-                for name, value in window.items():
-                    columns[name].append(value)
+        for window in self._windows(examples, tokenizer, data):
+            for name, value in window.items():
+                columns[name].append(value)
         return columns
 
     def _windows(
-        self, parts: list["_Tokens"], start: list[int], end: int | None
+        self, examples: dict[str, list[Any]], tokenizer: Any, data: Data
+    ) -> Iterator[dict[str, Any]]:
+        """The windows of conversations, texts, or prompts with their completions."""
+        if self.conversations is not None:
+            cells = examples[data.text[0]]
+            yield from self.conversations.windows(cells, tokenizer, self.max_length)
+            return
+        texts = zip(*(tokenize(examples[column], tokenizer) for column in data.text), strict=True)
+        start = start_token(tokenizer)
+        for parts in texts:
+            yield from self._text_windows(list(parts), start, tokenizer.eos_token_id)
+
+    def _text_windows(
+        self, parts: list[Tokens], start: list[int], end: int | None
     ) -> Iterator[dict[str, Any]]:
         """The windows of a text, or of a prompt and its completion."""
         if len(parts) == 1:
-            return _windows(_with_context(start, parts[0]), self.max_length)
+            return windows(with_context(start, parts[0]), self.max_length)
         prompt, (ids, _, sizes) = parts
         if end is not None:
             ids, sizes = [*ids, end], [*sizes, 0]
-        text = _with_context([*start, *prompt.ids], _Tokens(ids, ids, sizes))
-        return _completion_windows(text, start, self.max_length)
+        text = with_context([*start, *prompt.ids], Tokens(ids, ids, sizes))
+        return completion_windows(text, start, self.max_length)
 
     def collate(self, examples: list[dict[str, Any]], pad_id: int) -> Batch:
         """Pad the windows; the logits at position i are compared with the label at i + 1."""
@@ -138,117 +221,20 @@ class CausalLanguageModelling(TextGeneration, Task):
     def sum_outcomes(self, columns_N: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         return super().sum_outcomes(columns_N, batch) | {"bytes": batch.size}
 
-    def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
+    def weighted_metrics(self, columns: dict[str, Tensor], weights_NR: Tensor) -> dict[str, Tensor]:
         """Perplexity, bits per UTF-8 byte, loss in nats per token, share of correct tokens."""
         nll, tokens, correct, size = (
-            float(columns[name].double().sum()) for name in ("nll", "tokens", "correct", "bytes")
+            columns[name].double() @ weights_NR for name in ("nll", "tokens", "correct", "bytes")
         )
-        if tokens == 0:
-            return {self.primary_metric: math.nan}
         return {
-            "perplexity": math.exp(min(nll / tokens, 700)),
-            "bits_per_byte": nll / math.log(2) / size if size else math.nan,
+            "perplexity": (nll / tokens).clamp(max=700).exp(),
+            "bits_per_byte": torch.where(size > 0, nll / math.log(2) / size, math.nan),
             "nll": nll / tokens,
             "accuracy": correct / tokens,
         }
 
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
         return (student_NC.argmax(-1) == teacher_NC.argmax(-1)).float()
-
-
-class _Tokens(NamedTuple):
-    """The tokens of a text."""
-
-    ids: list[int]
-    labels: list[int]  # the same, -100 where a token is context only
-    sizes: list[int]  # UTF-8 bytes of each
-
-
-def _tokenize(texts: list[str | None], tokenizer: Any) -> list[_Tokens]:
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer is {type(tokenizer).__name__}, but the offset of each token in "
-            "the text is needed: use a fast tokenizer"
-        )
-    filled = [text or "" for text in texts]
-    tokens = tokenizer(
-        filled,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    encoded = zip(filled, tokens["input_ids"], tokens["offset_mapping"], strict=True)
-    return [_Tokens(ids, ids, _byte_sizes(text, offsets)) for text, ids, offsets in encoded]
-
-
-def _byte_sizes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
-    """UTF-8 bytes of each token; their sum is the size of the text.
-
-    Characters between two tokens count towards the later one, those after the last token towards
-    the last. A character that spans several tokens counts towards the first of them.
-    """
-    edges = [0]
-    for _, end in offsets[:-1]:
-        edges.append(max(edges[-1], end))
-    edges.append(len(text))
-    return [len(text[start:end].encode()) for start, end in pairwise(edges)][: len(offsets)]
-
-
-def _with_context(context: list[int], text: _Tokens) -> _Tokens:
-    """The text after tokens that are not predicted."""
-    return _Tokens(
-        [*context, *text.ids],
-        [losses.IGNORED] * len(context) + text.ids,
-        [0] * len(context) + text.sizes,
-    )
-
-
-def _windows(text: _Tokens, max_length: int) -> Iterator[dict[str, Any]]:
-    """Encoded examples of a text, without those that have no predicted token."""
-    first = True
-    for start in range(0, len(text.ids) - 1, max_length - 1):
-        end = start + max_length
-        window = _window(text, text.ids[start : start + 1], slice(start + 1, end))
-        if window["rows"]:
-            truncated = SPLIT if first and len(text.ids) > max_length else 0
-            yield window | {"truncated": truncated, "first_window": int(first)}
-            first = False
-
-
-def _completion_windows(
-    text: _Tokens, start: list[int], max_length: int
-) -> Iterator[dict[str, Any]]:
-    """Encoded examples of a prompt and its completion; `start` precedes every context."""
-    size, half = len(text.ids), max(1, max_length // 2)
-    # Without any context, the first token is the context of the second.
-    prompt = max(1, sum(label == losses.IGNORED for label in text.labels))
-    position = prompt
-    while position < size:
-        room = min(position, max(max_length - (size - position), half))
-        context = text.ids[position - room : position]
-        if room < position and room > len(start):
-            context = [*start, *context[len(start) :]]
-        end = min(size, position + max_length - room)
-        first = position == prompt
-        truncated = (SPLIT if end < size else 0) + (SHORTENED if room < prompt else 0)
-        yield _window(text, context, slice(position, end)) | {
-            "truncated": truncated if first else 0,
-            "first_window": int(first),
-        }
-        position = end
-
-
-def _window(text: _Tokens, context: list[int], predicted: slice) -> dict[str, Any]:
-    """An encoded example: some tokens of a text after their context."""
-    ids, labels = [*context, *text.ids[predicted]], text.labels[predicted]
-    return {
-        "input_ids": ids,
-        "labels": [losses.IGNORED] * len(context) + labels,
-        "length": len(ids),
-        "rows": sum(label != losses.IGNORED for label in labels),
-        "size": sum(text.sizes[predicted]),
-    }
 
 
 def _shift(labels_BL: Tensor) -> Tensor:

@@ -95,24 +95,26 @@ class MultiLabelClassification(SingleLabelClassification):
             "nll": self.label_loss(logits_NC, batch.labels),
         }
 
-    def compute_metrics(self, columns: dict[str, Tensor]) -> dict[str, float]:
+    def weighted_metrics(self, columns: dict[str, Tensor], weights_NR: Tensor) -> dict[str, Tensor]:
         """F1, Matthews correlation, exact matches, loss in nats, calibration error, F1 by class.
 
         Classes without examples have no F1.
         """
-        columns = keep_rows(columns, ~columns["label"].isnan().any(-1))
+        labelled_N = ~columns["label"].isnan().any(-1)
+        columns, weights_NR = keep_rows(columns, labelled_N), weights_NR[labelled_N]
         label, probability = columns["label"].bool(), columns["probability"]
-        if len(label) == 0:
-            return {self.primary_metric: math.nan}
         prediction = probability > 0.5
-        counts = class_metrics.count_any_of_c(prediction, label)
+        counts, rows_R = (
+            class_metrics.count_any_of_c(prediction, label, weights_NR),
+            weights_NR.sum(0),
+        )
         return {
             "macro_f1": counts.macro_f1(),
             "micro_f1": counts.micro_f1(),
-            "mcc": class_metrics.pooled_matthews_correlation(counts, len(label)),
-            "exact_match": float((prediction == label).all(-1).float().mean()),
-            "nll": float(columns["nll"].mean()),
-            "ece": class_metrics.calibration_error(probability.flatten(), label.flatten()),
+            "mcc": class_metrics.pooled_matthews_correlation(counts, rows_R),
+            "exact_match": (prediction == label).all(-1).double() @ weights_NR / rows_R,
+            "nll": columns["nll"].double() @ weights_NR / rows_R,
+            "ece": class_metrics.calibration_error(probability, label, weights_NR),
         } | counts.f1_by_name(self.names)
 
     def agreement(self, student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
@@ -125,6 +127,7 @@ def _read_names(train: Dataset, data: Data) -> tuple[str, ...]:
         return _names_of_columns(data.label, data.labels)
     if data.labels is not None or data.label is None or labels.declared(train.features[data.label]):
         return labels.read_names(train, data)
+    labels.check_no_objects(train, data.label)
     names, longest = set[str](), 0
     for batch in train.select_columns([data.label]).iter(CHUNK):
         for cell in map(labels.parse_list, batch[data.label]):

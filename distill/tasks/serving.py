@@ -63,7 +63,7 @@ class Serving:
         """The text columns that make up one request."""
         return list(data.text)
 
-    def requests(self, texts: Dataset, data: Data) -> list[list[str]]:
+    def requests(self, texts: Dataset, data: Data, tokenizer: Any) -> list[list[str]]:
         """The cells of each request, one per column, from raw rows; a missing cell is empty."""
         columns = (texts[column] for column in self.request_columns(data))
         return [[cell or "" for cell in row] for row in zip(*columns, strict=True)]

@@ -18,6 +18,9 @@ from distill.teacher_outputs.assignment import best_assignment
 
 LEVEL = 0.999  # probability that a test does not refuse a teacher by chance
 LOG_ERROR = math.log(1 - LEVEL)
+# Of more classes too few examples each are compared to tell another order from chance, and the
+# assignment takes time with their cube.
+MOST_ORDERED = 1000
 
 
 class Agreement(NamedTuple):
@@ -39,8 +42,8 @@ def class_agreement(predicted_NC: Tensor, labels_NC: Tensor) -> Agreement:
     predicted, labels = predicted_NC.double().numpy(), labels_NC.double().numpy()
     surprise_NC = labels - labels.mean(0)  # 0 on average for a prediction that knows nothing
     statistic = _statistic(predicted, surprise_NC)
-    best = best_assignment(predicted.T @ surprise_NC)
-    order = list(range(len(best)))
+    order = list(range(predicted.shape[1]))
+    best = best_assignment(predicted.T @ surprise_NC) if len(order) <= MOST_ORDERED else order
     for cycle in _cycles(best):
         targets = [best[source] for source in cycle]
         gain_NC = np.zeros_like(predicted)
@@ -75,8 +78,12 @@ def is_off_scale(predicted_N: Tensor, labels_N: Tensor) -> bool:
 def _statistic(weights_NC: np.ndarray, surprise_NC: np.ndarray) -> float:
     """t for d = the sum of surprises with these weights; 0 if all terms are 0."""
     terms_N = (weights_NC * surprise_NC).sum(1)
-    covariance_CC = surprise_NC.T @ surprise_NC / max(len(surprise_NC), 1)
-    variance = float(((weights_NC @ covariance_CC) * weights_NC).sum())
+    examples, classes = surprise_NC.shape
+    if classes <= MOST_ORDERED:
+        covariance_CC = surprise_NC.T @ surprise_NC / max(examples, 1)
+        variance = float(((weights_NC @ covariance_CC) * weights_NC).sum())
+    else:  # the same sum without a matrix of classes by classes
+        variance = float(np.square(weights_NC @ surprise_NC.T).sum()) / max(examples, 1)
     scale = math.sqrt(max(float(np.square(terms_N).sum()), variance))
     return float(terms_N.sum()) / scale if scale > 0 else 0.0
 

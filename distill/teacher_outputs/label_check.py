@@ -27,6 +27,7 @@ from distill.teacher_outputs import class_order
 
 log = logging.getLogger(__name__)
 MAX_ROWS = 4096  # rows that are compared
+MAX_CELLS = MAX_ROWS * 1000  # of these rows, classes: of more classes, fewer rows
 MAX_FORWARD = 512  # of examples that the teacher still has to run on
 MAX_EXCESS = 1.0  # nats per token above a uniform distribution's, for a language model
 
@@ -129,8 +130,10 @@ def _check_tokens(metrics: dict[str, float], classes: int, origin: Origin) -> No
 
 
 def _check_predictions(task: Task, predictions: list[_Rows], value: float, origin: Origin) -> None:
-    logits_NC = torch.cat([rows.logits_NC for rows in predictions])
-    labels = torch.cat([rows.batch.labels for rows in predictions])
+    cells = sum(rows.logits_NC.numel() for rows in predictions)
+    step = max(1, -(-cells // MAX_CELLS))  # of many classes, some of the rows
+    logits_NC = torch.cat([rows.logits_NC for rows in predictions])[::step]
+    labels = torch.cat([rows.batch.labels for rows in predictions])[::step]
     indicators = task.class_indicators(logits_NC, labels)
     if indicators is None or not logits_NC.isfinite().all():
         return

@@ -54,33 +54,51 @@ class Forward:
 def write_outputs(
     entry: Path, outputs: TeacherOutputs, examples: Dataset, pad_id: int, forward: Forward
 ) -> None:
-    """Compute the outputs of all examples into a store entry.
+    """Compute the outputs of all examples into a store entry."""
+    write_shares(
+        entry,
+        OUTPUTS_FILE,
+        lambda file: _write_share(outputs, examples, pad_id, forward, file),
+    )
 
-    Each rank computes every world-th chunk, and rank zero joins them.
+
+def write_shares(entry: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Write a store entry of one Arrow stream, of which each rank writes every world-th chunk.
+
+    Args:
+        entry: The folder.
+        name: The file in it.
+        write: Writes the chunks of this rank to a file; rank zero joins them.
     """
     if ranks.world_size() == 1:
         with store.write_entry(entry) as folder:
-            _write_share(outputs, examples, pad_id, forward, folder / OUTPUTS_FILE)
+            write(folder / name)
         return
     is_first = ranks.is_rank_zero()
     with store.temporary_folder(entry.parent) if is_first else nullcontext(Path()) as temporary:
         shares = ranks.broadcast(temporary)
-        _write_share(outputs, examples, pad_id, forward, shares / f"{ranks.rank()}.arrow")
+        write(shares / f"{ranks.rank()}.arrow")
         ranks.barrier()
         if is_first:
             files = [shares / f"{rank}.arrow" for rank in range(ranks.world_size())]
             with store.write_entry(entry) as folder:
-                _join(files, folder / OUTPUTS_FILE)
+                _join(files, folder / name)
     ranks.barrier()
 
 
-def check_disk_space(outputs: TeacherOutputs, name: str, examples: Dataset) -> None:
+def check_disk_space(row_bytes: float, name: str, examples: Dataset) -> None:
     """Check that the outputs fill at most half of the store's disk.
+
+    Args:
+        row_bytes: maximum bytes of a row in the file.
+        name: `teacher.outputs`.
+        examples: encoded examples, with their numbers of rows.
 
     Raises:
         UserError: if they would fill more of it.
     """
-    size = outputs.size * int(np.sum(examples.with_format("numpy")["rows"][:]))
+    size = row_bytes * int(np.sum(examples.with_format("numpy")["rows"][:]))
+    store.cache_root().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(store.cache_root()).free
     if size > free / 2:
         raise UserError(

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 def check_outputs(settings: config.Teacher, task: Task) -> None:
     """UserError if `teacher.outputs` is not for the task; a warning if it is biased."""
-    if settings.outputs not in ("cached", "online") and not task.selects_positions:
+    if settings.outputs not in ("cached", "online", "base") and not task.selects_positions:
         raise UserError(
             f"teacher.outputs is {settings.outputs}, but it is for language models, and "
             f"{type(task).__name__} has few logits per row: set teacher.outputs=cached"

@@ -3,6 +3,9 @@
 | module | what it does |
 |---|---|
 | `loop.py` | a module and its loaders -> the weights with the best validation metric |
+| `batching.py` | the recipe's sections `data` and `trainer` -> how batches are made |
+| `on_policy.py` | batches whose completions the student writes |
+| `adapter.py` | puts an adapter beside the student, writes and merges it |
 | `hardware.py` | resolves `auto` for this device |
 | `techniques.py` | the recipe's callbacks -> objects, checked against each other |
 | `validation_runs.py` | when validation runs take place, which step did best, when to stop early |
@@ -16,9 +19,14 @@
 """
 
 from distill.training.hardware import check_device, resolve_auto, resolve_precision
-from distill.training.loggers import Tracker
+from distill.training.loggers import Tracker, check_tracking
 from distill.training.loop import Training, count_steps, fit, make_loaders
-from distill.training.techniques import bind_callbacks, build_callbacks, check_optimizer
+from distill.training.techniques import (
+    bind_callbacks,
+    build_callbacks,
+    check_memory,
+    check_optimizer,
+)
 
 __all__ = [
     "Tracker",
@@ -26,7 +34,9 @@ __all__ = [
     "bind_callbacks",
     "build_callbacks",
     "check_device",
+    "check_memory",
     "check_optimizer",
+    "check_tracking",
     "count_steps",
     "fit",
     "make_loaders",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
 
 log = logging.getLogger("distill")
 
+NAME = re.compile(r"step-\d{8,}\.ckpt")
 BEST = "best_step"  # key of a checkpoint: the step of the best checkpoint so far
 
 
@@ -66,26 +68,36 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.ckpt"), reverse=True)
+    """The checkpoints of a folder; other files there are left alone."""
+    named = (file for file in folder.glob("step-*.ckpt") if NAME.fullmatch(file.name))
+    files = (file for file in named if file.is_file())
+    return sorted(files, key=step_of, reverse=True)
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.with_suffix(".json").read_text())
+        manifest = json.loads(file.with_suffix(".json").read_text())
     except (OSError, ValueError):
         return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _is_intact(file: Path) -> bool:
-    manifest = _read_manifest(file)
+    """Whether a checkpoint is what was written, and so is the best one that it refers to."""
+    best = _read_manifest(file).get(BEST)
+    if best is None or not _is_as_written(file):
+        return best is None and _is_as_written(file)
+    if not isinstance(best, int):
+        return False
+    other = checkpoint_path(file.parent, best)
+    return other == file or _is_as_written(other)
+
+
+def _is_as_written(file: Path) -> bool:
     try:
-        intact = manifest.get("sha256") == store.sha256(file)
+        return _read_manifest(file).get("sha256") == store.sha256(file)
     except OSError:
         return False
-    if not intact or manifest.get(BEST) is None:
-        return intact
-    best = checkpoint_path(file.parent, manifest[BEST])
-    return best == file or _is_intact(best)
 
 
 def remove(file: Path) -> None:

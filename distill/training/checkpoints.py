@@ -70,6 +70,7 @@ class CheckpointSaver(Callback):
         self.folder, self.settings, self.steps = folder, settings, steps
         self.best, self.requests = best, requests
         self.ended = False  # whether training ended, after `steps` or early
+        self.started = False  # whether this process trains, and has loaded a checkpoint if any
         self._saved_step, self._saved_time = 0, 0.0
         self._validated = False  # since the last checkpoint
         self._saving = ""  # what is being saved: "between batches", "at the end"
@@ -85,6 +86,7 @@ class CheckpointSaver(Callback):
         trainer.should_stop = self.ended
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.started = True
         self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
         if ranks.is_rank_zero():
             resumed = files.checkpoint_path(self.folder, self._saved_step)

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from distill import store
+from distill.errors import UserError
 from distill.processes import ranks
 from distill.recipe import config
 from distill.recipe.references import hide_in_values
@@ -187,6 +188,35 @@ def _run_id(file: Path) -> str:
     return file.read_text().strip()
 
 
+def check_tracking(tracking: config.Tracking) -> None:
+    """Check the environment variables of Weights & Biases, unless it is disabled.
+
+    Raises:
+        UserError: wandb refuses one.
+    """
+    if (os.environ.get("WANDB_MODE") or tracking.wandb) == "disabled":
+        return
+    import wandb
+
+    try:
+        wandb.setup()
+    except Exception as error:
+        raise UserError(_explain_wandb(error)) from error
+
+
+def _explain_wandb(error: Exception) -> str:
+    """The variable that wandb refuses, if its error tells."""
+    start, reason = "the environment has WANDB_...", str(error)
+    details = getattr(error, "errors", None)  # of pydantic, which says where
+    if callable(details) and (first := details()[0]).get("loc"):
+        variable, reason = f"WANDB_{str(first['loc'][0]).upper()}", first["msg"]
+        start = f"{variable} is {os.environ.get(variable) or 'empty'}"
+    return (
+        f"{start}, but wandb refuses it ({' '.join(reason.split())[:200]}): correct the variable, "
+        "unset it, or set tracking.wandb=disabled"
+    )
+
+
 def resolve_mode(mode: str) -> str:
     """The mode of Weights & Biases: WANDB_MODE if it is set, or else the recipe's.
 
@@ -200,8 +230,9 @@ def resolve_mode(mode: str) -> str:
 
     try:
         logged_in = wandb.login(prompt=False)
-    except wandb.Error:
-        logged_in = False
+    except wandb.Error as error:
+        log.warning("%s: this run is tracked offline", " ".join(str(error).split())[:200])
+        return "offline"
     if not logged_in and mode == "online":
         log.warning(
             "tracking.wandb is online, but nobody is logged in: this run is tracked offline; "

@@ -5,7 +5,9 @@ Configures Lightning's Trainer, for teacher and student alike.
 
 import logging
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from datasets import Dataset
 from lightning.pytorch.callbacks import Callback
 
 from distill import data, internals, store
-from distill.data import Loader
-from distill.errors import RunFailed
-from distill.models import resolve_device
+from distill.data import Loader, StreamLoader
+from distill.errors import RunFailed, UserError
+from distill.models import adapters, packed_attention
+from distill.models.hub import first_sentences
 from distill.module import Distillation
 from distill.processes import ranks, signals, strategy
 from distill.processes.memory import keep_freed_memory
@@ -25,6 +28,7 @@ from distill.recipe import config
 from distill.stages import show_progress
 from distill.tasks.base import Task
 from distill.training import checkpoint_files, performance
+from distill.training.batching import evaluation_batching, training_batching
 from distill.training.checkpoint_writer import AtomicCheckpointIO
 from distill.training.checkpoints import CheckpointSaver, PerBatchSeed
 from distill.training.hardware import resolve_precision
@@ -61,7 +65,7 @@ class Training:
     """
 
     module: Distillation
-    train: Loader
+    train: Loader | StreamLoader
     validation: Loader
     settings: config.Trainer
     folder: Path
@@ -95,7 +99,14 @@ def fit(training: Training) -> dict[str, float]:
                 *([performance.CompileStep()] if settings.compile else []),
             ],
         )
-        with reraise_interrupt(trainer), keep_freed_memory():
+        packing = training.train.plan.batching.packing
+        attention = packed_attention(*module.models()) if packing else nullcontext()
+        with (
+            _explain_load(start, saver),
+            reraise_interrupt(trainer),
+            keep_freed_memory(),
+            attention,
+        ):
             trainer.fit(
                 module, training.train, training.validation, ckpt_path=start, weights_only=True
             )
@@ -112,6 +123,22 @@ def _resume_point(training: Training) -> Path | None:
         if isinstance(logger, CsvLogger):
             logger.drop_from_step(step)
     return start
+
+
+@contextmanager
+def _explain_load(start: Path | None, saver: CheckpointSaver) -> Iterator[None]:
+    """Turn an error in loading a checkpoint into a UserError; a lack of memory is none of it."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if start is None or saver.started:
+            raise
+        raise UserError(
+            f"{start} is a checkpoint of another training ({first_sentences(str(error))}), but a "
+            "run continues its own: delete it, and the one before it is used"
+        ) from error
 
 
 def _observers(training: Training, best: BestCheckpoint) -> list[Callback]:
@@ -187,7 +214,7 @@ def _load_best(training: Training, best: BestCheckpoint) -> int:
         for name, tensor in state.items()
         if name.startswith(prefix)
     }
-    module.student.load_state_dict(weights)
+    module.student.load_state_dict(adapters.base_state(module.student) | weights)
     module.eval()
     if ranks.is_rank_zero():
         store.link_file(checkpoint_files.checkpoint_path(folder, best.step), folder / "best.ckpt")
@@ -226,25 +253,9 @@ def make_loaders(
     teacher_pad_id: int | None = None,
 ) -> tuple[Loader, Loader]:
     """Training batches, in an order drawn from seed and epoch, and validation batches."""
-    settings = run.data
-    multiple = settings.pad_to_multiple_of
-    if multiple is None and run.trainer.compile:  # each length may need a graph of its own
-        multiple = 8 * math.ceil(task.max_length / 64)
-    batching = data.Batching(
-        run.evaluate.batch_size,
-        rank=ranks.rank(),
-        world=ranks.world_size(),
-        pinned=resolve_device(run.trainer) == "cuda",
-    )
-    training = replace(
-        batching,
-        batch_size=settings.batch_size,
-        accumulate=run.trainer.accumulate,
-        seed=run.seed,
-        group_by_length=settings.group_by_length,
-        multiple=multiple,
-    )
+    batching = training_batching(run.data, run.trainer, task.max_length, run.seed)
+    evaluated = evaluation_batching(run.evaluate.batch_size, run.trainer)
     return (
-        data.make_loader(train, task, pad_id, training, settings.workers, teacher_pad_id),
-        data.make_loader(validation, task, pad_id, batching),
+        data.make_loader(train, task, pad_id, batching, run.data.workers, teacher_pad_id),
+        data.make_loader(validation, task, pad_id, evaluated),
     )

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from distill import internals
-from distill.models import blocks, forward_arguments, logits
+from distill.models import batch_inputs, blocks, forward_arguments, logits
 from distill.module import Distillation, eval_mode
 from distill.tasks.batch import Batch
+from distill.training import throughput
 
 log = logging.getLogger(__name__)
 
@@ -97,17 +98,19 @@ class OnlineTeacherCost(Callback):
 
     Attributes:
         bound: the factor by arithmetic, see :func:`step_cost_bound`.
+        forwards: the student's step in forwards of the student.
         measured: the measured factor, NaN if there were too few steps.
     """
 
     def __init__(self) -> None:
-        self.bound = self.measured = float("nan")
+        self.bound = self.measured = self.forwards = float("nan")
         self._timer: DeviceTimer | None = None
         self._hooks: list[Any] = []
         self._batches = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Distillation)
+        self.forwards = forwards_of_a_step(module.student)
         self.bound = step_cost_bound(module, module.teacher, trainer.train_dataloader)
         self._timer, self._batches = DeviceTimer(module.device), 0
         self._hooks = [
@@ -139,8 +142,9 @@ class OnlineTeacherCost(Callback):
             factor = f"{self.measured:.2f}"
         log.info(
             "the online teacher makes a step %s times as long; "
-            "by arithmetic 1 + F_T / (3 F_S) = %s",
+            "by arithmetic 1 + F_T / (%.2g F_S) = %s",
             factor,
+            self.forwards,
             "unknown" if math.isnan(self.bound) else f"{self.bound:.2f}",
         )
 
@@ -148,24 +152,29 @@ class OnlineTeacherCost(Callback):
 def step_cost_bound(module: Distillation, teacher: nn.Module, loader: Any) -> float:
     """1 + F_T / (3 F_S): a backward costs two forwards, so a student's step costs three.
 
+    Beside frozen weights a backward costs little more than one, see :func:`forwards_of_a_step`.
+
     Args:
         module: the module with the student.
         teacher: runs one forward in each step.
-        loader: its first example is run through both models.
+        loader: its first batch is run through both models.
 
     Returns:
         The factor by which the teacher lengthens a step, from the operations of one forward of
         teacher (F_T) and student (F_S); NaN if they are unknown.
     """
-    micro = next(iter(loader.plan))
-    example = loader.dataset[micro._replace(indices=micro.indices[:1])]
-    batch: Batch = move_data_to_device(example, module.device)
+    batch: Batch = move_data_to_device(loader.first_batch(), module.device)
     with eval_mode(module.student):
         flops = [
             forward_flops(model, read)
             for model, read in ((teacher, batch.for_teacher()), (module.student, batch))
         ]
-    return 1 + flops[0] / (3 * flops[1])
+    return 1 + flops[0] / (forwards_of_a_step(module.student) * flops[1])
+
+
+def forwards_of_a_step(student: Any) -> float:
+    """The operations of a forward and backward of the student, in forwards: 3 if all is trained."""
+    return throughput.training_flops(student, None) / throughput.forward_flops(student)
 
 
 @torch.no_grad()
@@ -174,8 +183,8 @@ def forward_flops(model: Any, batch: Batch) -> float:
     formulas = dict.fromkeys(internals.attention_operators(), attention_flops)
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     try:
-        with counter:
-            logits(model, batch.inputs)
+        with counter, batch_inputs(model, batch) as inputs:
+            logits(model, inputs)
         return counter.get_total_flops() or math.nan
     except Exception as error:  # noqa: BLE001 (formulas assert, and nothing depends on the count)
         log.debug("the operations of %s are unknown: %r", type(model).__name__, error)

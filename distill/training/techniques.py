@@ -13,6 +13,7 @@ from distill.callbacks.compression import (
     prefix_with_key,
 )
 from distill.errors import UserError
+from distill.models import adapters, frozen_weights
 from distill.module.low_bit_optimizer import check_low_bits
 from distill.recipe import capabilities, config, targets
 
@@ -43,6 +44,22 @@ def build_callbacks(
 def check_optimizer(optimizer: config.Optimizer, callbacks: list[Callback]) -> None:
     """UserError if the optimizer's moments cannot be stored in 8 bits in this run."""
     check_low_bits(optimizer.bits, [technique.name for technique in compressions(callbacks)])
+
+
+def check_memory(
+    lora: config.Lora | None, teacher: config.Teacher | None, callbacks: list[Callback]
+) -> None:
+    """UserError if a package for an adapter or a quantized teacher is missing, or if a callback
+    would compress weights beside an adapter."""
+    if teacher is not None and teacher.quantize is not None:
+        frozen_weights.check_torchao("teacher.quantize", teacher.quantize)
+    adapters.check_installed(lora)
+    for technique in compressions(callbacks) if lora is not None else ():
+        raise UserError(
+            f"callbacks.{technique.name} changes the student's weights, but student.lora freezes "
+            "them until it is merged: set export.quantize, or compress the student of this run in "
+            "another one, with student.model=RUN/student"
+        )
 
 
 def bind_callbacks(

@@ -7,7 +7,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from distill.models.adapters import BaseTeacher
 from distill.module import Distillation
 from distill.processes import ranks
 from distill.tasks.batch import Batch
@@ -30,12 +33,30 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def training_flops(student: Any, teacher: Any | None) -> int:
-    """Operations of a step per token: 6 for a student's parameter, 2 for a teacher's.
+    """Operations of a step per token: 2 for each weight that a forward multiplies with.
 
-    Embeddings are looked up and do not count.
+    The student's backward takes as many for the gradients of activations, and again for those of
+    the weights that are trained. What gradient checkpointing computes again does not count.
+
+    Args:
+        student: the model that is trained.
+        teacher: the model that runs a forward in each step, which may be the student itself.
     """
-    flops = 6 * student.num_parameters(exclude_embeddings=True)
-    return flops + (0 if teacher is None else 2 * teacher.num_parameters(exclude_embeddings=True))
+    flops = sum((4 + 2 * each.requires_grad) * each.numel() for each in _matrices(student))
+    return flops + (0 if teacher is None else forward_flops(teacher))
+
+
+def forward_flops(model: Any) -> int:
+    """Operations of a forward per token, without those of attention over other tokens."""
+    return sum(2 * each.numel() for each in _matrices(model))
+
+
+def _matrices(model: Any) -> list[Tensor]:
+    """The weights that a forward multiplies with. Embeddings are looked up, but by a tied head."""
+    tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    matrices = [each for each in model.parameters() if each.ndim > 1 and id(each) not in tables]
+    head = model.get_output_embeddings()
+    return matrices if head is None or id(head.weight) not in tables else [*matrices, head.weight]
 
 
 class Throughput(Callback):
@@ -56,7 +77,8 @@ class Throughput(Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Distillation)
         student, *teachers = module.models()
-        online = next((each for each in teachers if hasattr(each, "num_parameters")), None)
+        teachers = [student if isinstance(each, BaseTeacher) else each for each in teachers]
+        online = next((each for each in teachers if isinstance(each, PreTrainedModel)), None)
         self._flops, self._step = training_flops(student, online), trainer.global_step
         if module.device.type == "cuda" and trainer.precision != "32-true":
             self._peak = peak_flops(torch.cuda.get_device_name(module.device))

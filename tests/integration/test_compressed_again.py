@@ -159,11 +159,8 @@ def test_code_beside_a_model_is_run_only_where_it_is_our_own(made, tmp_path):
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(settings))
     inputs = [{"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 1]]}]
     costs, _ = cost.measure_costs(
-        {"teacher": tmp_path / "foreign"},
+        cost.model_request({"teacher": tmp_path / "foreign"}, made.task.auto_class, 1, "cpu"),
         {"teacher": cost.TimedInputs(inputs, inputs)},
-        made.task.auto_class,
-        threads=1,
-        device="cpu",
     )
     assert costs["teacher"].latency_p50_ms > 0
     assert not (tmp_path / "run").exists()

@@ -95,7 +95,7 @@ def test_student_and_teacher_train_on_the_gpu_and_return_to_the_cpu():
     made = worlds.world()
     student, teacher = made.model("student", seed=1), made.model()
     settings = (config.Loss(), config.Optimizer())
-    module, recorded = Distillation(made.task, student, teacher, *settings, 2, None), Devices()
+    module, recorded = Distillation(made.task, student, teacher, *settings, 2), Devices()
     worlds.trainer(2, recorded, accelerator="gpu").fit(module, made.loader())
     assert recorded.training == {"cuda"}
     assert devices(module) == {"cpu"}
@@ -119,6 +119,7 @@ class NoWaits(L.Callback):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("family", [{}, LANGUAGE, LLAMA], ids=["bert", "gpt2", "llama"])
 def test_no_step_waits_for_the_gpu(family, tmp_path):
     made = worlds.world(**family)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,7 +195,9 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_with_others(
     other += ["trainer.strategy=ddp"] if case == "fsdp, then ddp" else []
     code, _, err = call("train", "resume=mine", *other, cwd=tmp_path, **environment)
     assert code == 0, err
-    assert "resuming from mine/checkpoints/step-00000006.ckpt" in err and "── teacher" in err
+    # The checkpoint of step 6 is complete only if its thread was faster than the kill.
+    assert re.search(r"resuming from mine/checkpoints/step-0000000[46]\.ckpt", err), err
+    assert "── teacher" in err
     if second is first:
         assert apart({"ddp": pair, "fsdp": split}[case][0], tmp_path / "mine") == 0
     else:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,28 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tmp_path, capsys):
     ) == json.loads(json.dumps(metrics))
     assert capsys.readouterr().out == f"{tmp_path / 'run'} is finished: nothing is left to do\n"
     assert everything(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("removed", [("student", "export"), ("metrics.json",)])
+def test_results_that_were_removed_are_made_again(removed, tmp_path, capsys, caplog):
+    folder = tmp_path / "run"
+    train(small(), folder)
+    before = {
+        name: (folder / name / "model.safetensors").read_bytes() for name in ("student", "export")
+    }
+    for name in removed:
+        path = folder / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    capsys.readouterr()
+    train(small(), folder)
+    assert "nothing is left to do" not in capsys.readouterr().out
+    assert "made again" in caplog.text
+    assert (folder / "metrics.json").is_file()
+    for name, content in before.items():
+        assert (folder / name / "model.safetensors").read_bytes() == content
+    train(small(), folder)
+    assert "nothing is left to do" in capsys.readouterr().out
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_end_is_the_same(

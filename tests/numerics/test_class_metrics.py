@@ -7,7 +7,11 @@ import pytest
 import torch
 from torchmetrics.functional import classification
 
-from distill.tasks import MultiLabelClassification, SingleLabelClassification
+from distill.tasks import (
+    CausalLanguageModelling,
+    MultiLabelClassification,
+    SingleLabelClassification,
+)
 from distill.tasks import class_metrics as scores
 from tests.live_bytes import LiveBytes
 
@@ -40,8 +44,18 @@ def f1(prediction_N: np.ndarray, label_N: np.ndarray) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+def once(rows: int) -> torch.Tensor:
+    """One set of weights, each 1."""
+    return torch.ones(rows, 1, dtype=torch.double)
+
+
+def total(rows: int) -> torch.Tensor:
+    return torch.tensor([float(rows)], dtype=torch.double)
+
+
 def counts_of(prediction, label, classes):
-    return scores.count_one_of_c(torch.from_numpy(prediction), torch.from_numpy(label), classes)
+    columns = (torch.as_tensor(prediction), torch.as_tensor(label))
+    return scores.count_one_of_c(*columns, classes, once(len(label)))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 17])
@@ -50,9 +64,9 @@ def test_one_of_c_is_as_defined(classes, seed):
     prediction, label = decisions(seed, classes)
     counts, one_hot = counts_of(prediction, label, classes), np.eye(classes)
     expected = [f1(prediction == name, label == name) for name in range(classes)]
-    assert counts.f1().tolist() == pytest.approx(expected, rel=1e-6)
-    assert counts.macro_f1() == pytest.approx(np.nanmean(expected), rel=1e-6)
-    assert scores.matthews_correlation(counts, len(label)) == pytest.approx(
+    assert counts.f1()[:, 0].tolist() == pytest.approx(expected, rel=1e-9)
+    assert float(counts.macro_f1()) == pytest.approx(np.nanmean(expected), rel=1e-9)
+    assert float(scores.matthews_correlation(counts, total(len(label)))) == pytest.approx(
         correlation(one_hot[prediction], one_hot[label]), rel=1e-9
     )
 
@@ -61,14 +75,16 @@ def test_one_of_c_is_as_defined(classes, seed):
 def test_any_of_c_is_as_defined(seed):
     generator = np.random.default_rng(seed)
     prediction, label = generator.random((2, 100, 6)) < np.linspace(0.05, 0.9, 6)
-    counts = scores.count_any_of_c(torch.from_numpy(prediction), torch.from_numpy(label))
+    both = (torch.from_numpy(prediction), torch.from_numpy(label))
+    counts = scores.count_any_of_c(*both, once(100))
     expected = [f1(prediction[:, name], label[:, name]) for name in range(6)]
-    assert counts.f1().tolist() == pytest.approx(expected, rel=1e-6)
-    assert counts.micro_f1() == pytest.approx(f1(prediction.ravel(), label.ravel()), rel=1e-6)
+    assert counts.f1()[:, 0].tolist() == pytest.approx(expected, rel=1e-9)
+    micro = f1(prediction.ravel(), label.ravel())
+    assert float(counts.micro_f1()) == pytest.approx(micro, rel=1e-9)
     pooled = [
         np.stack([part.ravel(), ~part.ravel()], 1).astype(float) for part in (prediction, label)
     ]
-    assert scores.pooled_matthews_correlation(counts, 100) == pytest.approx(
+    assert float(scores.pooled_matthews_correlation(counts, total(100))) == pytest.approx(
         correlation(*pooled), rel=1e-9
     )
 
@@ -76,17 +92,17 @@ def test_any_of_c_is_as_defined(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_values_are_those_of_torchmetrics_where_every_class_occurs(seed):
     prediction, label = map(torch.from_numpy, decisions(seed, 5))
-    counts = scores.count_one_of_c(prediction, label, 5)
+    counts = counts_of(prediction, label, 5)
     both = (prediction, label, 5)
-    assert (
-        counts.f1().tolist() == classification.multiclass_f1_score(*both, average="none").tolist()
-    )
-    assert counts.macro_f1() == float(classification.multiclass_f1_score(*both))
-    assert scores.matthews_correlation(counts, 200) == pytest.approx(
+    f1_by_class = classification.multiclass_f1_score(*both, average="none").tolist()
+    assert counts.f1()[:, 0].tolist() == pytest.approx(f1_by_class, rel=1e-6)
+    macro = float(classification.multiclass_f1_score(*both))
+    assert float(counts.macro_f1()) == pytest.approx(macro, rel=1e-6)
+    assert float(scores.matthews_correlation(counts, total(200))) == pytest.approx(
         float(classification.multiclass_matthews_corrcoef(*both)), rel=1e-5
     )
     confidence, right = torch.rand(200, generator=torch.Generator().manual_seed(seed)), label > 2
-    assert scores.calibration_error(confidence, right) == pytest.approx(
+    assert float(scores.calibration_error(confidence, right, once(200))) == pytest.approx(
         float(classification.binary_calibration_error(confidence, right.long(), 15)), rel=1e-5
     )
 
@@ -103,16 +119,19 @@ def test_values_are_those_of_torchmetrics_where_every_class_occurs(seed):
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_matthews_correlation_of_one_class_is_0(prediction, label, classes):
     counts = counts_of(np.array(prediction), np.array(label), classes)
-    assert scores.matthews_correlation(counts, 3) == 0
+    assert scores.matthews_correlation(counts, total(3)) == 0
     columns = [torch.tensor([[value == 1] for value in values]) for values in (prediction, label)]
-    assert scores.pooled_matthews_correlation(scores.count_any_of_c(*columns), 3) == 0
+    counts = scores.count_any_of_c(*columns, once(3))
+    assert scores.pooled_matthews_correlation(counts, total(3)) == 0
 
 
 def test_the_matthews_correlation_of_large_counts_is_exact():
-    counts = scores.Counts(*(torch.tensor(c) for c in ([10**8, 1], [10**8 + 1, 1], [10**8, 2])))
+    columns = ([10**8, 1], [10**8 + 1, 1], [10**8, 2])
+    counts = scores.Counts(*(torch.tensor(column).double()[:, None] for column in columns))
     # Of 100,000,002 rows, one is predicted as the other class.
     expected = math.sqrt(0.5 * 10**8 / (10**8 + 1))
-    assert scores.matthews_correlation(counts, 10**8 + 2) == pytest.approx(expected, rel=1e-9)
+    correlation = scores.matthews_correlation(counts, total(10**8 + 2))
+    assert float(correlation) == pytest.approx(expected, rel=1e-9)
 
 
 def reference_error(confidence, correct, bins=15):
@@ -135,16 +154,17 @@ def test_the_calibration_error_is_as_defined_at_the_edges_of_bins_too(seed):
     confidence = np.concatenate([generator.choice(edges, 40), generator.random(40)])
     confidence = confidence.astype(np.float32)
     correct = generator.random(80) < confidence
-    assert scores.calibration_error(
-        torch.from_numpy(confidence), torch.from_numpy(correct)
-    ) == pytest.approx(reference_error(confidence, correct), abs=1e-6)
+    measured = scores.calibration_error(
+        torch.from_numpy(confidence), torch.from_numpy(correct), once(80)
+    )
+    assert float(measured) == pytest.approx(reference_error(confidence, correct), abs=1e-6)
 
 
 def test_a_confidence_of_1_is_in_the_last_bin():
     confidence, correct = torch.tensor([1.0, 1.0, 0.95, 0.95]), torch.tensor([1, 0, 1, 1])
-    assert scores.calibration_error(confidence, correct) == pytest.approx(0.225)
-    assert scores.calibration_error(torch.ones(4), torch.ones(4)) == 0
-    assert scores.calibration_error(torch.zeros(4), torch.zeros(4)) == 0
+    assert float(scores.calibration_error(confidence, correct, once(4))) == pytest.approx(0.225)
+    assert scores.calibration_error(torch.ones(4), torch.ones(4), once(4)) == 0
+    assert scores.calibration_error(torch.zeros(4), torch.zeros(4), once(4)) == 0
 
 
 # ---- classes that a split does not hold
@@ -184,6 +204,58 @@ def test_labels_without_examples_have_no_f1():
     assert nothing["exact_match"] == 1
 
 
+# ---- weights
+
+
+def single_label_columns(generator):
+    label = torch.randint(-1, 5, (40,), generator=generator)
+    return {
+        "label": torch.where(label < 0, -100, label),
+        "prediction": torch.randint(5, (40,), generator=generator),
+        "confidence": torch.rand(40, generator=generator),
+        "nll": torch.rand(40, generator=generator),
+    }
+
+
+def multi_label_columns(generator):
+    label = (torch.rand(40, 5, generator=generator) < 0.3).float()
+    label[3] = math.nan
+    return {
+        "label": label,
+        "probability": torch.rand(40, 5, generator=generator),
+        "nll": torch.rand(40, generator=generator),
+    }
+
+
+def language_columns(generator):
+    names = ("nll", "tokens", "correct", "bytes")
+    return {name: torch.randint(1, 9, (40,), generator=generator) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("task", "make"),
+    [
+        (SingleLabelClassification(), single_label_columns),
+        (MultiLabelClassification(), multi_label_columns),
+        (CausalLanguageModelling(), language_columns),
+    ],
+    ids=["single label", "multi label", "language"],
+)
+def test_an_example_of_weight_3_counts_as_three_examples(task, make):
+    task.names = tuple("abcde")
+    generator = torch.Generator().manual_seed(0)
+    columns = make(generator)
+    sets = torch.randint(4, (40, 6), generator=generator)
+    sets[:, 5] = 0  # nothing was drawn
+    weighted = task.weighted_metrics(columns, sets.double())
+    for number, count_N in enumerate(sets.T):
+        repeated = {name: column.repeat_interleave(count_N, 0) for name, column in columns.items()}
+        expected = task.compute_metrics(repeated)
+        for name, values in weighted.items():
+            value = expected.get(name, math.nan)
+            assert float(values[number]) == pytest.approx(value, rel=1e-12, nan_ok=True), name
+
+
 # ---- memory
 
 
@@ -208,6 +280,6 @@ def test_ten_thousand_labels_need_memory_of_rows_plus_labels(deterministic):
             quality = task.compute_metrics(columns)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert 0 < memory.peak < 20 * 8 * (rows + classes)
+    assert 0 < memory.peak < 30 * 8 * (rows + classes)
     assert 0.49 < quality["accuracy"] < 0.52
     assert sum(name.startswith("f1/") for name in quality) == len(label.unique())

@@ -1,8 +1,10 @@
 """Checkpoints are complete or absent; a full disk and a request to stop lose nothing."""
 
 import errno
+import json
 import logging
 import os
+import pickle
 import resource
 import signal
 import threading
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from distill import store
-from distill.errors import RunFailed
+from distill.errors import RunFailed, UserError
 from distill.processes import signals
 from distill.recipe import config
 from distill.training import checkpoint_files, checkpoint_writer, checkpoints, loop
@@ -70,7 +72,26 @@ DAMAGE = {
     "empty": lambda file: file.write_bytes(b""),
     "no checksum": lambda file: file.with_suffix(".json").unlink(),
     "half a checksum": lambda file: file.with_suffix(".json").write_text('{"sha'),
+    "no object for a checksum": lambda file: file.with_suffix(".json").write_text("[1]"),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "no step for the best": lambda file: as_written(file, file.read_bytes(), best_step="x"),
 }
+
+
+def as_written(file, content, **manifest):
+    """Give a checkpoint another content, with a checksum that agrees."""
+    file.write_bytes(content)
+    manifest |= {"sha256": store.sha256(file)}
+    file.with_suffix(".json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["step-last.ckpt", "step-12.ckpt", "step-00000013.ckpt.bak"])
+def test_other_files_beside_checkpoints_are_left_alone(name, tmp_path):
+    saved(tmp_path, 4, 8)
+    (tmp_path / name).write_bytes(b"mine")
+    assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 8)
+    prune(tmp_path, 1)
+    assert (tmp_path / name).read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
@@ -442,3 +463,34 @@ def test_a_full_disk_in_training_is_one_sentence(small, tmp_path, monkeypatch):
     monkeypatch.undo()
     whole = fitted(small, tmp_path / "whole", Ticks())
     assert fitted(small, tmp_path, Ticks()) == whole
+
+
+def half(file):
+    torch.save({"state_dict": {"student.x": torch.ones(3)}, "global_step": 2}, file)
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [lambda file: pickle.dumps(print), lambda file: b"PK\x03\x04 no checkpoint", half],
+    ids=["code", "another file", "another model"],
+)
+def test_a_checkpoint_of_another_training_is_one_sentence(content, small, tmp_path):
+    fitted(small, tmp_path, Ticks(), steps=2)
+    file = checkpoint_files.newest(tmp_path)
+    as_written(file, content(file))
+    with pytest.raises(UserError, match=rf"{file.name} .*delete it") as caught:
+        fitted(small, tmp_path, Ticks(), steps=4)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OSError(errno.EIO, "broken")])
+def test_a_lack_of_memory_is_not_blamed_on_the_checkpoint(error, small, tmp_path):
+    def fail(*_):
+        raise error
+
+    fitted(small, tmp_path, Ticks(), steps=2)
+    callback = Ticks()
+    callback.on_fit_start = fail
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        fitted(small, tmp_path, callback, steps=4)

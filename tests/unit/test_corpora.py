@@ -1,7 +1,9 @@
 """The corpora are the same everywhere, their splits are disjoint, and what is missing is said."""
 
+import json
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, distribution
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,3 +99,32 @@ def test_the_generated_texts_can_be_learnt_but_not_by_a_single_word():
     ) / len(test)
     assert 0.8 < right < 1
     assert set(Counter(test["label"]).values()) == {len(test) // len(names)}
+
+
+def conversation(start, *turns):
+    """A conversation as the package writes it: (sender, text) of each message."""
+    messages = [[{"sender": sender, "text": text}] for sender, text in turns]
+    return {"start": start, "messages": messages}
+
+
+def test_chitchat_joins_turns_and_leaves_out_the_short_and_the_private(monkeypatch, tmp_path):
+    talk = [("x" if number % 2 else "y", f"turn {number}") for number in range(8)]
+    content = {
+        "last": conversation("2020", *talk),
+        "first": conversation("2018", ("y", "hi "), ("y", "there"), *talk[1:]),
+        "three people": conversation("2019", ("z", "hello"), *talk),
+        "short": conversation("2019", *talk[:5]),
+        "address": conversation("2019", *talk, ("y", "write to me@example.org")),
+        "link": conversation("2019", *talk, ("y", "see HTTPS://example.org")),
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    package = SimpleNamespace(locate_file=lambda _: tmp_path / "dataset.json")
+    monkeypatch.setattr(corpora, "distribution", lambda _: package)
+    monkeypatch.setattr(corpora, "CHITCHAT_TEST", 1)
+    monkeypatch.setattr(corpora, "CHITCHAT_VALIDATION", 1)
+    splits = corpora.chitchat()
+    assert [len(split) for split in splits.values()] == [0, 1, 1]
+    (early,), (late,) = splits["validation"]["messages"], splits["test"]["messages"]
+    assert [message["role"] for message in late] == ["user", "assistant"] * 4
+    assert [message["content"] for message in late] == [text for _, text in talk]
+    assert early[0] == {"role": "user", "content": "hi there"} and early[1:] == late[1:]

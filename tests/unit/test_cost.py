@@ -63,7 +63,7 @@ def test_two_models_are_measured_side_by_side(tmp_path, monkeypatch, own_process
     }
     inputs = dict.fromkeys(models, cost.TimedInputs([request] * 20, [batch] * 4))
     costs, machine = cost.measure_costs(
-        folders, inputs, "AutoModelForSequenceClassification", threads=1, device="cpu"
+        cost.model_request(folders, "AutoModelForSequenceClassification", 1, "cpu"), inputs
     )
     for name, model in models.items():
         check_cost(costs[name], model, folders[name])

@@ -227,7 +227,7 @@ def test_unreadable_files_are_refused(tmp_path):
 
 
 def test_unreadable_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
+    with pytest.raises(UserError, match=f"data.source is {tmp_path}, but its files"):
         pipeline.open_source(str(tmp_path))
     for suffix in (".csv", ".jsonl"):
         write(Dataset.from_dict(ROWS), tmp_path / f"train{suffix}")

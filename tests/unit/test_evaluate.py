@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from distill import evaluate, isolated, models
@@ -534,6 +535,20 @@ def test_a_compressed_student_is_shown_beside_the_dense_one(compressed, monkeypa
     assert evaluate.find_models(compressed / "teacher", None) == {}
 
 
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        config.Teacher(config={"model_type": "bert"}),
+        config.Teacher(model="google/bert", finetune=config.Finetune()),
+    ],
+)
+def test_a_teacher_that_the_run_made_is_not_fetched_from_the_hub(teacher, tmp_path):
+    with pytest.raises(UserError, match="folder teacher"):
+        evaluate.find_models(tmp_path, teacher)
+    frozen = config.Teacher(model="google/bert")
+    assert evaluate.find_models(tmp_path, frozen) == {"teacher": "google/bert"}
+
+
 def test_the_student_is_measured_in_its_exported_form(compressed, monkeypatch, capsys):
     called(monkeypatch, f"run={compressed}")
     full = read_json(compressed)
@@ -607,8 +622,8 @@ def test_cost_is_measured_on_the_ids_that_a_model_reads(trimmed, monkeypatch):
     monkeypatch.setattr(
         measure,
         "measure_costs",
-        lambda folders, inputs, *_: (
-            timed.update(inputs) or dict.fromkeys(folders, Cost()),
+        lambda request, inputs: (
+            timed.update(inputs) or dict.fromkeys(request["models"], Cost()),
             machine,
         ),
     )
@@ -645,3 +660,17 @@ def test_a_missing_model_is_refused(finished, monkeypatch, capsys):
         called(monkeypatch, "recipe=recipe.yaml", "student=./nowhere")
     assert ended.value.code == 2
     assert "student is ./nowhere" in capsys.readouterr().err
+
+
+def test_models_that_predict_other_tokens_are_not_compared():
+    texts = ["the dog finds the red book"] * 5
+    task = CausalLanguageModelling(max_length=16)
+    first = models.train_tokenizer(texts, 300, task.special_tokens())
+    state = json.loads(first.backend_tokenizer.to_str())
+    ids = state["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]  # texts have as many tokens, but others
+    other = type(first)(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    made = {"student": ModelInputs(first, None), "teacher": ModelInputs(other, None)}
+    assert not outcomes.have_same_rows(task, made)
+    assert outcomes.have_same_rows(SingleLabelClassification(), made)
+    assert outcomes.have_same_rows(task, made | {"teacher": made["student"]})

@@ -199,7 +199,9 @@ def test_cost_is_that_of_the_folder_that_ships(ready, tmp_path, in_process, form
         for request in inputs(ready[3])[:2]
     ]
     timed = {"student": cost.TimedInputs(requests, requests)}
-    costs, _ = cost.measure_costs({"student": target}, timed, ready[1].auto_class, 1, "cpu")
+    costs, _ = cost.measure_costs(
+        cost.model_request({"student": target}, ready[1].auto_class, 1, "cpu"), timed
+    )
     student, count = costs["student"], sum(map(torch.numel, parameters(ready)))
     assert student.parameters == count
     assert student.bits_per_weight == 8 * (target / FILES[format]).stat().st_size / count

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig
+from transformers import BertConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import distill
 from distill import internals
@@ -216,6 +216,24 @@ def test_replaced_parameters_are_in_ddp_s_buckets():
         torch.distributed.destroy_process_group()
 
 
+def test_ddp_leaves_tensors_out():
+    class Module(Linear):
+        def configure_model(self):
+            self.frozen = nn.Linear(1, 1, bias=False).requires_grad_(False)
+            internals.leave_out_of_ddp(self, ["frozen.weight"])
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, module):
+            ddp = trainer.strategy.model
+            assert ddp.parameters_to_ignore == {"frozen.weight"}
+
+    strategy = L.pytorch.strategies.DDPStrategy(**internals.constant_buffers())
+    try:
+        trainer(1, Watch(), strategy=strategy).fit(Module())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_wrapper_consists_of_other_tensors():
     from torchao.optim.subclass_8bit import OptimState8bit
 
@@ -224,3 +242,24 @@ def test_a_wrapper_consists_of_other_tensors():
     assert not internals.is_wrapper(torch.zeros(1))
     names, _ = wrapper.__tensor_flatten__()
     assert all(isinstance(getattr(wrapper, name), torch.Tensor) for name in names)
+
+
+def test_a_static_cache_is_as_long_as_its_texts_once_the_length_is_forgotten():
+    config = GPT2Config(
+        vocab_size=20, n_embd=8, n_layer=1, n_head=1, bos_token_id=None, eos_token_id=None
+    )
+    model = GPT2LMHeadModel(config).eval()
+
+    def cache_length(tokens):
+        settings = GenerationConfig(
+            max_new_tokens=2, cache_implementation="static", return_dict_in_generate=True,
+            disable_compile=True, pad_token_id=0,
+        )  # fmt: skip
+        output = model.generate(torch.ones(1, tokens, dtype=torch.long), generation_config=settings)
+        cache = output.get("cache") or output.get("past_key_values")  # its name up to 5.23
+        return cache.layers[0].max_cache_len
+
+    short, long = cache_length(4), cache_length(9)
+    assert short < long == cache_length(4)
+    internals.forget_cache_length(model)
+    assert cache_length(4) == short

@@ -167,3 +167,24 @@ def test_two_swapped_classes_of_many_are_found_alone():
         one_hot(torch.tensor(order)[labels], 50), one_hot(labels, 50)
     )
     assert agreement.order == tuple(order) and agreement.above_chance
+
+
+def test_the_statistic_of_many_classes_is_that_of_few(monkeypatch):
+    logits_NC, labels = answers(50, (0, 1, 2))
+    predicted_NC, labels_NC = one_hot(logits_NC.argmax(-1), 3), one_hot(labels, 3)
+    surprise_NC = (labels_NC - labels_NC.double().mean(0)).numpy()
+    few = class_order._statistic(predicted_NC.numpy(), surprise_NC)
+    monkeypatch.setattr(class_order, "MOST_ORDERED", 2)
+    assert class_order._statistic(predicted_NC.numpy(), surprise_NC) == pytest.approx(few)
+
+
+def test_a_teacher_of_ten_thousand_classes_is_compared_in_bounded_memory(caplog):
+    task = SingleLabelClassification()
+    task.names = tuple(map(str, range(10_000)))
+    labels = torch.arange(0, 10_000, 11)
+    logits_NC = torch.zeros(len(labels), 10_000)
+    logits_NC[torch.arange(len(labels)), labels] = 5.0
+    assert check(task, logits_NC, labels)["accuracy"] == 1
+    assert "chance" not in caplog.text
+    check(task, logits_NC, labels.flip(0))
+    assert "chance" in caplog.text

@@ -120,7 +120,7 @@ class TestBuildTokenizer:
             {"student": name},
             {"teacher": name, "student": name},
         ):
-            tokenizer, teacher = self.build(**parts)
+            tokenizer, teacher, _ = self.build(**parts)
             assert teacher is None
             assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(name).get_vocab()
 
@@ -133,7 +133,7 @@ class TestBuildTokenizer:
             {"teacher": small, "tokenizer": large},
             {"teacher": small, "vocab_size": 300},
         ):
-            student, teacher = self.build(**parts)
+            student, teacher, _ = self.build(**parts)
             assert teacher is not None
             assert (len(student), len(teacher)) == (300, 290)
 
@@ -162,19 +162,19 @@ class TestAddedTokens:
 
     @pytest.mark.parametrize("swapped", [False, True])
     def test_the_tokenizer_without_them_encodes_the_examples(self, swapped: bool) -> None:
-        plain, more = self.tokenizers("<think>", "</think>")
+        plain, more, _ = self.tokenizers("<think>", "</think>")
         student, teacher = (more, plain) if swapped else (plain, more)
         paired = models.pair_tokenizers(student, teacher, CausalLanguageModelling(), teacher)
-        assert paired == (plain, more)
+        assert paired == models.Tokenizers(plain, more)
         models.check_unused(more, plain, TEXTS)
 
     def test_a_text_that_holds_one_is_refused_by_its_name(self) -> None:
-        plain, more = self.tokenizers("<think>", "</think>")
+        plain, more, _ = self.tokenizers("<think>", "</think>")
         with pytest.raises(UserError, match="a text holds </think>, but"):
             models.check_unused(more, plain, [*TEXTS, "so</think>it is"])
 
     def test_texts_that_are_split_differently_are_refused(self) -> None:
-        plain, more = self.tokenizers("<think>")
+        plain, more, _ = self.tokenizers("<think>")
         more.backend_tokenizer.normalizer = normalizers.Lowercase()
         with pytest.raises(UserError, match="differ only in <think>, but they split"):
             models.check_unused(more, plain, ["A Text"])
@@ -184,11 +184,12 @@ class TestAddedTokens:
         ending = self.tokenizers("<end>")
         assert ending.teacher is not None
         ending.teacher.eos_token = "<end>"
-        for plain, more in (other, ending):
+        for plain, more, _ in (other, ending):
             with pytest.raises(UserError, match=r"student and teacher differ at \d+ ids"):
                 models.pair_tokenizers(plain, more, CausalLanguageModelling(), more)
 
     def test_one_tokenizer_is_enough_where_both_encode_alike(self) -> None:
-        plain, more = self.tokenizers()
+        plain, more, _ = self.tokenizers()
         for task in (CausalLanguageModelling(), classification()):
-            assert models.pair_tokenizers(plain, more, task, more) == (more, None)
+            paired = models.pair_tokenizers(plain, more, task, more)
+            assert paired == models.Tokenizers(more)

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -15,6 +16,7 @@ from distill import isolated, models, packing
 from distill.compress import quantizer
 from distill.errors import RunFailed, UserError
 from distill.packing import packed
+from distill.packing.file_header import sort_metadata
 from distill.recipe import config
 from distill.remote_code import container, modeling
 from distill.remote_code.modeling import CompressionConfig
@@ -458,3 +460,20 @@ def test_a_container_without_a_tensor_of_the_model_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"ffn\.lin1\.\w+, one of 2 missing tensors"):
         models.load(str(file.parent), None, task, "student", tokenizer, strict=True)
+
+
+def test_the_order_of_metadata_is_that_of_their_names(tmp_path):
+    tensors = {"w": torch.arange(6.0), "ü": torch.ones(2, 3)}
+    metadata = {
+        name: json.dumps({"é": [name]}) for name in ("packed", "digest", "version", "format")
+    }
+    contents = set()
+    for number in range(8):  # the library draws an order for each file
+        file = tmp_path / f"{number}.safetensors"
+        save_file(tensors, file, metadata)
+        sort_metadata(file)
+        contents.add(file.read_bytes())
+        with safe_open(file, "pt") as stored:
+            assert stored.metadata() == metadata
+            assert all(stored.get_tensor(name).equal(tensors[name]) for name in tensors)
+    assert len(contents) == 1

@@ -217,9 +217,19 @@ def test_processes_are_started_unless_torchrun_or_srun_has(monkeypatch):
     assert environment.processes_to_start(config.Trainer(devices=3)) == 3
     with pytest.raises(UserError, match="trainer.nodes is 2.*torchrun or srun"):
         environment.processes_to_start(config.Trainer(devices=3, nodes=2))
-    for name, value in (("RANK", "0"), ("SLURM_STEP_NUM_TASKS", "6")):
+    for variables in (
+        {"RANK": "0"},
+        {
+            "SLURM_STEP_NUM_TASKS": "6",
+            "SLURM_STEP_NODELIST": "node",
+            "SLURM_JOB_ID": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+        },
+    ):
         with monkeypatch.context() as patch:
-            patch.setenv(name, value)
+            for name, value in variables.items():
+                patch.setenv(name, value)
             assert environment.processes_to_start(config.Trainer(devices=3, nodes=2)) == 0
 
 

@@ -208,3 +208,17 @@ def test_help_shows_each_key_with_its_default_and_documentation():
     (line,) = (line for line in lines if line.startswith("  alpha: 0.5 "))
     assert line.endswith(help.field_docs(config.Loss)["alpha"])
     assert max(map(len, lines)) <= 110
+
+
+def test_a_stored_recipe_names_files_of_every_key_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    monkeypatch.chdir(tmp_path)
+    run = compose.load_recipe("tiny")
+    run.task |= {"template": "chat.jinja"}
+    run.evaluate.harness_path = "tasks"
+    stored = compose.with_absolute_paths(run)
+    assert stored.task["template"] == str(tmp_path / "chat.jinja")
+    assert stored.evaluate.harness_path == str(tmp_path / "tasks")
+    run.task |= {"template": "{{ messages }}" * 400}  # longer than a name may be
+    assert compose.with_absolute_paths(run).task == run.task

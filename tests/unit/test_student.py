@@ -84,12 +84,14 @@ def test_a_student_needs_no_teacher(made, tmp_path):
     assert distilled(made, tmp_path, alone).config.num_hidden_layers == 3
 
 
+# The weights of a served teacher are elsewhere, and a base teacher is the student.
+OUTPUTS = [each for each in config.OUTPUTS if each not in ("base", "served")]
 WIDTHS = [(307, 300), (300, 307), (320, 384), (384, 384), (300, 300)]
 
 
 @pytest.mark.parametrize(
     ("outputs", "widths"),
-    sampled([(each, widths) for widths in WIDTHS for each in config.OUTPUTS], rest="slow"),
+    sampled([(each, widths) for widths in WIDTHS for each in OUTPUTS], rest="slow"),
     ids=str,
 )
 def test_what_is_trained_is_what_ships_whatever_the_widths(outputs, widths, tmp_path):
@@ -160,6 +162,18 @@ def test_a_training_that_diverges_is_one_sentence(recipe, tmp_path):
     ):
         distilled(world(**recipe, optimizer={"lr": 1e9}, loss={"alpha": 1.0}), tmp_path)
     assert not (tmp_path / "student").exists()
+
+
+def turns_nan(student_NC, teacher_NC, temperature):
+    """Finite on the example that is tried first, whose logits are of two models."""
+    values_N = (student_NC - teacher_NC).square().sum(-1)
+    return values_N * (float("nan") if len(values_N) > 5 else 1.0)
+
+
+def test_a_divergence_of_the_user_that_is_not_finite_is_to_blame_itself(tmp_path):
+    path = "tests.unit.test_student.turns_nan"
+    with pytest.raises(RunFailed, match=rf"^loss\.divergence is {path}, but .*step 1 became nan"):
+        distilled(world(teacher={"outputs": "online"}, loss={"divergence": path}), tmp_path)
 
 
 class MyQuantize(Quantize):

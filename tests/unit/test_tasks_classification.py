@@ -290,7 +290,7 @@ def test_unlabelled_rows_of_lists_are_nan_and_cost_nothing(task, tokenizer):
 
 @pytest.mark.parametrize("max_length", [2, "abc", 12.5, None, True])
 def test_max_length_must_hold_a_text(max_length):
-    with pytest.raises(UserError, match=rf"task.max_length is {max_length}, but .* at least 3"):
+    with pytest.raises(UserError, match=rf"task.max_length is {max_length!r}, but .* at least 3"):
         SingleLabelClassification(max_length=max_length)
 
 

@@ -14,7 +14,7 @@ from distill.errors import UserError
 from distill.models.tokenizers import train_tokenizer
 from distill.recipe.config import Data
 from distill.tasks import LANGUAGE_TOKENS, CausalLanguageModelling
-from distill.tasks.language import _byte_sizes
+from distill.tasks.windows import byte_sizes
 
 DATA = Data(source="none")
 TEXTS = [
@@ -156,9 +156,9 @@ def test_a_text_without_tokens_gives_no_window(tokenizer):
 
 
 def test_byte_sizes_of_characters_between_and_inside_tokens_are_counted_once():
-    assert _byte_sizes("né  x ", [(0, 1), (1, 2), (1, 2), (4, 5)]) == [1, 2, 0, 4]
-    assert _byte_sizes("abcd", [(0, 3), (1, 2), (3, 4)]) == [3, 0, 1]
-    assert _byte_sizes("", []) == []
+    assert byte_sizes("né  x ", [(0, 1), (1, 2), (1, 2), (4, 5)]) == [1, 2, 0, 4]
+    assert byte_sizes("abcd", [(0, 3), (1, 2), (3, 4)]) == [3, 0, 1]
+    assert byte_sizes("", []) == []
 
 
 def test_a_slow_tokenizer_is_refused():
@@ -171,7 +171,7 @@ def test_a_slow_tokenizer_is_refused():
 
 @pytest.mark.parametrize("max_length", [1, "abc", 12.5])
 def test_a_window_must_hold_a_context_and_a_token(max_length):
-    with pytest.raises(UserError, match=rf"task.max_length is {max_length}, but .* at least 2"):
+    with pytest.raises(UserError, match=rf"task.max_length is {max_length!r}, but .* at least 2"):
         CausalLanguageModelling(max_length)
 
 

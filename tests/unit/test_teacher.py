@@ -157,7 +157,7 @@ def test_an_interrupted_fine_tuning_leaves_no_teacher(finetuning, tmp_path, monk
 def test_the_teacher_is_frozen_and_answers_in_its_dtype(online, tmp_path):
     run = replace(online.run, teacher=replace(online.run.teacher, dtype="bfloat16"))
     loaded = obtained(online, tmp_path, teacher=run.teacher)
-    answering = teacher.in_dtype(loaded, "bfloat16", copies=True)
+    answering = models.in_dtype(loaded, "bfloat16", copies=True)
     assert not answering.training
     assert {(parameter.dtype, parameter.requires_grad) for parameter in answering.parameters()} == {
         (torch.bfloat16, False)

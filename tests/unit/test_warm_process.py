@@ -31,7 +31,7 @@ def folder(tmp_path):
 def measured(folder):
     request = {"input_ids": [[2, 5, 6, 3]], "attention_mask": [[1, 1, 1, 1]]}
     inputs = {"student": cost.TimedInputs([request] * 3, [request] * 2)}
-    return cost.measure_costs({"student": folder}, inputs, CLASS, 1, "cpu")
+    return cost.measure_costs(cost.model_request({"student": folder}, CLASS, 1, "cpu"), inputs)
 
 
 @pytest.mark.slow
