@@ -22,14 +22,14 @@ The map, from the entry points down; each module imports from those below it:
     training/           Lightning's Trainer: checkpoints, loggers, validation runs
     callbacks/          compression techniques as Lightning callbacks
     module/             the LightningModule: one training step
-    served/             a teacher behind a server: its log-probabilities, checked and stored
+    served/             models behind a server: a teacher's outputs, the student's completions
     teacher_outputs/    a teacher's outputs, computed once and stored with the examples
     compress/           functions of the techniques: masks, quantizers, low-rank factors
     terms.py            extra loss terms on hidden states and attention
     models/             names, configs and layers -> models; checks that they are compatible
     data/               sources -> raw splits -> encoded examples -> batches
     tasks/              tasks: encoding, labels, loss, metrics, serving
-    corpora.py          data sets that need no network
+    corpora/            data sets that need no network
     stages.py           named stages of a run and their times
     processes/          several processes as one run; signals
     losses/             logits -> losses, as pure functions

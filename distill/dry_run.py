@@ -97,6 +97,8 @@ class DryRun:
         """Check the form of the teacher's outputs on a narrow model of its config."""
         read = self.prepared.for_teacher()
         teacher_outputs.check_outputs(spec, read.task)
+        if spec.offload:
+            models.blocks(teacher)
         if spec.quantize is not None:
             frozen_weights.quantizable_layers(teacher, spec.quantize)
         if spec.outputs in ("cached", "online", "base") or not self.run.loss.needs_teacher:

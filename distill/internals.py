@@ -43,6 +43,17 @@ def is_wrapper(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
+def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, or those of which a wrapper consists: integers and scales."""
+    if not is_wrapper(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    for part in (getattr(tensor, name) for name in names):
+        if part is not None:
+            yield from stored_tensors(part)
+
+
 def cpu_supports_bf16() -> bool:
     """Whether the CPU has bfloat16 instructions. torch has no public query for CPUs."""
     import torch
@@ -58,6 +69,16 @@ def constant_buffers() -> dict[str, bool]:
 
     new, old = "forward_sync_buffers", "broadcast_buffers"
     return {new if new in signature(DistributedDataParallel).parameters else old: False}
+
+
+@contextmanager
+def keep_in_place(module: nn.Module) -> Iterator[None]:
+    """Let `to` of a model leave a module's tensors where they are; no argument of it does."""
+    module._apply = lambda fn, recurse=True: module  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module._apply
 
 
 def leave_out_of_ddp(module: nn.Module, names: list[str]) -> None:

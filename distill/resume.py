@@ -45,6 +45,7 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
     "name": (),
     "data.workers": (),
     "teacher.url": (),
+    "teacher.offload": (),
     "trainer.progress": (),
     "trainer.compile": (),
     "trainer.checkpoint.": (),
@@ -62,6 +63,7 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
     "export.": ("evaluate", "export"),
 }
 _LENGTHS = ("trainer.epochs", "trainer.max_steps")  # may grow
+_SERVERS = ("loss.completions_url",)  # may move, but not come or go
 
 
 def expand_resume(arguments: list[str]) -> list[str]:
@@ -283,6 +285,8 @@ def _repeated_by(key: str, before: Any, now: Any) -> tuple[str, ...] | None:
     if key in _LENGTHS:
         longer = before is not None and now is not None and now > before
         return _AFTER_TEACHER if longer else None
+    if key in _SERVERS:
+        return None if before is None or now is None else ()
     return next((stages for prefix, stages in _HARMLESS.items() if key.startswith(prefix)), None)
 
 

@@ -14,6 +14,7 @@ from distill import store
 log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
+PROOF = "proof.json"  # of an export: its `bytes` are those of the files that were proven
 VERSION = 3  # of checkpoints: raise it when older ones can no longer be resumed
 
 
@@ -31,11 +32,20 @@ _FILES = {
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a file is there, with those that a manifest beside it lists."""
+    """Whether a file is there, with those that a manifest beside it lists or a proof measured."""
+    folder = file.parent
     names: list[str] = []
+    size = 0
     with suppress(OSError, ValueError):
-        names = [*json.loads((file.parent / store.MANIFEST).read_text())]
-    return file.is_file() and all((file.parent / name).is_file() for name in names)
+        names = [*json.loads((folder / store.MANIFEST).read_text())]
+    with suppress(OSError, ValueError, KeyError):
+        size = json.loads((folder / PROOF).read_text())["bytes"]
+    present = [each for each in folder.rglob("*") if each.is_file()]
+    return (
+        file.is_file()
+        and all((folder / name).is_file() for name in names)
+        and sum(each.stat().st_size for each in present) >= size
+    )
 
 
 class Stages:

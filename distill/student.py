@@ -29,6 +29,7 @@ from distill.training.adapter import attach_adapter, merge_adapter
 from distill.training.batching import evaluation_batching, training_batching
 from distill.training.hardware import resolve_precision
 from distill.training.loggers import Tracker
+from distill.training.served_writer import write_by_server
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +92,17 @@ def train_student(
     online = online_part(run.teacher, run.trainer, teacher)
     if run.teacher is not None and run.teacher.quantize is not None:
         device = models.resolve_device(run.trainer)
-        quantize_teacher(online, run.teacher.quantize, prepared.for_teacher(), run.loss, device)
+        with models.offloaded_teacher(run.teacher, run.trainer, online):
+            quantize_teacher(online, run.teacher.quantize, prepared.for_teacher(), run.loss, device)
     loss = replace(run.loss, class_weights=prepared.class_weights)
     module = Distillation(task, student, online, loss, run.optimizer, steps)
     module.classes = classes
+    writer = None
     if isinstance(train, data.Loader):
-        on_policy.install(module, run.loss, train, tokenizer, run.seed)
+        if run.loss.completions_url is not None:
+            base = run.student.model
+            writer = write_by_server(run.loss, student, tokenizer, base, folder, steps)
+        on_policy.install(module, run.loss, train, tokenizer, run.seed, writer)
     seen = len(examples) if prepared.stream is None else steps * run.data.batch_size
     _log_start(module, run.trainer, seen)
     techniques = compressions(callbacks)
@@ -104,17 +110,20 @@ def train_student(
     online_teacher = run.teacher is not None and run.teacher.outputs == "online"
     if run.loss.needs_teacher and online_teacher and not run.trainer.compile:
         callbacks = [*callbacks, performance.OnlineTeacherCost()]
-    best = loop.fit(
-        loop.Training(
-            module,
-            train,
-            validation,
-            run.trainer,
-            folder / "checkpoints",
-            tracker.loggers("student"),
-            [dense, *callbacks],
+    with models.offloaded_teacher(run.teacher, run.trainer, online):
+        best = loop.fit(
+            loop.Training(
+                module,
+                train,
+                validation,
+                run.trainer,
+                folder / "checkpoints",
+                tracker.loggers("student"),
+                [dense, *callbacks],
+            )
         )
-    )
+    if writer is not None:
+        writer.close()
     for _, term in module.named_terms():
         term.detach()
     if run.student.gradient_checkpointing:

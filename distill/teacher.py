@@ -140,9 +140,11 @@ def _ingredients(
     """Everything that determines the weights of a fine-tuned teacher."""
     assert run.teacher is not None and run.teacher.finetune is not None
     settings, finetuning = run.trainer, run.teacher.finetune
+    optimizer = asdict(replace(run.optimizer, lr=finetuning.lr))
     later = {  # keys that were added later: without them, stored teachers are found again
         "class weights": run.loss.class_weights,
         "multiple": run.data.pad_to_multiple_of,
+        "fused": optimizer.pop("fused"),
     }
     return {
         "weights": models.fingerprint(teacher),
@@ -150,7 +152,7 @@ def _ingredients(
         "made by": _made_by(task),
         "examples": [data.fingerprint(labeled["train"]), data.fingerprint(labeled["validation"])],
         "epochs": finetuning.epochs,
-        "optimizer": asdict(replace(run.optimizer, lr=finetuning.lr)),
+        "optimizer": optimizer,
         "trainer": [
             resolve_precision(settings),
             settings.accelerator,
@@ -193,31 +195,32 @@ def with_outputs(run: config.Run, prepared: Prepared, teacher: PreTrainedModel |
     teacher = models.in_dtype(teacher, dtype, copies=run.student.layers is not None)
     sharded, progress = fsdp.uses_fsdp(run.trainer), run.trainer.progress
     forward = output_cache.Forward(device, run.evaluate.batch_size, sharded, progress)
-    if run.teacher.writes:
-        writer = teacher_outputs.TeacherCompletions(
-            teacher, task, prepared.tokenizer, run.loss, run.seed
-        )
-        prepared = prepared.with_train(writer.of_split(prepared.examples["train"], forward))
-        if not run.loss.needs_teacher:
-            return prepared
-    reading = prepared.for_teacher()
-    examples = reading.examples["train"]
-    if run.teacher.outputs not in ("online", "base"):
-        outputs = teacher_outputs.build_outputs(
-            run.teacher,
-            teacher,
-            task,
-            run.loss.temperature,
-            models.vocabulary_size(reading.tokenizer),
-            run.seed,
-        )
-        columns = _cached_columns(run.teacher.outputs, outputs, reading, forward)
-        prepared = prepared.with_train_columns(columns)
-        reading = reading.with_train_columns(columns)
-    elif prepared.teacher is not None:
-        prepared = prepared.with_train_columns(teacher_columns.rename_inputs(examples))
-    if run.loss.alpha < 1:
-        _check_labels(run.teacher, reading, teacher, forward)
+    with models.offloaded_teacher(run.teacher, run.trainer, teacher):
+        if run.teacher.writes:
+            writer = teacher_outputs.TeacherCompletions(
+                teacher, task, prepared.tokenizer, run.loss, run.seed
+            )
+            prepared = prepared.with_train(writer.of_split(prepared.examples["train"], forward))
+            if not run.loss.needs_teacher:
+                return prepared
+        reading = prepared.for_teacher()
+        examples = reading.examples["train"]
+        if run.teacher.outputs not in ("online", "base"):
+            outputs = teacher_outputs.build_outputs(
+                run.teacher,
+                teacher,
+                task,
+                run.loss.temperature,
+                models.vocabulary_size(reading.tokenizer),
+                run.seed,
+            )
+            columns = _cached_columns(run.teacher.outputs, outputs, reading, forward)
+            prepared = prepared.with_train_columns(columns)
+            reading = reading.with_train_columns(columns)
+        elif prepared.teacher is not None:
+            prepared = prepared.with_train_columns(teacher_columns.rename_inputs(examples))
+        if run.loss.alpha < 1:
+            _check_labels(run.teacher, reading, teacher, forward)
     return prepared
 
 

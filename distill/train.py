@@ -50,12 +50,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     callbacks = training.build_callbacks(run.callbacks, run.trainer, run.export)
     training.check_optimizer(run.optimizer, callbacks)
     training.check_memory(run.student.lora, run.teacher, callbacks)
+    training.check_completions(run.loss.completions_url, callbacks)
     with ranks.rank_zero_first():
         stage = resume.open_run_folder(run, folder, ranks.is_rank_zero())
     if stage.finished:
         print(f"{folder} is finished: nothing is left to do")
         earlier = evaluate.read_metrics(folder)
         return {} if earlier is None else earlier.to_json()
+    if not stage.done("student"):
+        training.check_server(run.loss, adapter=run.student.lora is not None)
     with stage("data"), ranks.rank_zero_first():
         if ranks.is_rank_zero():
             check_places(folder)

@@ -11,6 +11,7 @@ was not killed. Stops after so many minutes or kills, and prints a Markdown tabl
 attempts whose results differ are kept, the others removed.
 """
 
+import json
 import os
 import random
 import re
@@ -54,6 +55,24 @@ LANGUAGE = [
 ]
 
 
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+CONVERSATIONS = [
+    *LANGUAGE[1:],
+    "task={_target_: distill.tasks.CausalLanguageModelling, max_length: 32, learn: assistant, "
+    f"template: '{TEMPLATE}'}}",
+    "data={source: ../../conversations, text: [messages], label: null, validation: null, "
+    "test: null, batch_size: 8, packing: true}",
+]
+STREAMED = [
+    *LANGUAGE,
+    "data={source: ../../texts, label: null, validation: null, test: null, batch_size: 8, "
+    "streaming: true, stream_buffer: 8, stream_holdout: 12, workers: 1}",
+    "tokenizer={model: ../../tokenizer, vocab_size: null}",
+    "teacher.finetune=null",
+    "trainer.max_steps=14",
+]
+
+
 class Setting(NamedTuple):
     """What an attempt runs."""
 
@@ -74,8 +93,35 @@ SETTINGS = {
     "language model, online, compression": Setting(
         3, [*LANGUAGE, ONLINE, QUANTIZE, "export.format=packed", "data.workers=1"]
     ),
+    "conversations, packed, on-policy": Setting(2, [*CONVERSATIONS, ONLINE, "loss.on_policy=0.5"]),
+    "conversations, packed, adapter": Setting(1, [*CONVERSATIONS, ONLINE, "student.lora.rank=4"]),
+    "streamed shards": Setting(2, [*STREAMED, ONLINE]),
 }
 STAGE_TIME = re.compile(r"^(\w+) took ([\d.]+) s$")
+
+
+def write_corpora(folder: Path) -> None:
+    """Write the files that the settings name: conversations, shards of texts, a tokenizer."""
+    from distill import models
+    from distill.corpora import generated
+
+    texts = generated()["train"]["text"]
+    turns = [
+        {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}]}
+        for ask, reply in zip(texts[::2], texts[1::2], strict=True)
+    ]
+    write_lines(folder / "conversations" / "train.jsonl", turns)
+    for shard in range(3):
+        rows = [{"text": text} for text in texts[shard::3]]
+        write_lines(folder / "texts" / f"train-{shard}.jsonl", rows)
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    models.train_tokenizer(texts, 400, tokens).save_pretrained(folder / "tokenizer")
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as lines of JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -188,6 +234,7 @@ def main() -> None:
     rng = random.Random(int(options.pop("seed", 0)))
     changes = [f"{key}={value}" for key, value in options.items()]
     shutil.rmtree(folder, ignore_errors=True)
+    write_corpora(folder)
     soaks = [Soak(name, folder, changes) for name in SETTINGS if only in name]
     ends = time.monotonic() + 60 * minutes
     for soak in cycle(soaks):

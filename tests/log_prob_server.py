@@ -129,6 +129,8 @@ def _handler(server):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+                return self.reply(401, {"error": "no key"})
             time.sleep(server.delay)
             match server.fault():
                 case "busy":
@@ -138,15 +140,16 @@ def _handler(server):
                 case "garbled":
                     return self.reply(200, b'{"choices": [')
             path = self.path.removeprefix("/v1").removeprefix("/")
-            return self.reply(*getattr(server, path)(body))
+            function = getattr(server, path, None)
+            return self.reply(*(function(body) if function else (404, {"detail": "Not Found"})))
 
     return Handler
 
 
 @contextmanager
-def serve(model, tokenizer, kind="vllm"):
+def serve(model, tokenizer, kind="vllm", of=LogProbServer):
     """The server and its address, while it runs."""
-    server = LogProbServer(model, tokenizer, kind)
+    server = of(model, tokenizer, kind)
     http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
     http.daemon_threads = True
     thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)

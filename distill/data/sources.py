@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
@@ -165,7 +166,10 @@ def _open_folder(path: Path, config: str | None, key: str) -> Mapping[str, Datas
     if config is not None:
         _refuse_config(config, path)
     if saved:
-        return _as_dict(_translate_errors(path, lambda: datasets.load_from_disk(str(path))))
+        splits = _as_dict(_translate_errors(path, lambda: datasets.load_from_disk(str(path))))
+        for split in splits.values():
+            check_encoding(split.data.table, str(path))
+        return splits
     return SplitFiles(files, _open_files)
 
 
@@ -196,12 +200,28 @@ def _has_data_below(path: Path) -> bool:
 
 def _load_dataset(paths: list[Path], *arguments: Any, **options: Any) -> Any:
     """`load_dataset` for local files, cached by content, not by name and modification time."""
-    return _translate_errors(
-        paths[0] if len(paths) == 1 else paths[0].parent,
+    path = paths[0] if len(paths) == 1 else paths[0].parent
+    loaded = _translate_errors(
+        path,
         lambda: datasets.load_dataset(
             *arguments, cache_dir=str(store.cache_root() / "sources" / _digest(paths)), **options
         ),
     )
+    for split in _as_dict(loaded).values():
+        check_encoding(split.data.table, str(path))
+    return loaded
+
+
+def check_encoding(rows: pa.Table, source: str) -> None:
+    """UserError if a text is not in UTF-8, which the readers of JSON and Parquet do not check."""
+    for name in rows.column_names:
+        try:
+            rows.column(name).validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"column {name!r} of {source} holds bytes that are no text in UTF-8, but texts "
+                "must be: convert the file, or leave the row out"
+            ) from error
 
 
 def _digest(paths: list[Path]) -> str:
@@ -231,11 +251,11 @@ def _translate_errors(path: Path, read: Callable[[], Any]) -> Any:
             cause = cause.__cause__
         if _is_cache_error(cause, path):
             raise UserError(
-                f"{store.cache_root()} cannot be written ({_first_line(cause)}), but a copy of "
+                f"{store.cache_root()} cannot be written ({first_line(cause)}), but a copy of "
                 f"{path} is stored there: set DISTILL_CACHE to a folder with room"
             ) from error
         raise UserError(
-            f"{path} cannot be read ({_first_line(cause)}), but it must hold examples, one per "
+            f"{path} cannot be read ({first_line(cause)}), but it must hold examples, one per "
             "row: correct or convert it"
         ) from error
 
@@ -256,7 +276,7 @@ def _open_hub(source: str, config: str | None, key: str) -> DatasetDict:
     except HUB_ERRORS as error:
         raise UserError(
             f"{key} is {name}, but there is no such file here, and it could not be read from the "
-            f"Hugging Face Hub ({_first_line(error)}): check the name and the network, or name a "
+            f"Hugging Face Hub ({first_line(error)}): check the name and the network, or name a "
             f"local file or folder, one of {', '.join(BUILDERS)}, in its place"
         ) from error
 
@@ -265,6 +285,7 @@ def _as_dict(loaded: Any) -> DatasetDict:
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
     line = str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
     return "it has no rows" if "corresponds to no data" in line else line

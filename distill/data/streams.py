@@ -6,6 +6,7 @@ of consecutive ones, so that a place in the stream is a place in its shards.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from distill.data.sources import FUNCTION, HUB_ERRORS, call_function
+from distill.data.sources import FUNCTION, HUB_ERRORS, call_function, check_encoding, first_line
 from distill.data.split_files import group, suffixes
 from distill.errors import UserError
 from distill.recipe.config import Data
@@ -91,7 +92,14 @@ class Stream:
         """The rows of a shard from one on, as many at a time as these lanes shuffle."""
         rows = self.shards.shard(len(self.held_out), shard)
         rows = rows.skip(first) if first else rows
-        yield from rows.with_format("arrow").iter(lanes * self.data.stream_buffer)
+        tables = rows.with_format("arrow").iter(lanes * self.data.stream_buffer)
+        while True:
+            with _translated(self.data.source):
+                table = next(tables, None)
+            if table is None:
+                break
+            check_encoding(table, self.data.source)
+            yield table
 
 
 def open_stream(data: Data, seed: int) -> tuple[Stream, DatasetDict]:
@@ -117,7 +125,7 @@ def open_stream(data: Data, seed: int) -> tuple[Stream, DatasetDict]:
     assert shards is not None
     held_out = [role for role in ("validation", "test") if names[role] is None]
     count, roles = data.stream_holdout, [*held_out, "train"]
-    numbers, rows = _first_rows(shards, count * len(roles))
+    numbers, rows = _first_rows(shards, count * len(roles), data.source)
     if len(rows) <= count * len(held_out):
         raise UserError(
             f"data.stream_holdout is {count}, but split {data.train} of {data.source} has only "
@@ -133,12 +141,31 @@ def open_stream(data: Data, seed: int) -> tuple[Stream, DatasetDict]:
     return Stream(shards, tuple(taken.tolist()), data, seed), DatasetDict(splits)
 
 
-def _first_rows(shards: IterableDataset, count: int) -> tuple[list[int], list[dict[str, Any]]]:
+def _first_rows(
+    shards: IterableDataset, count: int, source: str
+) -> tuple[list[int], list[dict[str, Any]]]:
     """The first rows, and the number of the shard that each is in."""
     total = shards.num_shards
     rows = ((index, row) for index in range(total) for row in shards.shard(total, index))
-    first = list(islice(rows, count))
+    with _translated(source):
+        first = list(islice(rows, count))
     return [index for index, _ in first], [row for _, row in first]
+
+
+@contextmanager
+def _translated(source: str) -> Iterator[None]:
+    """UserError if a shard cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what readers of others raise is not limited
+        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        raise UserError(
+            f"{source} cannot be read further ({first_line(error)}), but each shard must hold "
+            "examples, one per row: correct or remove the damaged one"
+        ) from error
 
 
 def _open(data: Data) -> Mapping[str, IterableDataset]:
@@ -171,6 +198,7 @@ def _open(data: Data) -> Mapping[str, IterableDataset]:
 
 def _open_files(files: list[Path]) -> IterableDataset:
     builder = FORMATS[suffixes(files[0])[0]]
-    return datasets.load_dataset(
-        builder, data_files=[str(file) for file in files], split="train", streaming=True
-    )
+    with _translated(str(files[0].parent)):
+        return datasets.load_dataset(
+            builder, data_files=[str(file) for file in files], split="train", streaming=True
+        )

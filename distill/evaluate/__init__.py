@@ -17,6 +17,7 @@
 | `runtime_setup.py` | a model in the form that each runtime loads |
 | `measure_replies.py` | what language models write, and their fidelity to the teacher |
 | `replies.py` | greedy replies of a language model to prompts |
+| `reply_scores.py` | replies compared with those in the data |
 | `replies_table.py` | the rows of generation, and replies side by side |
 | `lm_eval_tasks.py` | metrics on tasks of lm-eval |
 | `record_parts.py` | parts of the records: intervals, costs, the machine, generation |

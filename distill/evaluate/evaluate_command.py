@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import cli
+from distill import cli, store
 from distill.errors import UserError
 from distill.evaluate import runtime_names
 from distill.evaluate.console import show, show_on_error
@@ -85,6 +85,13 @@ class Options:
     harness_path: str | None = None
     harness_limit: int | None = None
 
+    @property
+    def measured_run(self) -> Path | None:
+        """The run folder in which the result is stored; None if it is stored elsewhere."""
+        if self.output is not None or self.run is None or self.split != "test":
+            return None
+        return Path(self.run).expanduser()
+
 
 @cli.cli_command
 def main() -> None:
@@ -103,7 +110,10 @@ def main() -> None:
     check_settings(run.evaluate, task)
     tokenizers = load_tokenizers(paths, task, run.loss.compares_spans)
     named = next(iter(paths.values()))  # the teacher, if there is one
-    with nullcontext() if runtimes else warm_process(task.auto_class, run.evaluate.threads):
+    warm = nullcontext() if runtimes else warm_process(task.auto_class, run.evaluate.threads)
+    folder = options.measured_run
+    alone = nullcontext() if folder is None else store.exclusive_access(folder)
+    with alone, warm:
         prepared = prepare(task, run.data, run.seed, tokenizers, [options.split], named)
         if options.run is not None:
             _warn_of_other_holdout(Path(options.run).expanduser(), run.data, prepared.task)
@@ -152,7 +162,7 @@ def _measure(
     if options.output is not None:
         with show_on_error(metrics):
             write_metrics(metrics, Path(options.output))
-    elif options.run is not None and options.split == "test":
+    elif options.measured_run is not None:
         earlier = read_metrics(folder)
         if earlier is not None:
             metrics = replace(metrics, training=earlier.training, stages=earlier.stages)
@@ -177,9 +187,9 @@ def _measure_runtimes(
     if options.output is not None:
         with show_on_error(report):
             write_metrics(report, Path(options.output))
-    elif options.run is not None and options.split == "test":
+    elif options.measured_run is not None:
         with show_on_error(report):
-            write_metrics(report, Path(options.run).expanduser())
+            write_metrics(report, options.measured_run)
     return report
 
 
@@ -225,8 +235,8 @@ def read_options(options: Options) -> tuple[config.Run, dict[str, str]]:
     run, paths = _read_recipe(options) if options.run is None else _read_run(options)
     if options.output:
         check_writable(Path(options.output).resolve().parent, "output")
-    elif options.run is not None and options.split == "test":
-        check_writable(Path(options.run).expanduser(), "run")
+    elif options.measured_run is not None:
+        check_writable(options.measured_run, "run")
     settings = {
         key.name: getattr(options, key.name)
         for key in fields(config.Evaluate)

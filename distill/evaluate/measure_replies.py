@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -14,6 +15,7 @@ from distill.evaluate.inputs import ModelInputs, evenly_spaced
 from distill.evaluate.outcomes import collect_outcomes, model_batches
 from distill.evaluate.record_parts import Generation, Interval, Replies
 from distill.evaluate.replies import Tokens, distinct, write_replies
+from distill.evaluate.reply_scores import score_replies
 from distill.evaluate.settings import MeasureSettings
 from distill.models.sampling import left_padded
 from distill.recipe import config
@@ -30,6 +32,7 @@ class PromptSet(NamedTuple):
 
     tokens: dict[str, list[Tokens]]  # by model, as its tokenizer encodes them
     new_tokens: int  # tokens of a reply, at most
+    references: list[str]  # the replies in the data, some may be empty; no entries without any
 
     def timed(self, settings: config.Evaluate) -> dict[str, TimedInputs]:
         """Inputs of timed generations of each model: single prompts, and full batches."""
@@ -91,11 +94,9 @@ def encode_prompts(
     }
     filled = [all(row) for row in zip(*encoded.values(), strict=True)]
     return PromptSet(
-        {
-            name: [ids for ids, use in zip(prompts, filled, strict=True) if use]
-            for name, prompts in encoded.items()
-        },
+        {name: list(compress(prompts, filled)) for name, prompts in encoded.items()},
         new_tokens,
+        list(compress(task.reference_replies(rows, settings), filled)),
     )
 
 
@@ -129,7 +130,13 @@ def measure_replies(
         name: _write(model, inputs[name], prompts.tokens[name], prompts.new_tokens, size, device)
         for name, model in loaded.items()
     }
-    records = {name: _describe(each) for name, each in written.items()}
+    records = {
+        name: replace(
+            _describe(each),
+            scores=_scores(inputs[name], each, prompts.references, settings),
+        )
+        for name, each in written.items()
+    }
     for name, model in loaded.items():
         if name == "teacher" or "teacher" not in loaded or _differ(inputs, name):
             continue
@@ -137,7 +144,8 @@ def measure_replies(
         fidelity = _fidelity(task, pair, inputs[name], written[name], size, device)
         records[name] = replace(records[name], **fidelity)
     count = len(written["student"].replies)
-    replies = Replies(count, prompts.new_tokens, min(size, count), _examples(written, inputs))
+    shown = _examples(written, inputs, prompts.references)
+    replies = Replies(count, prompts.new_tokens, min(size, count), shown)
     return ReplyMeasurement(prompts, records, replies)
 
 
@@ -169,6 +177,21 @@ def _describe(written: Written) -> Generation:
         tokens=sum(map(len, replies)) / count,
         distinct_1=distinct(replies, 1),
         distinct_2=distinct(replies, 2),
+    )
+
+
+def _scores(
+    source: ModelInputs, written: Written, references: list[str], settings: MeasureSettings
+) -> dict[str, Interval]:
+    """Scores of the replies whose prompts have a reference."""
+    texts = [  # a stop token is no part of the text, even if the tokenizer does not hide it
+        _text(source, ids[:-1] if ids[-1] in written.stop else ids) for ids in written.replies
+    ]
+    return score_replies(
+        list(compress(texts, references)),
+        list(filter(None, references)),
+        settings.evaluate.bootstrap,
+        settings.seed,
     )
 
 
@@ -206,13 +229,15 @@ def _as_examples(prompts: Sequence[Tokens], replies: Sequence[Tokens]) -> Datase
 
 
 def _examples(
-    written: Mapping[str, Written], inputs: Mapping[str, ModelInputs]
+    written: Mapping[str, Written], inputs: Mapping[str, ModelInputs], references: list[str]
 ) -> list[dict[str, str]]:
-    """The texts of some prompts and replies, evenly spaced."""
+    """The texts of some prompts, of their references and replies, evenly spaced."""
     student = written["student"]
     shown = []
     for index in evenly_spaced(len(student.replies), SHOWN):
         texts = {"prompt": _text(inputs["student"], student.prompts[index])}
+        if references:
+            texts["reference"] = references[index]
         shown.append(
             texts
             | {name: _text(inputs[name], each.replies[index]) for name, each in written.items()}

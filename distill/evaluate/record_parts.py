@@ -88,6 +88,7 @@ class Generation:
     distinct_2: float  # the same of pairs of consecutive tokens
     agreement: float | None = None  # share of its tokens that the teacher predicts there too
     divergence: float | None = None  # from the teacher on its replies, in nats per token
+    scores: dict[str, Interval] = field(default_factory=dict)  # against the replies in the data
     first_token_ms: float | None = None
     token_ms: float | None = None  # of each token after the first
     tokens_per_s: float | None = None  # of one reply at a time
@@ -98,12 +99,22 @@ class Generation:
 
     def to_json(self) -> Json:
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        return values | {"stopped": self.stopped.to_json()}
+        scores = {name: score.to_json() for name, score in self.scores.items()}
+        return values | {"stopped": self.stopped.to_json(), "scores": scores}
 
     @classmethod
     def from_json(cls, values: Json) -> Self:
-        numbers = {name: number(value) for name, value in values.items() if name != "stopped"}
-        return cls(stopped=Interval.from_json(values["stopped"]), **known_fields(cls, numbers))
+        numbers = {
+            name: number(value)
+            for name, value in values.items()
+            if name not in ("stopped", "scores")
+        }
+        scores = values.get("scores", {}).items()
+        return cls(
+            stopped=Interval.from_json(values["stopped"]),
+            scores={name: Interval.from_json(score) for name, score in scores},
+            **known_fields(cls, numbers),
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class Replies:
     prompts: int
     max_new_tokens: int
     batch: int  # prompts of a timed batch
-    examples: list[dict[str, str]]  # `prompt`, and the reply of each model by its name
+    examples: list[dict[str, str]]  # `prompt`, `reference`, and each model's reply by its name
 
     def to_json(self) -> Json:
         return asdict(self)

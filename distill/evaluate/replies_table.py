@@ -7,7 +7,7 @@ from rich.text import Text
 
 from distill.evaluate.record_parts import Generation, Interval, Replies
 from distill.evaluate.records import MODELS, Metrics
-from distill.evaluate.table_cells import Row, format_interval, format_ratio
+from distill.evaluate.table_cells import Row, metric_row
 
 MAX_CHARACTERS = 400  # of a prompt or a reply that are shown; metrics.json has them complete
 
@@ -27,6 +27,13 @@ FIELDS = {
     "memory_peak_bytes": ("peak memory of the process, MB", 1e-6),
     "device_peak_bytes": ("peak memory on the device, MB", 1e-6),
 }
+SCORES = {
+    "exact_match": "replies equal to the reference",
+    "word_f1": "F1 of the reference's words",
+    "valid_json": "replies that are a JSON object",
+    "field_f1": "F1 of the reference's fields",
+    "exact_object": "replies with exactly these fields",
+}
 
 
 def rows(metrics: Metrics) -> Iterator[Row]:
@@ -35,16 +42,13 @@ def rows(metrics: Metrics) -> Iterator[Row]:
         metrics.models[name].generation if name in metrics.models else None for name in MODELS
     ]
     for field, (name, factor) in FIELDS.items():
-        teacher, dense, student = (_scaled(record, field, factor) for record in records)
-        if student is not None:
-            yield Row(
-                "generation",
-                name.format(divergence=str(metrics.divergence).replace("_", " ")),
-                format_interval(teacher),
-                format_interval(dense),
-                format_interval(student),
-                format_ratio(student.value, teacher and teacher.value),
-            )
+        values = [_scaled(record, field, factor) for record in records]
+        if values[-1] is not None:  # the student's
+            yield metric_row("generation", name.format(divergence=metrics.divergence), values)
+    for score, name in SCORES.items():
+        scores = [None if record is None else record.scores.get(score) for record in records]
+        if scores[-1] is not None:
+            yield metric_row("generation", name, scores)
 
 
 def _scaled(record: Generation | None, field: str, factor: float) -> Interval | None:
@@ -79,8 +83,8 @@ def markdown(replies: Replies | None) -> list[str]:
 
 
 def _titles(replies: Replies) -> list[str]:
-    """`prompt`, and the models that replied."""
-    return [title for title in ("prompt", *MODELS) if title in replies.examples[0]]
+    """`prompt`, `reference`, and the models that replied."""
+    return [title for title in ("prompt", "reference", *MODELS) if title in replies.examples[0]]
 
 
 def _texts(example: dict[str, str], titles: list[str]) -> list[str]:

@@ -7,7 +7,13 @@ from rich.text import Text
 
 from distill.evaluate import replies_table
 from distill.evaluate.records import MODELS, Cost, Metrics
-from distill.evaluate.table_cells import Row, format_interval, format_number, format_ratio
+from distill.evaluate.table_cells import (
+    Row,
+    format_interval,
+    format_number,
+    format_ratio,
+    metric_row,
+)
 
 MAX_LABELS = 12  # metrics of single labels are shown up to this many labels
 
@@ -53,30 +59,14 @@ def _quality(metrics: Metrics) -> Iterator[Row]:
     for name in names:
         if hides_labels and "/" in name:
             continue
-        teacher, dense, student = (by_model.get(model, {}).get(name) for model in MODELS)
-        yield Row(
-            "quality",
-            name.replace("_", " "),
-            format_interval(teacher),
-            format_interval(dense),
-            format_interval(student),
-            format_ratio(student and student.value, teacher and teacher.value),
-        )
+        yield metric_row("quality", name, [by_model.get(model, {}).get(name) for model in MODELS])
 
 
 def _harness(metrics: Metrics) -> Iterator[Row]:
     """The metrics of lm-eval's tasks."""
     by_model = {name: model.harness for name, model in metrics.models.items()}
     for name in by_model["student"]:
-        teacher, dense, student = (by_model.get(model, {}).get(name) for model in MODELS)
-        yield Row(
-            "lm-eval",
-            name.replace("_", " "),
-            format_interval(teacher),
-            format_interval(dense),
-            format_interval(student),
-            format_ratio(student and student.value, teacher and teacher.value),
-        )
+        yield metric_row("lm-eval", name, [by_model.get(model, {}).get(name) for model in MODELS])
 
 
 def _fidelity(metrics: Metrics) -> Iterator[Row]:

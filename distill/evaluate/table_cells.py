@@ -1,6 +1,7 @@
 """Lines of the table of metrics.json, and how numbers are shown in them."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from distill.evaluate.record_parts import Interval
@@ -15,6 +16,19 @@ class Row(NamedTuple):
     dense: str
     student: str
     ratio: str
+
+
+def metric_row(group: str, name: str, values: Sequence[Interval | None]) -> Row:
+    """The line of a metric: those of teacher, dense and student, and their ratio."""
+    teacher, dense, student = values
+    return Row(
+        group,
+        name.replace("_", " "),
+        format_interval(teacher),
+        format_interval(dense),
+        format_interval(student),
+        format_ratio(student and student.value, teacher and teacher.value),
+    )
 
 
 def format_number(value: float | None) -> str:

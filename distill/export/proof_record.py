@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FILE = "proof.json"
+from distill.stages import PROOF
 
 
 @dataclass(frozen=True)
@@ -85,4 +85,4 @@ class Proof:
     def write(self, folder: Path) -> None:
         """Store it as proof.json."""
         text = json.dumps(self.to_json(), indent=1, allow_nan=False)
-        (folder / FILE).write_text(text + "\n")
+        (folder / PROOF).write_text(text + "\n")

@@ -32,6 +32,7 @@
 | `sampling.py` | completions that a language model writes, drawn by numbers of the caller |
 | `attention_packing.py` | attention of batches whose examples follow each other without padding |
 | `frozen_weights.py` | weights that are not trained, in fewer bits of memory |
+| `offload.py` | blocks of a frozen model in the memory of the CPU while they do not run |
 | `adapters.py` | LoRA adapters: attached, switched off, merged |
 | `forward.py` | a batch -> logits, or hidden states and head; devices |
 """
@@ -72,6 +73,7 @@ from distill.models.layer_selection import TensorReport, group_names, select_lay
 from distill.models.loading import load, load_trained, skeleton
 from distill.models.logit_width import cut_to_vocabulary, num_logits, shared_logits
 from distill.models.model_files import check_files
+from distill.models.offload import offloaded, offloaded_teacher
 from distill.models.precision import (
     checkpoint_dtype,
     in_dtype,
@@ -95,7 +97,7 @@ from distill.models.random_models import (
     check_runs,
     without_weights,
 )
-from distill.models.sampling import Sampling, write_completions
+from distill.models.sampling import Sampling, until_stop, write_completions
 from distill.models.saving import has_own_code, save, save_tokenizer, write_auto_map
 from distill.models.token_bytes import token_bytes
 from distill.models.tokenizers import (
@@ -158,6 +160,8 @@ __all__ = [
     "max_positions",
     "measured_dtype",
     "num_logits",
+    "offloaded",
+    "offloaded_teacher",
     "on_device",
     "only_ids",
     "packed_attention",
@@ -181,6 +185,7 @@ __all__ = [
     "token_bytes",
     "train_tokenizer",
     "translate_errors",
+    "until_stop",
     "vocabulary_size",
     "with_dtype_of",
     "without_weights",

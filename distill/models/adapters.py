@@ -134,13 +134,18 @@ def _short_names(student: PreTrainedModel, targets: list[str]) -> list[str]:
 
 def _layers(student: nn.Module) -> dict[str, Any]:
     """The layers with an adapter, by name; empty if the student has none."""
-    if not hasattr(student, "peft_config"):
+    if not has_adapter(student):
         return {}
     from peft.tuners.lora import LoraLayer
 
     return {
         name: module for name, module in student.named_modules() if isinstance(module, LoraLayer)
     }
+
+
+def has_adapter(student: nn.Module) -> bool:
+    """Whether there is an adapter beside the student's layers."""
+    return hasattr(student, "peft_config")
 
 
 @contextmanager
@@ -160,7 +165,7 @@ def merge(student: PreTrainedModel) -> None:
         dequantize(base)
         base.weight += layer.get_delta_weight(ADAPTER).to(base.weight.dtype)
         student.set_submodule(name, base)
-    if hasattr(student, "peft_config"):
+    if has_adapter(student):
         del student.peft_config, student.base_fingerprint
         student.requires_grad_(True)
 

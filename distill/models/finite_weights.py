@@ -1,10 +1,9 @@
 """Whether the weights of a model are finite numbers."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
+from distill import internals
 from distill.errors import UserError
 
 __all__ = ["check_finite"]
@@ -27,7 +26,7 @@ def check_finite(model: nn.Module, name: str | None, role: str) -> None:
     tensors = [
         (tensor, part)
         for tensor, each in model.named_parameters()
-        for part in _parts(each)
+        for part in internals.stored_tensors(each)
         if part.is_floating_point() and part.numel() and not part.is_meta
     ]
     if not tensors:
@@ -38,16 +37,6 @@ def check_finite(model: nn.Module, name: str | None, role: str) -> None:
     wrong = [pair for pair, each in zip(tensors, finite, strict=True) if not each]
     if wrong:
         raise UserError(_describe([tensor for tensor, _ in wrong], wrong[0][1], name, role))
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor, or those of which a quantized one consists: integers and scales."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from _parts(getattr(tensor, name))
 
 
 def _readable(tensor: Tensor) -> Tensor:

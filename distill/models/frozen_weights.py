@@ -10,8 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from distill import internals
 from distill.errors import UserError
+from distill.internals import stored_tensors
 from distill.models.families import blocks
 
 NF4_GROUP, SCALES_GROUP = 64, 256  # weights that share a scale, scales that share one
@@ -120,12 +120,4 @@ def dequantized(tensor: Tensor) -> Tensor:
 
 def weight_memory(model: nn.Module) -> int:
     """Bytes that the parameters of a model take in memory."""
-    return sum(_bytes(each) for each in model.parameters())
-
-
-def _bytes(tensor: Any) -> int:
-    if not internals.is_wrapper(tensor):
-        return tensor.nbytes
-    names, _ = tensor.__tensor_flatten__()
-    parts = [getattr(tensor, name) for name in names]
-    return sum(_bytes(part) for part in parts if isinstance(part, Tensor))
+    return sum(part.nbytes for each in model.parameters() for part in stored_tensors(each))

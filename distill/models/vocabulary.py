@@ -114,12 +114,12 @@ def check_start(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Non
     Raises:
         UserError: A text does, and would begin with two.
     """
-    start = tokenizer.bos_token
+    start = tokenizer.bos_token or tokenizer.eos_token
     text = next((text for text in texts if start and text.startswith(start)), None)
     if text is not None:
         raise UserError(
-            f"a text begins with {start} ({text[:MAX_CHARACTERS]!r}), but the tokenizer puts this "
-            "token before each text: remove it from the texts, or give the turns as messages"
+            f"a text begins with {start} ({text[:MAX_CHARACTERS]!r}), but this token is put before "
+            "each text: remove it from the texts, or give the turns as messages"
         )
 
 

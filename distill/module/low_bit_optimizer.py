@@ -1,12 +1,12 @@
 """AdamW whose moments take 8 bits each, from torchao."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from distill.errors import UserError
+from distill.models.frozen_weights import check_torchao
 
 
 def check_low_bits(bits: int, compressed_by: list[str]) -> None:
@@ -21,10 +21,7 @@ def check_low_bits(bits: int, compressed_by: list[str]) -> None:
     """
     if bits != 8:
         return
-    if find_spec("torchao") is None:
-        raise UserError(
-            "optimizer.bits is 8, but torchao is not installed: pip install 'distill[torchao]'"
-        )
+    check_torchao("optimizer.bits", "8")
     import_module("torchao.optim")  # lets checkpoints hold its tensors
     if compressed_by:
         raise UserError(

@@ -15,6 +15,7 @@ from distill.module.low_bit_optimizer import adamw_8bit, set_lr
 from distill.module.step_losses import TEACHER, StepLosses
 from distill.processes import fsdp
 from distill.recipe import config
+from distill.recipe.validation import check_fused
 
 
 class OptimizedModule(L.LightningModule):
@@ -149,8 +150,10 @@ class OptimizedModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
-        # With fp16 a fused optimizer would unscale the gradients after they were clipped.
-        fused, groups = self.trainer.precision != "16-mixed", self._parameter_groups()
+        fused, groups = settings.fused, self._parameter_groups()
+        check_fused(fused, str(self.trainer.precision))
+        if fused is None:
+            fused = self.trainer.precision != "16-mixed"
         optimizer: torch.optim.Optimizer
         if settings.bits == 8:
             optimizer = adamw_8bit(groups, settings.lr)

@@ -19,6 +19,7 @@ from distill.recipe.config import SPARSE, Loss, Optimizer, Run, Student, Teacher
 from distill.recipe.memory_keys import check_memory_keys
 from distill.recipe.references import check_references, hide_in_values
 from distill.recipe.schema import check_kinds
+from distill.recipe.validation import check_fused
 
 __all__ = [
     "SHIPPED",
@@ -234,6 +235,7 @@ def _check_trainer(trainer: Trainer, optimizer: Optimizer, batch_size: int) -> N
             "optimizer.bits is 8, but trainer.strategy=fsdp divides the moments among the ranks: "
             "leave optimizer.bits out"
         )
+    check_fused(optimizer.fused, trainer.precision)
     if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
         raise UserError(
             "trainer.precision is 16-mixed, but trainer.strategy=fsdp has no fp16 gradient scaler: "

@@ -176,6 +176,9 @@ class Teacher:
     quantize: str | None = None
     """memory of an online teacher: int8 or nf4 (4 bits) for the weights of its blocks, which needs
     torchao; null: none"""
+    offload: bool = False
+    """keep the teacher's blocks in the memory of the CPU, each on the GPU only while it runs: less
+    GPU memory, slower steps, the same outputs"""
 
     def __post_init__(self) -> None:
         check_choice("teacher.outputs", self.outputs, OUTPUTS)
@@ -202,7 +205,7 @@ class Teacher:
 
     def _check_without_weights(self) -> None:
         """Refuse what needs the weights of a teacher that is served."""
-        for key in ("config", "finetune", "writes"):
+        for key in ("config", "finetune", "writes", "offload"):
             if getattr(self, key) not in (None, False):
                 raise UserError(
                     f"teacher.{key} is set, but teacher.outputs=served loads no weights: "

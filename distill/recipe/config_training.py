@@ -5,7 +5,7 @@ from math import inf
 from typing import Any
 
 from distill.errors import UserError
-from distill.recipe.validation import check_choice, check_positive, check_range
+from distill.recipe.validation import check_address, check_choice, check_positive, check_range
 
 __all__ = ["Checkpoint", "Loss", "Optimizer", "Tracking", "Trainer"]
 
@@ -51,6 +51,11 @@ class Loss:
     """tokens that a model writes at most, but no more than half of task.max_length"""
     sampling_temperature: float = 1.0
     """temperature at which a model writes; 0 takes the likeliest token"""
+    completions_url: str | None = None
+    """address of a server (vLLM for an adapter, SGLang) that writes the student's completions and
+    reads its weights in the run folder, http://127.0.0.1:8000/v1; null: this process writes"""
+    completions_every: int = 1
+    """on-policy steps after which the server gets the student's weights again"""
 
     @property
     def compares_spans(self) -> bool:
@@ -88,6 +93,14 @@ class Loss:
         check_positive("loss.completion_tokens", self.completion_tokens, "128 is a good start")
         hint = "1 draws from the model's distribution, 0 takes the likeliest token"
         check_range("loss.sampling_temperature", self.sampling_temperature, 0, inf, hint)
+        check_positive("loss.completions_every", self.completions_every, "1 gives it at each step")
+        if self.completions_url is not None:
+            check_address("loss.completions_url", self.completions_url)
+            if not self.on_policy:
+                raise UserError(
+                    f"loss.completions_url is {self.completions_url}, but loss.on_policy is 0, so "
+                    "that the student writes nothing: set loss.on_policy above 0"
+                )
         if self.on_policy and self.alpha == 1:
             raise UserError(
                 f"loss.on_policy is {self.on_policy:g}, but loss.alpha is 1, and completions of "
@@ -127,6 +140,9 @@ class Optimizer:
     """largest gradient norm; null: no clipping"""
     bits: int = 32
     """bits of each of AdamW's two moments per weight: 32, or 8, which needs torchao"""
+    fused: bool | None = None
+    """one kernel for the steps of many weights: true or false; null: yes, but with 16-mixed or
+    8 bits no"""
 
     def __post_init__(self) -> None:
         check_positive("optimizer.lr", self.lr, "5e-5 is a good start")
@@ -139,6 +155,11 @@ class Optimizer:
             raise UserError(
                 f"optimizer.bits is {self.bits}, but it must be 32 or 8: "
                 "8 takes a quarter of the memory"
+            )
+        if self.fused and self.bits == 8:
+            raise UserError(
+                "optimizer.fused is true, but optimizer.bits is 8, and torchao's AdamW is not "
+                "fused: leave one of them out"
             )
 
 

@@ -62,8 +62,11 @@ def _explain_omegaconf(error: OmegaConfBaseException) -> str:
     key, section = str(error.full_key or error.key or ""), error.object_type
     message = " ".join(str(error.msg or error).split())
     if isinstance(error, InterpolationKeyError | InterpolationResolutionError):
+        name, problem = key or "a value of the recipe", message.partition(" full_key:")[0]
+        if match := re.match("Interpolation key '(.+)' not found", problem):
+            problem = f"there is no key {match[1]}"
         return (
-            f"{key} refers to something that cannot be resolved ({message}): "
+            f"{name} refers to another value, but {problem}: "
             "write the value itself, or set the environment variable"
         )
     if section is not None and "not in" in str(error):

@@ -1,7 +1,7 @@
-"""Checks of the keys that save memory: `student.lora`, `teacher.outputs=base`, `quantize`."""
+"""Checks of the keys that save memory: `lora`, `quantize`, `offload`, `outputs=base`."""
 
 from distill.errors import UserError
-from distill.recipe.config import Run, Student, Teacher
+from distill.recipe.config import Run, Student, Teacher, Trainer
 
 __all__ = ["check_memory_keys"]
 
@@ -30,6 +30,8 @@ def check_memory_keys(run: Run) -> None:
                 f"{key} is {value}, but trainer.strategy=fsdp shards weights of ordinary types "
                 f"only: set trainer.strategy=ddp, or leave {key} out"
             )
+    if run.teacher is not None and run.teacher.offload:
+        _check_offload(run.teacher.outputs, run.trainer)
     if run.teacher is not None and run.teacher.outputs == "base":
         if run.trainer.compile:
             raise UserError(
@@ -37,6 +39,18 @@ def check_memory_keys(run: Run) -> None:
                 "functions: leave trainer.compile out"
             )
         _check_base(run.student, run.teacher)
+
+
+def _check_offload(outputs: str, trainer: Trainer) -> None:
+    """Check that the weights of a teacher's blocks can be elsewhere between their forwards."""
+    reasons = {
+        "teacher.outputs=base": (outputs == "base", "trains beside the teacher's own weights"),
+        "trainer.strategy=fsdp": (trainer.strategy == "fsdp", "shards the teacher already"),
+        "trainer.compile=true": (trainer.compile, "compiles blocks whose weights stay in place"),
+    }
+    for key, (is_set, reason) in reasons.items():
+        if is_set:
+            raise UserError(f"teacher.offload is true, but {key} {reason}: leave one of them out")
 
 
 def _check_base(student: Student, teacher: Teacher) -> None:

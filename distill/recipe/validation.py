@@ -5,7 +5,16 @@ from urllib.parse import urlsplit
 
 from distill.errors import UserError
 
-__all__ = ["check_choice", "check_positive", "check_range", "check_served"]
+__all__ = [
+    "check_address",
+    "check_choice",
+    "check_fused",
+    "check_positive",
+    "check_range",
+    "check_served",
+]
+
+ADDRESS_HINT = "write it as http://127.0.0.1:8000/v1"
 
 
 def check_range(key: str, value: float | None, low: float, high: float, hint: str) -> None:
@@ -30,6 +39,16 @@ def check_positive(key: str, value: float | None, hint: str) -> None:
         raise UserError(f"{key} is {value:g}, but it must be a number above 0: {hint}")
 
 
+def check_fused(fused: bool | None, precision: str) -> None:
+    """Raise UserError if a fused optimizer is asked for where it would act on wrong gradients."""
+    if fused and precision == "16-mixed":
+        raise UserError(
+            "optimizer.fused is true, but with trainer.precision=16-mixed a fused step unscales "
+            "the gradients after they were clipped: set trainer.precision=bf16-mixed, or leave "
+            "optimizer.fused out"
+        )
+
+
 def check_served(outputs: str, url: str | None, model: str | None) -> None:
     """Raise UserError unless the address of a server is there where it is read, and valid."""
     if outputs != "served":
@@ -40,16 +59,20 @@ def check_served(outputs: str, url: str | None, model: str | None) -> None:
                     f"server: set teacher.outputs=served, or leave teacher.{key} out"
                 )
         return
-    hint = "write it as http://127.0.0.1:8000/v1"
     if url is None:
-        raise UserError(f"teacher.outputs is served, but teacher.url is not set: {hint}")
+        raise UserError(f"teacher.outputs is served, but teacher.url is not set: {ADDRESS_HINT}")
+    check_address("teacher.url", url)
+
+
+def check_address(key: str, url: str) -> None:
+    """Raise UserError unless `url` is the address of a server, without a password."""
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None:
         raise UserError(
-            f"teacher.url has a user or password for {parts.hostname}, but recipes are stored: "
+            f"{key} has a user or password for {parts.hostname}, but recipes are stored: "
             "leave it out, and set the environment variable DISTILL_TEACHER_KEY"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise UserError(
-            f"teacher.url is {url}, but it must be the http address of a server: {hint}"
+            f"{key} is {url}, but it must be the http address of a server: {ADDRESS_HINT}"
         )

@@ -47,16 +47,18 @@ _RANDOM = random.Random()  # not the global generator, whose draws decide a trai
 
 @dataclass(frozen=True)
 class Client:
-    """The server of a teacher.
+    """A server of a teacher, or of the student.
 
     Args:
         url: Address that the paths of the OpenAI API follow, such as ``http://127.0.0.1:8000/v1``.
+        setting: Key of the recipe that holds it.
         attempts: Requests before it counts as unreachable; 8 wait for about a minute.
         timeout: Seconds without a byte after which a request has failed.
         delay: Seconds before the second attempt; it doubles with each.
     """
 
     url: str
+    setting: str = "teacher.url"
     attempts: int = 8
     timeout: float = 600.0
     delay: float = _FIRST_DELAY
@@ -95,7 +97,7 @@ class Client:
             if attempt + 1 < self.attempts:
                 time.sleep(max(after, self._delay(attempt)))
         raise UserError(
-            f"teacher.url is {self.url}, but {self.attempts} requests to {address} failed "
+            f"{self.setting} is {self.url}, but {self.attempts} requests to {address} failed "
             f"({failure}): start the server there and run the same command again, which "
             "keeps what the server gave"
         )
@@ -103,6 +105,30 @@ class Client:
     def _delay(self, attempt: int) -> float:
         """Seconds to wait, spread so that requests that failed together do not return together."""
         return min(_LONGEST_DELAY, self.delay * 2**attempt) * _RANDOM.uniform(0.5, 1)
+
+
+def list_models(client: Client) -> dict[str, dict[str, Any]]:
+    """What a server lists about each of its models, by name; at least one.
+
+    Raises:
+        UserError: It cannot be reached, or lists none.
+    """
+    try:
+        listed = {str(each["id"]): dict(each) for each in client.get("/models")["data"]}
+    except Refusal as refusal:
+        raise UserError(
+            f"{client.setting} is {client.url}, but its list of models is refused ({refusal}): "
+            f"give the address that ends in /v1, and a key in {KEY} where it needs one"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        log.debug("%s/models has another form: %s", client.url, error)
+        listed = {}
+    if not listed:
+        raise UserError(
+            f"{client.setting} is {client.url}, but {client.url}/models lists no models: give the "
+            "address of an OpenAI-compatible server, which ends in /v1"
+        )
+    return listed
 
 
 def _retry_after(error: HTTPError) -> float:

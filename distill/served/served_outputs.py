@@ -9,7 +9,7 @@ N = predicted tokens, K = stored tokens of each.
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class ServedTeacher:
 
     def connect(self, length: int) -> ServerKind:
         """The server, which must be there now and take examples of this length."""
-        first = Client(self.client.url, _FIRST_ATTEMPTS, self.client.timeout, self.client.delay)
+        first = replace(self.client, attempts=_FIRST_ATTEMPTS)
         names = (self.spec.served_model, self.spec.model)
         kind = connect(first, names, self.k, self.tokens, length)
         return type(kind)(self.client, kind.model, kind.k, kind.tokens)

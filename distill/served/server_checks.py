@@ -14,13 +14,13 @@ import numpy as np
 
 from distill.errors import UserError
 from distill.served.token_log_probs import TokenLogProbs
+from distill.teacher_outputs.label_check import MAX_EXCESS
 
 log = logging.getLogger("distill")
 
 MAX_DISTANCE = 0.2  # total variation at a position that rounding explains, bfloat16 and experts
 MAX_MEAN_DISTANCE = 0.05  # the same, mean over the positions of an example
 MAX_DIFFERENT = 0.01  # share of tokens whose text differs by how a server decodes single tokens
-MAX_EXCESS = 1.0  # nats per token above the loss of predictions that know nothing
 _MAX_SHOWN = 3
 _NO_TEXT = "\ufffd"  # a token that is part of a character
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from distill.errors import UserError
-from distill.served.client import Client, Refusal
+from distill.served.client import Client, Refusal, list_models
 from distill.served.token_log_probs import Candidate, InvalidReply, TokenLogProbs, collect
 
 log = logging.getLogger("distill")
@@ -182,18 +182,7 @@ def connect(
     Raises:
         UserError: It cannot be reached, serves another model, or only shorter prompts.
     """
-    try:
-        listed = {str(each["id"]): each for each in client.get("/models")["data"]}
-    except Refusal as refusal:
-        raise UserError(
-            f"teacher.url is {client.url}, but its list of models is refused ({refusal}): give "
-            "the address that ends in /v1, and a key in DISTILL_TEACHER_KEY where it needs one"
-        ) from None
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"teacher.url is {client.url}, but {client.url}/models lists no models: give the "
-            "address of an OpenAI-compatible server, which ends in /v1"
-        ) from error
+    listed = list_models(client)
     name = choose_model(client.url, list(listed), *names)
     most = listed[name].get("max_model_len")
     if isinstance(most, int) and length >= most:
@@ -220,6 +209,6 @@ def choose_model(url: str, listed: list[str], served_model: str | None, model: s
     if len(listed) != 1:
         raise UserError(
             f"teacher.served_model is not set, but the server at {url} serves "
-            f"{', '.join(listed) or 'no model'}: name one of them"
+            f"{', '.join(listed)}: name one of them"
         )
     return listed[0]

@@ -17,6 +17,7 @@ from distill.tasks.messages import (
     Message,
     is_answered,
     parse_conversation,
+    reference_reply,
     reply_indices,
 )
 from distill.tasks.windows import Tokens, byte_sizes, completion_windows
@@ -106,6 +107,10 @@ class Conversations:
             options = template.served_options(through)
         most = _last_turn(conversation.messages, len(conversation.messages))
         return _fit(_Reading(template, True, options), conversation, most, max_length)[1].text
+
+    def reference(self, cell: str) -> str:
+        """The text of the message that follows the prompt; empty if it is not only a text."""
+        return reference_reply(Conversation.from_json(cell).messages, self.learn)
 
     def _parts(
         self, conversation: Conversation, template: ChatTemplate, max_length: int

@@ -110,6 +110,10 @@ class TextGeneration(Serving):
         texts = columns["input_ids"]
         return texts if complete else [ids[: (len(ids) + 1) // 2] for ids in texts]
 
+    def reference_replies(self, examples: dict[str, list[Any]], data: Data) -> list[str]:
+        """The completions of the prompts in raw rows; none of plain texts."""
+        return [cell or "" for cell in examples[data.text[1]]] if self.has_prompts(data) else []
+
     def proof_requests(
         self, cells: list[list[str]], batches: Sequence["Batch"], tokenizer: Any
     ) -> list[Any]:

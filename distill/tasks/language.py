@@ -124,6 +124,12 @@ class CausalLanguageModelling(TextGeneration, Task):
     def has_prompts(self, data: Data) -> bool:
         return self.reads_messages or super().has_prompts(data)
 
+    def reference_replies(self, examples: dict[str, list[Any]], data: Data) -> list[str]:
+        if self.conversations is None:
+            return super().reference_replies(examples, data)
+        cells = examples[self.request_columns(data)[0]]
+        return [self.conversations.reference(cell or "") for cell in cells]
+
     def request_texts(self, cells: Sequence[str | None], tokenizer: Any) -> list[str]:
         """Texts, or conversations up to the generation prompt of the message to predict."""
         if self.conversations is None:

@@ -86,6 +86,20 @@ def reply_indices(messages: Sequence[Message], learn: str) -> list[int]:
     return [index for index in turns if _is_reply(messages[index])]
 
 
+def reference_reply(messages: Sequence[Message], learn: str) -> str:
+    """The content of the last message that is predicted.
+
+    Empty if no message precedes it, or if it has reasoning or calls too, whose text is the
+    template's.
+    """
+    replies = reply_indices(messages, learn)
+    if not replies or replies[-1] == 0:
+        return ""
+    message = messages[replies[-1]]
+    others = message.get("tool_calls") or message.get("reasoning_content")
+    return "" if others else str(message["content"])
+
+
 def is_answered(conversation: Conversation, learn: str) -> bool:
     """Whether a conversation has a message to predict."""
     if learn == "all":

@@ -5,6 +5,7 @@
 | `loop.py` | a module and its loaders -> the weights with the best validation metric |
 | `batching.py` | the recipe's sections `data` and `trainer` -> how batches are made |
 | `on_policy.py` | batches whose completions the student writes |
+| `served_writer.py` | those completions by a server, stored before they are used |
 | `adapter.py` | puts an adapter beside the student, writes and merges it |
 | `hardware.py` | resolves `auto` for this device |
 | `techniques.py` | the recipe's callbacks -> objects, checked against each other |
@@ -21,9 +22,11 @@
 from distill.training.hardware import check_device, resolve_auto, resolve_precision
 from distill.training.loggers import Tracker, check_tracking
 from distill.training.loop import Training, count_steps, fit, make_loaders
+from distill.training.served_writer import check_server
 from distill.training.techniques import (
     bind_callbacks,
     build_callbacks,
+    check_completions,
     check_memory,
     check_optimizer,
 )
@@ -33,9 +36,11 @@ __all__ = [
     "Training",
     "bind_callbacks",
     "build_callbacks",
+    "check_completions",
     "check_device",
     "check_memory",
     "check_optimizer",
+    "check_server",
     "check_tracking",
     "count_steps",
     "fit",

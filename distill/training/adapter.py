@@ -42,5 +42,17 @@ def merge_adapter(student: PreTrainedModel, base: str | None, folder: Path) -> N
     """
     if ranks.is_rank_zero() and base is not None and student.get_output_embeddings() is not None:
         with store.write_entry(folder / adapters.FOLDER) as inside:
-            adapters.save_adapter(student, models.resolve_path(base, "student.model"), inside)
+            write_adapter(student, base, inside)
     adapters.merge(student)
+
+
+def write_adapter(student: PreTrainedModel, base: str | None, folder: Path) -> None:
+    """Write the adapter as peft stores it.
+
+    Args:
+        student: Has the adapter.
+        base: `student.model`; None: the student has layers of its teacher.
+        folder: Written.
+    """
+    path = None if base is None else models.resolve_path(base, "student.model")
+    adapters.save_adapter(student, path, folder)

@@ -6,9 +6,10 @@ is at that step. Their tokens have no labels: the loss is the divergence from th
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ from distill.tasks.batch import Batch
 log = logging.getLogger(__name__)
 
 Pairs = Iterable[tuple[MicroBatch, Batch]]
+Prompts = Sequence[Sequence[list[int]]]  # of each micro-batch
+Seeds = Sequence[Sequence[tuple[int, ...]]]
+# (step, prompts, sampling, seeds) -> completions of each micro-batch; a collective
+Writer = Callable[[int, Prompts, models.Sampling, Seeds], list[list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class OnPolicy:
     Completions depend on the student's weights, and on numbers drawn from (seed, step, example).
 
     Args:
-        module: its student writes.
+        module: its student is trained.
+        write: writes completions with the student's weights.
         settings: the recipe's section `loss`.
         stops: ids that end a completion.
         dataset: the encoded training examples.
@@ -42,6 +48,7 @@ class OnPolicy:
     """
 
     module: Distillation
+    write: Writer
     settings: config.Loss
     stops: tuple[int, ...]
     dataset: EncodedDataset
@@ -65,10 +72,8 @@ class OnPolicy:
 
     def _written(self, step: int, group: Sequence[tuple[MicroBatch, Batch]]) -> list[Batch]:
         """The micro-batches of a step with the student's completions, and new normalizers."""
-        batches = [
-            batch if is_dummy_batch(micro) else self._complete(step, micro)
-            for micro, batch in group
-        ]
+        completed = iter(self._complete(step, [m for m, _ in group if not is_dummy_batch(m)]))
+        batches = [batch if is_dummy_batch(micro) else next(completed) for micro, batch in group]
         real = [batch for batch in batches if not is_dummy_batch(batch)]
         count = [sum(batch.rows for batch in real), sum(batch.tokens for batch in real)]
         rows, tokens = np.sum(ranks.all_gather(count), 0).tolist()
@@ -77,27 +82,58 @@ class OnPolicy:
             for batch in batches
         ]
 
-    def _complete(self, step: int, micro: MicroBatch) -> Batch:
-        """A micro-batch with completions of the student instead of those in the data."""
-        module = self.module
-        longest, tokens = room(module.task.max_length, self.settings.completion_tokens)
-        examples = self.dataset.examples(micro.indices)
-        prompts = [prompt_of(example, longest) for example in examples]
+    def _complete(self, step: int, micros: Sequence[MicroBatch]) -> list[Batch]:
+        """Micro-batches with completions of the student instead of those in the data."""
+        task = self.module.task
+        longest, tokens = room(task.max_length, self.settings.completion_tokens)
+        examples = [self.dataset.examples(micro.indices) for micro in micros]
+        prompts = [[prompt_of(example, longest) for example in group] for group in examples]
         sampling = models.Sampling(
-            tokens, self.stops, self.settings.sampling_temperature, module.classes
+            tokens, self.stops, self.settings.sampling_temperature, self.module.classes
         )
-        seeds = [(self.seed, step, index) for index in micro.indices]
+        seeds = [[(self.seed, step, index) for index in micro.indices] for micro in micros]
+        written = self.write(step, prompts, sampling, seeds)
+        batches = []
+        for parts in zip(examples, prompts, written, strict=True):
+            completed = [with_completion(*part) for part in zip(*parts, strict=True)]
+            batch = self.dataset.collate(completed)
+            batches.append(batch._replace(labels=torch.full_like(batch.labels, losses.IGNORED)))
+        return batches
+
+
+def write_here(module: Distillation) -> Writer:
+    """The student's completions by `generate` in this process."""
+
+    def write(
+        step: int, prompts: Prompts, sampling: models.Sampling, seeds: Seeds
+    ) -> list[list[list[int]]]:
         with module.trainer.precision_plugin.forward_context():
-            written = models.write_completions(module.student, prompts, sampling, seeds)
-        parts = zip(examples, prompts, written, strict=True)
-        batch = self.dataset.collate([with_completion(*part) for part in parts])
-        return batch._replace(labels=torch.full_like(batch.labels, losses.IGNORED))
+            return [
+                models.write_completions(module.student, group, sampling, drawn)
+                for group, drawn in zip(prompts, seeds, strict=True)
+            ]
+
+    return write
 
 
 def install(
-    module: Distillation, settings: config.Loss, train: Loader, tokenizer: object, seed: int
+    module: Distillation,
+    settings: config.Loss,
+    train: Loader,
+    tokenizer: Any,
+    seed: int,
+    write: Writer | None = None,
 ) -> None:
-    """Let the student write the completions of a share of the batches of a loader."""
+    """Let the student write the completions of a share of the batches of a loader.
+
+    Args:
+        module: its student is trained.
+        settings: the recipe's section `loss`.
+        train: the loader.
+        tokenizer: the student's.
+        seed: seed of the run.
+        write: writes completions; None: `generate` in this process.
+    """
     if settings.on_policy:
         assert isinstance(train.dataset, EncodedDataset)
         log.info(
@@ -108,6 +144,7 @@ def install(
         )
         train.rewrite = OnPolicy(
             module,
+            write or write_here(module),
             settings,
             tuple(models.stop_tokens(module.student, tokenizer)),
             train.dataset,

@@ -46,6 +46,15 @@ def check_optimizer(optimizer: config.Optimizer, callbacks: list[Callback]) -> N
     check_low_bits(optimizer.bits, [technique.name for technique in compressions(callbacks)])
 
 
+def check_completions(url: str | None, callbacks: list[Callback]) -> None:
+    """UserError if a callback compresses weights that a server is to load."""
+    for technique in compressions(callbacks) if url is not None else ():
+        raise UserError(
+            f"loss.completions_url is {url}, but callbacks.{technique.name} changes the student's "
+            "layers while it trains, which a server cannot load: leave one of them out"
+        )
+
+
 def check_memory(
     lora: config.Lora | None, teacher: config.Teacher | None, callbacks: list[Callback]
 ) -> None:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.grids import sampled
 from tests.integration.commands import assert_one_sentence, call, run_folders, start
 
 FAST = [
@@ -77,17 +78,7 @@ def test_the_log_accounts_for_every_tensor_of_a_cut_student(finished):
     assert "copied: distilbert" not in err
 
 
-def test_a_second_run_uses_the_teacher_and_its_outputs_again(finished):
-    cwd, folder, _, _ = finished
-    code, _, err = call(
-        "train", "recipe=tiny", *FAST, "loss.alpha=0.4", "export.format=null", cwd=cwd
-    )
-    assert code == 0, err
-    assert "teacher of an earlier run with the same ingredients is used again" in err
-    assert "outputs of an earlier run with the same ingredients are used again" in err
-    shutil.rmtree(next(other for other in run_folders(cwd) if other != folder))
-
-
+@pytest.mark.slow
 def test_a_finished_run_is_measured_again(finished):
     cwd, folder, _, _ = finished
     (folder / "metrics.json").rename(folder / "first.json")
@@ -101,6 +92,7 @@ def test_a_finished_run_is_measured_again(finished):
     assert "ratio" in out
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_exported_again_from_any_folder(finished, tmp_path):
     _, folder, _, _ = finished
     shutil.rmtree(folder / "export")
@@ -111,7 +103,7 @@ def test_a_finished_run_is_exported_again_from_any_folder(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_recipe_of_the_user_s_own_and_a_sweep(tmp_path, finished):
+def test_a_sweep_of_the_user_s_own_recipe_uses_teacher_and_outputs_again(tmp_path, finished):
     source = finished[1] / "recipe.yaml"
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text(
@@ -125,6 +117,8 @@ def test_a_recipe_of_the_user_s_own_and_a_sweep(tmp_path, finished):
     assert [
         line for file in recipes for line in file.read_text().splitlines() if "alpha" in line
     ] == ["  alpha: 0.2", "  alpha: 0.8"]
+    assert err.count("teacher of an earlier run with the same ingredients is used again") == 2
+    assert err.count("outputs of an earlier run with the same ingredients are used again") == 2
 
 
 # ---- Ctrl-C
@@ -147,8 +141,11 @@ def interrupted(cwd, store, stage):
     return process.returncode, out, "".join(lines) + rest
 
 
+STAGES = sampled(["teacher", "data", "student", "cache", "export", "evaluate"], every=2)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["data", "teacher", "cache", "student", "evaluate", "export"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_is_one_sentence_and_loses_nothing_that_was_finished(stage, tmp_path):
     code, _, err = interrupted(tmp_path, tmp_path / "store", stage)
     assert code == 130, err
@@ -157,8 +154,9 @@ def test_ctrl_c_is_one_sentence_and_loses_nothing_that_was_finished(stage, tmp_p
     assert not [
         path for path in tmp_path.rglob("*") if path.name.startswith((".writing", ".export"))
     ]
+    rest = [] if stage == "export" else ["export.format=null"]
     code, _, again = call(
-        "train", "recipe=tiny", *FAST, cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store")
+        "train", "recipe=tiny", *FAST, *rest, cwd=tmp_path, DISTILL_CACHE=str(tmp_path / "store")
     )
     assert code == 0, again
     if stage in ("cache", "student", "evaluate", "export"):

@@ -58,11 +58,11 @@ QUANTIZED = {"quantize": technique("Quantize", bits=8, activations="dynamic", st
 SPARSE = {"prune": technique("PruneWeights", sparsity=0.5, start=0.2, end=0.6, every=1)}
 
 
-@pytest.mark.parametrize("first", [QUANTIZED, SPARSE], ids=["quantized", "sparse"])
+AGAIN = {"quantize": technique("Quantize", bits=4, group=8, start=0.5)}
+
+
 @pytest.mark.parametrize(
-    "then",
-    [{}, {"quantize": technique("Quantize", bits=4, group=8, start=0.5)}],
-    ids=["plain", "quantized again"],
+    ("first", "then"), [(QUANTIZED, {}), (SPARSE, AGAIN)], ids=["quantized", "sparse"]
 )
 def test_a_compressed_student_trains_on_and_its_record_stays_true(made, first, then, tmp_path):
     """After further training the config names no quantized weights or masks, and packing agrees."""

@@ -3,6 +3,7 @@
 import pytest
 
 from distill.recipe import config, help
+from tests.grids import sampled
 from tests.integration.commands import assert_one_sentence, call
 
 BEFORE_TORCH = [
@@ -30,7 +31,9 @@ BEFORE_TORCH = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), BEFORE_TORCH, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(
+    ("arguments", "words"), sampled(BEFORE_TORCH, rest="slow"), ids=lambda value: " ".join(value)
+)
 def test_a_wrong_recipe_is_answered_before_torch_is_loaded(arguments, words, tmp_path):
     # the current folder comes first on the path
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
@@ -44,7 +47,7 @@ def test_a_wrong_recipe_is_answered_before_torch_is_loaded(arguments, words, tmp
     ("argument", "words"),
     [
         ("teacher.config.hiden_size=3", ["hiden_size", "hidden_size"]),
-        ("student.layers=[0,9]", ["student.layers", "9"]),
+        pytest.param("student.layers=[0,9]", ["student.layers", "9"], marks=pytest.mark.slow),
     ],
 )
 def test_what_only_data_and_models_can_tell_is_answered_as_shortly(argument, words, tmp_path):
@@ -77,6 +80,7 @@ def test_lines_of_libraries_are_in_the_log_of_the_run_and_not_on_the_terminal(tm
     (tmp_path / "noisy.py").write_text(NOISY)
     code, out, err = call(
         *("train", "recipe=tiny", "+callbacks.noisy._target_=noisy.Noisy", "hydra.run.dir=run"),
+        "teacher.finetune.epochs=0.1",
         cwd=tmp_path,
     )
     assert code == 2, err

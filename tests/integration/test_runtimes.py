@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import DatasetDict
 
-from distill import isolated
+from distill import evaluate, isolated
 from distill.errors import RunFailed, UserError
 from distill.evaluate import RUNTIMES, runtime_names, runtimes, runtimes_table
 from distill.evaluate.records import Cost, Interval, Machine, RuntimeMetrics, RuntimesReport
@@ -207,9 +207,10 @@ def test_the_command_measures_and_writes_the_report(tmp_path):
     assert not (folder / "metrics.json").exists()
 
 
-def test_the_command_refuses_an_unknown_runtime(tmp_path):
-    code, _, err = call(
-        "evaluate", f"run={run_folder(tmp_path)}", "runtimes=[tensorrt]", cwd=tmp_path
-    )
-    assert code == 2, err
-    assert_one_sentence(err, "runtimes has tensorrt", "choose from")
+def test_the_command_refuses_an_unknown_runtime(tmp_path, monkeypatch, capsys):
+    arguments = [f"run={run_folder(tmp_path)}", "runtimes=[tensorrt]"]
+    monkeypatch.setattr("sys.argv", ["distill.evaluate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 2
+    assert_one_sentence(capsys.readouterr().err, "runtimes has tensorrt", "choose from")

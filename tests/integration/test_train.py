@@ -1,6 +1,7 @@
 """Complete runs in this process: every kind of task, loss and student, up to the export."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from distill import isolated, models
 from distill.errors import UserError
 from distill.recipe import compose, config
 from distill.train import train
+from tests.grids import sampled
 from tests.unit.tiny_runs import run_here
 from tests.worlds import LANGUAGE, TINY, tiny, world
 
@@ -83,9 +85,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
-def test_every_kind_of_run_ends_with_a_proven_student(changes, tmp_path):
-    run = tiny(**changes)
+OFTEN = ["no teacher", "hidden states", "language model"]
+
+
+@pytest.mark.parametrize("kind", sampled(KINDS, every=3, always=OFTEN, rest="slow"))
+def test_every_kind_of_run_ends_with_a_proven_student(kind, tmp_path):
+    run = tiny(**KINDS[kind])
     metrics = train(run, tmp_path)
     assert metrics["examples"] > 0
     assert ("teacher" in metrics) == (run.teacher is not None)
@@ -111,8 +116,10 @@ def assert_plain(folder: Path, run: config.Run) -> None:
     AutoTokenizer.from_pretrained(folder / "export")
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+FILES = itertools.product(["csv", "jsonl", "parquet"], TASKS)
+
+
+@pytest.mark.parametrize(("suffix", "task"), sampled(FILES, rest="slow"))  # each once
 def test_a_user_s_own_files_take_the_place_of_a_hub_name(task, suffix, tmp_path):
     examples = Dataset.from_list(rows(task))
     if suffix == "csv":

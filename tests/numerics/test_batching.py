@@ -15,7 +15,8 @@ from transformers import (
     GPT2Config,
 )
 
-from distill import corpora, losses
+from distill import losses
+from distill.corpora import generated_texts
 from distill.data import Batching, BatchPlan, encode, load, make_loader
 from distill.errors import UserError
 from distill.models import logits
@@ -408,7 +409,7 @@ def test_every_generated_text_is_in_a_batch():
     raw, task = load(data, task, seed=0)
     tokenizer = train_tokenizer(raw["train"]["text"][:], 400)
     splits = encode(raw, task, tokenizer, data)
-    for name, size in corpora.GENERATED.items():
+    for name, size in generated_texts.GENERATED.items():
         seen = [
             tuple(row[row != tokenizer.pad_token_id].tolist())
             for batch in make_loader(splits[name], task, tokenizer.pad_token_id, Batching(32))

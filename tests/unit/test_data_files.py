@@ -8,6 +8,7 @@ import logging
 import lzma
 import random
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -275,3 +276,21 @@ def test_texts_beside_a_folder_as_on_the_hub_are_not_opened(tmp_path):
     write(tmp_path / "data" / "train-00000-of-00001.parquet", 0, 3)
     (tmp_path / "LICENSE.txt").write_text("words")
     assert len(pipeline.open_source(str(tmp_path))["train"]) == 3
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "folder"])
+def test_texts_that_are_no_utf_8_are_refused_by_column(suffix, tmp_path):
+    table = Dataset.from_list([{"text": f"text {row} word", "label": row % 2} for row in range(30)])
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        table.to_json(path)
+    elif suffix == "parquet":
+        pq.write_table(table.data.table, path, compression="none", use_dictionary=False)
+    else:
+        table.save_to_disk(path)
+    file = path if path.is_file() else next(path.glob("*.arrow"))
+    content = file.read_bytes()
+    assert b"17 word" in content
+    file.write_bytes(content.replace(b"17 word", b"17 w\xffrd"))
+    with pytest.raises(UserError, match="column 'text' of .*UTF-8"):
+        pipeline.load(Data(source=str(path)), SingleLabelClassification(), 0)

@@ -181,7 +181,7 @@ def parameters(ready):
     return models.load(str(ready[4] / "student"), None, ready[1], "student", ready[3]).parameters()
 
 
-@pytest.mark.parametrize("format", ["dense", "torchao", "packed"])
+@pytest.mark.parametrize("format", ["packed", pytest.param("torchao", marks=pytest.mark.slow)])
 def test_each_format_stands_alone(ready, format):
     """With the proof in its own process, which cannot import this library."""
     quantized(ready[4], ready[1], ready[3], DYNAMIC)

@@ -8,6 +8,7 @@ import torch
 
 from distill import models, training
 from distill.errors import UserError
+from distill.models import frozen_weights
 from distill.module import low_bit_optimizer
 from distill.recipe import compose, config
 from distill.train import train
@@ -117,7 +118,7 @@ def test_refusals(monkeypatch):
         config.Optimizer(bits=16)
     with pytest.raises(UserError, match=r"optimizer.bits is 8.* callbacks.prune"):
         low_bit_optimizer.check_low_bits(8, ["callbacks.prune"])
-    monkeypatch.setattr(low_bit_optimizer, "find_spec", lambda _: None)
+    monkeypatch.setattr(frozen_weights, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"optimizer.bits is 8, but torchao"):
         low_bit_optimizer.check_low_bits(8, [])
     low_bit_optimizer.check_low_bits(32, ["callbacks.prune"])

@@ -25,6 +25,7 @@ class TestTrainedTokenizer:
         tokenizer = models.train_tokenizer(TEXTS, 300, LANGUAGE_TOKENS)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
+    @pytest.mark.slow
     def test_the_same_texts_give_the_same_file_in_every_process(self, tmp_path: Path) -> None:
         lines = "import sys; from distill.models import train_tokenizer\n"
         lines += f"train_tokenizer(iter({TEXTS!r}), 300).save_pretrained(sys.argv[1])"

@@ -1,6 +1,7 @@
 """A student and its teacher read and end texts alike, or one sentence names what differs."""
 
 import logging
+import re
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -57,6 +58,10 @@ def test_texts_that_begin_with_the_start_token_are_refused():
     with pytest.raises(UserError, match="begins with <s> .'<s>A text'"):
         models.check_start(start, ["A text", "<s>A text"])
     models.check_start(tokenizer(), ["<s>A text"])
+    end = tokenizer().eos_token  # stands before each text, as there is no start token
+    models.check_start(tokenizer(), [f"a {end} within"])
+    with pytest.raises(UserError, match=f"begins with {re.escape(end)}"):
+        models.check_start(tokenizer(), [f"{end}A text"])
 
 
 def test_another_chat_template_is_named(caplog):

@@ -1,18 +1,26 @@
 """Places that cannot be written, and results that were removed: noticed, and nothing lost."""
 
 import errno
+import json
 import os
+import sys
 import tempfile
+from unittest import mock
 
 import pytest
 
-from distill import places, store
+from distill import places, prepare, store
 from distill.errors import UserError
-from distill.evaluate import console
+from distill.evaluate import console, evaluate_command
 from distill.export import Options, command
 from distill.recipe import compose
 from distill.stages import Stages
+from tests.unit import tiny_runs
 from tests.worlds import tiny
+
+
+class Reached(Exception):
+    """Raised where a command would begin its work."""
 
 
 @pytest.fixture
@@ -99,6 +107,38 @@ def test_a_student_without_its_weights_is_lost(tmp_path):
     assert stage.lost(tmp_path, False) == ["student"]
     (tmp_path / "student" / "manifest.json").write_text("damaged")
     assert stage.lost(tmp_path, False) == []
+
+
+@pytest.mark.parametrize("damage", ["removed", "shortened"])
+def test_an_export_without_its_weights_is_lost(damage, tmp_path):
+    stage, folder = Stages(tmp_path), tmp_path / "export"
+    weights = folder / "packed.safetensors"
+    with stage("export"):
+        folder.mkdir()
+        weights.write_bytes(bytes(5000))
+        (folder / "proof.json").write_text(json.dumps({"bytes": 5000}))
+        (folder / "README.md").write_text("A card.")
+    assert stage.lost(tmp_path, True) == []
+    weights.unlink() if damage == "removed" else weights.write_bytes(bytes(4000))
+    assert stage.lost(tmp_path, True) == ["export"]
+    assert stage.lost(tmp_path, False) == []
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_measurement_waits_for_a_run_in_progress_if_it_is_written_there(
+    split, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store, "_LOCK_TIMEOUT", 0)
+    monkeypatch.setattr(evaluate_command, "_warn_of_other_holdout", mock.Mock(side_effect=Reached))
+    run, *_ = tiny_runs.made(tmp_path, tiny_runs.classifier("no", "yes"))
+    monkeypatch.setattr(prepare, "prepare", mock.Mock())
+    compose.save_recipe(run, tmp_path / "recipe.yaml")
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"run={tmp_path}", f"split={split}"])
+    expected = UserError if split == "test" else Reached
+    with store.exclusive_access(tmp_path), pytest.raises(expected):
+        evaluate_command.main.__wrapped__()
+    with pytest.raises(Reached):
+        evaluate_command.main.__wrapped__()
 
 
 def test_an_export_waits_for_a_run_in_progress(tmp_path, monkeypatch):

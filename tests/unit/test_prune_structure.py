@@ -2,6 +2,7 @@
 kept.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from distill.models import blocks
 from distill.module import Distillation
 from distill.recipe import config
 from distill.training import loop
+from tests.grids import sampled
 from tests.worlds import LANGUAGE, trainer, world
 
 STEPS = 12
@@ -150,8 +152,14 @@ RAMP = {"start": 2, "end": 8, "every": 2}
 # ---- on schedule
 
 
-@pytest.mark.parametrize("equal", [True, False])
-@pytest.mark.parametrize("score", ["activation", "magnitude", "gradient"])
+NEURONS = itertools.product(WORLDS, ["activation", "magnitude", "gradient"], [True, False])
+
+
+@pytest.mark.parametrize(
+    ("any_world", "score", "equal"),
+    sampled(NEURONS, every=5, always=[("llama", "gradient", False)], rest="slow"),
+    indirect=["any_world"],
+)
 def test_neurons_are_masked_then_removed(any_world, score, equal):
     module = module_of(any_world)
     width = counts(module)[0]

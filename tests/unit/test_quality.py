@@ -89,7 +89,7 @@ def test_the_interval_of_a_mean_is_1_96_standard_errors_wide():
 def test_95_percent_of_the_intervals_contain_the_true_mean():
     intervals = [
         quality.bootstrap(Mean(), column(40, seed=seed), 200, seed).intervals()["mean"]
-        for seed in range(200)
+        for seed in range(100)
     ]
     assert 0.90 <= np.mean([low <= 0 <= high for _, low, high in intervals]) <= 0.99
 
@@ -159,7 +159,7 @@ def test_p_values_of_equally_good_models_are_uniform():
         quality.randomization_test(
             Mean(), column(30, seed=seed), column(30, seed=1000 + seed), 99, seed
         )
-        for seed in range(200)
+        for seed in range(100)
     ]
     assert np.mean(np.array(p_values) <= 0.05) <= 0.1
     assert np.mean(p_values) == pytest.approx(0.5, abs=0.1)

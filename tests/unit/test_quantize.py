@@ -1,6 +1,7 @@
 """Quantize in training: the final weights are those that were trained, for all families."""
 
 import copy
+import itertools
 
 import lightning as L
 import pytest
@@ -23,6 +24,7 @@ from distill.remote_code import modeling
 from distill.remote_code.modeling import CompressionConfig
 from distill.remote_code.modeling import dequantize as values
 from distill.training import loop
+from tests.grids import sampled
 from tests.worlds import LANGUAGE, STILL, few, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -105,7 +107,10 @@ def weight_of(student, name):
 # ---- what is trained is what is left
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+ROWS = sampled(itertools.product(WORLDS, SETTINGS), every=2, rest="slow")
+
+
+@pytest.mark.parametrize(("made", "name"), ROWS, indirect=["made"])
 def test_training_and_folding_and_reloading_answer_with_the_same_bits(made, name):
     technique = Quantize(start=2, **SETTINGS[name])
     module = trained(made, technique)
@@ -267,6 +272,7 @@ def test_ranges_are_what_the_inputs_of_training_span(bert):
 RESUMED = [(family, 2, name) for family in ("bert", "gpt2") for name in SETTINGS] + [
     ("distilbert", 6, "8 bits, static")
 ]
+RESUMED = sampled(RESUMED, every=2, rest="slow")
 
 
 @pytest.mark.parametrize(("made", "start", "name"), RESUMED, indirect=["made"])
@@ -302,7 +308,10 @@ def test_a_described_student_is_rebuilt_for_its_weights(made):
 # ---- with others
 
 
-@pytest.mark.parametrize("name", ["8 bits", "3 bits", "codebook", "nf4"])
+PRUNED = itertools.product(WORLDS, ["8 bits", "3 bits", "codebook", "nf4"])
+
+
+@pytest.mark.parametrize(("made", "name"), sampled(PRUNED, every=3, rest="slow"), indirect=["made"])
 def test_pruned_weights_stay_zero(made, name):
     prune = PruneWeights(sparsity=0.5, start=0.2, end=0.6, every=1)
     quantize = Quantize(start=2, **SETTINGS[name])

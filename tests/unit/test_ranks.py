@@ -314,11 +314,10 @@ def finished(folder, body):
 LOSES_CONNECTION = "raise RuntimeError('Connection closed by peer')"
 
 
-@pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize(
-    "other",
-    ["wait()", f"time.sleep(0.2); {LOSES_CONNECTION}"],
-    ids=["waits", "loses its connection"],
+    ("failing", "other"),
+    [(0, "wait()"), (1, f"time.sleep(0.2); {LOSES_CONNECTION}")],
+    ids=["the other waits", "the other loses its connection"],
 )
 def test_one_rank_failing_ends_all_with_its_sentence(failing, other, tmp_path):
     sentence = "data.label is x, but there is no such column: choose another"
@@ -386,7 +385,7 @@ def test_the_earlier_of_two_defects_is_reported(tmp_path):
     assert err.startswith("distill: rank 1 failed with ValueError: seven: ")
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_leaves_no_process(killed, tmp_path):
     code, _, err = finished(
         tmp_path, f"child()\nif rank == {killed}: os.kill(os.getpid(), signal.SIGKILL)\nwait()"
@@ -420,7 +419,12 @@ fail(f"received {len(received)} signals", 130 if received == [signal.SIGINT] els
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+    ("number", "expected"),
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_request_to_stop_reaches_every_rank_once_and_waits_until_they_have_saved(
     number, expected, tmp_path
@@ -465,7 +469,9 @@ END
 @pytest.mark.parametrize(
     ("end", "code", "sentence"),
     [
-        ("sys.exit(3 * rank)", 3, "rank 1 failed with exit code 3"),
+        pytest.param(
+            *("sys.exit(3 * rank)", 3, "rank 1 failed with exit code 3"), marks=pytest.mark.slow
+        ),
         ("1 / (1 - rank)", 1, "ZeroDivisionError"),
     ],
 )

@@ -291,12 +291,18 @@ def test_a_failure_of_lm_eval_loses_nothing_that_was_measured(tmp_path, monkeypa
 def with_replies():
     metrics = test_evaluate.metrics()
     record = Generation(
-        stopped=Interval(0.5, 0.4, 0.6), tokens=12.0, distinct_1=0.3, distinct_2=math.nan
+        stopped=Interval(0.5, 0.4, 0.6),
+        tokens=12.0,
+        distinct_1=0.3,
+        distinct_2=math.nan,
+        scores={"word_f1": Interval(0.25, 0.125, 0.375)},
     )
     for model in metrics.models.values():
         object.__setattr__(model, "generation", record)
         object.__setattr__(model, "harness", {"arc acc": Interval(0.25, math.nan, math.nan)})
-    examples = [{"prompt": "a | b", "teacher": "one\ntwo", "student": "*three*"}]
+    examples = [
+        {"prompt": "a | b", "reference": "four", "teacher": "one\ntwo", "student": "*three*"}
+    ]
     object.__setattr__(metrics, "replies", Replies(7, 6, 4, examples))
     return metrics
 
@@ -308,8 +314,11 @@ def test_replies_are_in_the_file_the_report_and_the_terminal(capsys):
     written = json.loads(json.dumps(metrics.to_json(), allow_nan=False))
     assert evaluate.Metrics.from_json(written).to_json() == metrics.to_json()
     report = table.markdown(metrics)
-    assert r"| a \| b | one<br>two | \*three\* |" in report
+    assert r"| a \| b | four | one<br>two | \*three\* |" in report
     assert "| arc acc | 0.250 | 0.250 | 1.00x |" in report
     evaluate.show(metrics)
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("a | b", "one", "*three*", "0.500 [0.400, 0.600]"))
+    assert all(
+        text in shown
+        for text in ("a | b", "one", "*three*", "0.500 [0.400, 0.600]", "0.250 [0.125, 0.375]")
+    )

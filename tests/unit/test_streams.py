@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -370,3 +371,30 @@ def test_choices_among_all_examples_are_refused():
     for key, value in (("labelled", 3), ("unlabelled", "more")):
         with pytest.raises(UserError, match=f"data.{key} is {value}"):
             settings("x", **{key: value})
+
+
+def no_text(content):
+    place = content.index(b"row 12 of") + len(b"row 12")
+    return content[:place] + b"\xff" + content[place + 1 :]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("shard", [0, 3])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[: len(content) // 2], no_text, lambda _: b"PAR1 nothing"],
+    ids=["shortened", "no text", "another file"],
+)
+def test_a_damaged_shard_is_one_sentence_when_it_is_read(damage, shard, suffix, tmp_path):
+    folder = folder_of(tmp_path / "shards", suffix, (23, 21, 20, 17))
+    file = sorted(folder.iterdir())[shard]
+    if suffix == "parquet":  # as plain bytes
+        pq.write_table(pq.read_table(file), file, compression="none", use_dictionary=False)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match="shards"):
+        stream, _ = open_stream(settings(folder), 0)
+        rows = 0
+        for place, table in stream.blocks(0, 1, Place()):
+            rows += len(table)
+            if place.epoch:
+                break

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from distill import corpora, models, student, teacher
 from distill.callbacks import Quantize
+from distill.corpora import generated_texts
 from distill.errors import RunFailed, UserError
 from distill.recipe import config
 from distill.training import build_callbacks
@@ -138,7 +139,7 @@ def numbered():
     """The generated corpus with numbers for labels."""
     labels = {
         name: [float(place % 7) for place in range(size)]
-        for name, size in corpora.GENERATED.items()
+        for name, size in generated_texts.GENERATED.items()
     }
     made = corpora.generated()
     return type(made)(

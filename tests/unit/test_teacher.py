@@ -62,6 +62,9 @@ def test_a_second_run_uses_the_same_teacher_without_training(
     assert (tmp_path / "again" / "teacher" / "model.safetensors").is_file()
 
 
+BASE = {"teacher": FINETUNE, "data": {"labelled": 64}}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -76,10 +79,15 @@ def test_a_second_run_uses_the_same_teacher_without_training(
     ],
     ids=str,
 )
-def test_another_ingredient_is_another_teacher(change):
-    base = {"teacher": FINETUNE, "data": {"labelled": 64}}
-    assert entry_of(**base) == entry_of(**base)
-    assert entry_of(**base) != entry_of(**OmegaConf.to_container(OmegaConf.merge(base, change)))
+def test_another_ingredient_is_another_teacher(change, labelled_entry):
+    assert labelled_entry != entry_of(**OmegaConf.to_container(OmegaConf.merge(BASE, change)))
+
+
+@pytest.fixture(scope="module")
+def labelled_entry(_module_store):
+    first, again = entry_of(**BASE), entry_of(**BASE)
+    assert first == again
+    return first
 
 
 def entry_of(**recipe):

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import wandb
 
 from distill.errors import UserError
 from distill.processes import environment
@@ -115,6 +116,7 @@ def test_what_an_earlier_launcher_left_is_named(name, variables):
     ],
 )
 def test_a_variable_that_wandb_refuses_is_named(name, value, monkeypatch):
+    wandb.teardown()  # what another test has set up would be used again
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name} is {value}, but wandb") as caught:

@@ -1,8 +1,7 @@
-"""Data sets that need no network, as functions that `data.source` names."""
+"""Corpora that come as packages of Python."""
 
 import itertools
 import json
-import random
 import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
@@ -23,19 +22,6 @@ PRIVATE = re.compile(r"\S@\S|https?:|www\.", re.IGNORECASE)
 BEGINNING = 100  # leading characters; articles that agree in them are versions of one article
 REFERENCE_TEST, REFERENCE_VALIDATION = 12, 8  # documents
 REPEATED = 60  # characters; repeated paragraphs of at least this length are left out
-GENERATED = {"train": 480, "validation": 120, "test": 120}  # texts
-
-TOPICS = {
-    "cooking": "oven butter flour simmer garlic recipe spoon pepper bake dough onion broth",
-    "gardening": "soil seed prune compost bloom shovel weed hedge sprout mulch orchard tulip",
-    "music": "chord melody violin rhythm concert drum chorus tempo piano singer verse tune",
-    "sailing": "anchor harbour mast tide rudder deck keel breeze sail buoy knot crew",
-}
-FILLER = (
-    "the a of and in to we they it was then with for some every after before new old small great "
-    "often again today"
-)
-OWN_TOPIC, ANY_TOPIC = 0.22, 0.09  # probability that a word is of the text's topic, or of any
 
 
 def bbc_news() -> DatasetDict:
@@ -194,29 +180,3 @@ def _is_small_talk(turns: list[tuple[str, str]]) -> bool:
 def _as_messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     roles = itertools.cycle(("user", "assistant"))
     return [{"role": next(roles), "content": text} for _, text in turns]
-
-
-def generated() -> DatasetDict:
-    """Short generated texts on four topics; about 24 % of the words are of the text's topic."""
-    generator = random.Random(SPLIT_SEED)
-    splits = {}
-    for name, size in GENERATED.items():
-        labels = [row % len(TOPICS) for row in range(size)]
-        texts = [_text(list(TOPICS)[label], generator) for label in labels]
-        splits[name] = Dataset.from_dict(
-            {"text": texts, "label": labels}, features=_features(list(TOPICS))
-        )
-    return DatasetDict(splits)
-
-
-def _text(topic: str, generator: random.Random) -> str:
-    return " ".join(_word(topic, generator) for _ in range(generator.randint(8, 20)))
-
-
-def _word(topic: str, generator: random.Random) -> str:
-    chance = generator.random()
-    if chance < OWN_TOPIC:
-        return generator.choice(TOPICS[topic].split())
-    if chance < OWN_TOPIC + ANY_TOPIC:
-        return generator.choice(TOPICS[generator.choice(list(TOPICS))].split())
-    return generator.choice(FILLER.split())
