@@ -35,6 +35,8 @@ class CompletionServer(LogProbServer):
     # ---- weights
 
     def load_lora_adapter(self, body):
+        if body["lora_name"] in self.adapters:
+            return 400, {"error": {"message": f"{body['lora_name']} has already been loaded"}}
         folder = Path(body["lora_path"])
         settings = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -47,11 +49,26 @@ class CompletionServer(LogProbServer):
                 merged.get_submodule(layer).weight.data += scale * (up @ down)
         self.adapters[body["lora_name"]] = merged
         self.note(folder, merged)
-        return 200, {"success": True}
+        return 200, self.done("added")
 
     def unload_lora_adapter(self, body):
-        del self.adapters[body["lora_name"]]
-        return 200, {"success": True}
+        if self.adapters.pop(body["lora_name"], None) is None:
+            return 404, {"error": {"message": f"{body['lora_name']} cannot be found"}}
+        return 200, self.done("removed")
+
+    def done(self, what):
+        """vLLM answers in plain text, SGLang in JSON."""
+        return f"Success: {what}".encode() if self.kind == "vllm" else {"success": True}
+
+    def models(self):
+        about = {"owned_by": self.kind, "parent": self.names[0]}
+        listed = [{"id": name, **about} for name in self.adapters]
+        return {"data": super().models()["data"] + listed}
+
+    def named(self, name):
+        """The model of a name; None: there is no such one."""
+        known = {None: self.model} | dict.fromkeys(self.names, self.model) | self.adapters
+        return known.get(name)
 
     def update_weights_from_disk(self, body):
         folder = Path(body["model_path"])
@@ -86,7 +103,9 @@ class CompletionServer(LogProbServer):
     def completions(self, body):
         if "prompt_logprobs" in body:
             return super().completions(body)
-        model = self.adapters.get(body["model"], self.model)
+        model = self.named(body["model"])
+        if model is None:
+            return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
         stops = body["stop_token_ids"] + ([] if body.get("ignore_eos") else [self.end])
         ids = self.write(model, body["prompt"], body["max_tokens"], body["temperature"], stops)
         return 200, {"choices": [{"text": "", "token_ids": ids, "finish_reason": "length"}]}
@@ -94,7 +113,9 @@ class CompletionServer(LogProbServer):
     def generate(self, body):
         if "sampling_params" not in body or body.get("return_logprob"):
             return super().generate(body)
-        model = self.adapters.get(body.get("lora_path"), self.model)
+        model = self.named(body.get("lora_path"))
+        if model is None:
+            return 400, {"error": {"message": f"{body['lora_path']} is not loaded"}}
         settings = body["sampling_params"]
         stops = [*settings["stop_token_ids"], self.end]
         ids = self.write(

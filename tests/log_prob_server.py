@@ -16,6 +16,7 @@ class LogProbServer:
         limit: the most log-probabilities per position.
         fewer: log-probabilities that are left out of each position.
         busy, cut, garbled: requests that get 429, a closed connection, or text that is no JSON.
+        lost: paths whose next request takes effect, and whose reply is lost.
         delay: seconds before a reply.
         stale: whether a prompt that was seen before gets the values of the one after it.
         down: whether every connection is closed.
@@ -29,6 +30,7 @@ class LogProbServer:
         self.limit, self.fewer, self.delay = 64, 0, 0.0
         self.busy = self.cut = self.garbled = 0
         self.stale = self.down = False
+        self.lost = []
         self.last, self.texts = None, {}
         self.prompts, self.lock = [], threading.Lock()
 
@@ -141,7 +143,11 @@ def _handler(server):
                     return self.reply(200, b'{"choices": [')
             path = self.path.removeprefix("/v1").removeprefix("/")
             function = getattr(server, path, None)
-            return self.reply(*(function(body) if function else (404, {"detail": "Not Found"})))
+            reply = function(body) if function else (404, {"detail": "Not Found"})
+            if path in server.lost:
+                server.lost.remove(path)
+                return self.connection.close()
+            return self.reply(*reply)
 
     return Handler
 

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
@@ -80,12 +81,23 @@ class Client:
         """Send JSON to a path beside the OpenAI API, which is at ``/v1``."""
         return self._repeat(f"{self.url.rstrip('/').removesuffix('/v1')}{path}", body)
 
-    def _repeat(self, address: str, body: dict[str, Any] | None) -> Any:
+    def command(self, path: str, body: dict[str, Any]) -> None:
+        """Send JSON to a path below the address, whose reply is a text or empty.
+
+        Raises:
+            Refusal: The request is invalid for this server, or has taken effect before.
+            UserError: The server cannot be reached, or stays busy.
+        """
+        self._repeat(f"{self.url.rstrip('/')}{path}", body, bytes)
+
+    def _repeat(
+        self, address: str, body: dict[str, Any] | None, read: Callable[[bytes], Any] = json.loads
+    ) -> Any:
         failure = ""
         for attempt in range(self.attempts):
             after = 0.0  # seconds that the server wants to wait
             try:
-                return _request(address, body, self.timeout)
+                return read(_request(address, body, self.timeout))
             except HTTPError as error:
                 with error:
                     if error.code not in _BUSY:
@@ -136,13 +148,13 @@ def _retry_after(error: HTTPError) -> float:
     return min(float(after), _LONGEST_DELAY) if after.isdecimal() else 0.0
 
 
-def _request(address: str, body: dict[str, Any] | None, timeout: float) -> Any:
+def _request(address: str, body: dict[str, Any] | None, timeout: float) -> bytes:
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY):
         headers["Authorization"] = f"Bearer {key}"
     content = None if body is None else json.dumps(body).encode()
     with _OPENER.open(Request(address, content, headers), timeout=timeout) as response:
-        return json.loads(response.read())
+        return bytes(response.read())
 
 
 def _message(error: HTTPError) -> str:

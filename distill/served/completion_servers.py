@@ -54,6 +54,8 @@ class CompletionServer(ABC):
         try:
             self._load(str(folder.resolve()), name, adapter)
         except Refusal as refusal:
+            if adapter and name in list_models(self.client):
+                return  # an earlier attempt has loaded it, and its reply was lost
             raise UserError(
                 f"{SETTING} is {self.client.url}, but {self.label} there does not load "
                 f"{folder} ({refusal}): {self._way_out(adapter)}"
@@ -62,7 +64,7 @@ class CompletionServer(ABC):
     def unload(self, name: str) -> None:
         """Remove an adapter, if it is there."""
         with suppress(Refusal):
-            self.client.post("/unload_lora_adapter", {"lora_name": name})
+            self.client.command("/unload_lora_adapter", {"lora_name": name})
 
     def complete(
         self, prompt: Sequence[int], sampling: Sampling, seed: int, name: str | None
@@ -144,7 +146,7 @@ class VLLM(CompletionServer):
             )
 
     def _load(self, folder: str, name: str, adapter: bool) -> None:
-        self.client.post("/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+        self.client.command("/load_lora_adapter", {"lora_name": name, "lora_path": folder})
 
     def _way_out(self, adapter: bool) -> str:
         return (

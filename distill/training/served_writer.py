@@ -63,6 +63,7 @@ class ServedWriter:
         checkpoints: Folder of the checkpoints; completions before the oldest are removed.
         settings: The recipe's section `loss`.
         steps: Optimizer steps of the training; with another number the student differs.
+        process: In the names of the adapters, which are those of rank zero on all ranks.
     """
 
     server: CompletionServer
@@ -72,8 +73,8 @@ class ServedWriter:
     checkpoints: Path
     settings: config.Loss
     steps: int
+    process: str
     version: int = field(default=-1, init=False)  # of the weights that the server holds
-    process: str = field(default_factory=lambda: secrets.token_hex(4), init=False)
 
     def __call__(
         self,
@@ -202,7 +203,7 @@ def write_by_server(
     folder: Path,
     steps: int,
 ) -> ServedWriter:
-    """The student's completions by the server of `loss.completions_url`.
+    """The student's completions by the server of `loss.completions_url`; a collective.
 
     Args:
         settings: the recipe's section `loss`.
@@ -220,6 +221,7 @@ def write_by_server(
             models.save(student, tokenizer, inside)
 
     server = connect_writer(Client(str(settings.completions_url), SETTING))
+    process = ranks.broadcast(secrets.token_hex(4))
     return ServedWriter(
-        server, student, save, folder / FOLDER, folder / "checkpoints", settings, steps
+        server, student, save, folder / FOLDER, folder / "checkpoints", settings, steps, process
     )

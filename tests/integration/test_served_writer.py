@@ -309,6 +309,20 @@ def test_a_busy_server_is_sent_the_same_again(tmp_path, monkeypatch):
         assert (server.busy, server.cut, server.garbled) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_whose_load_was_answered_into_a_lost_connection_is_there(
+    kind, tmp_path, monkeypatch
+):
+    made, initial = run_of(kind, tmp_path)
+    monkeypatch.setattr(client, "_FIRST_DELAY", 0.002)
+    with serve_completions(initial, made.tokenizer, kind.split()[0]) as server:
+        made.run.loss.completions_url = server.url
+        server.lost = ["load_lora_adapter"]
+        killed(made, tmp_path / "run", 1)
+        assert not server.lost
+        assert len(server.adapters) == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "words"), [("vllm", "student.lora.rank"), ("llamacpp", "says that it is llamacpp")]
 )
@@ -362,7 +376,7 @@ def test_a_callback_that_compresses_is_refused(tmp_path):
 
 
 def on_two_ranks(folder):
-    made, _ = run_of("sglang", folder)
+    made, _ = run_of((folder / "kind").read_text(), folder)
     made.run.loss.completions_url = (folder / "url").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served_writer.ServedWriter, "_remove_completions", lambda *_: None)
@@ -374,10 +388,12 @@ def on_two_ranks(folder):
 
 
 @pytest.mark.slow
-def test_each_rank_stores_its_completions(tmp_path):
-    made, initial = run_of("sglang", tmp_path)
-    with serve_completions(initial, made.tokenizer, "sglang") as server:
+@pytest.mark.parametrize("kind", [COMPLETE, "vllm"])
+def test_each_rank_stores_its_completions(kind, tmp_path):
+    made, initial = run_of(kind, tmp_path)
+    with serve_completions(initial, made.tokenizer, kind) as server:
         (tmp_path / "url").write_text(server.url)
+        (tmp_path / "kind").write_text(kind)
         results = on_ranks(on_two_ranks, tmp_path, 2)
     assert len({each for rank in results for each in rank}) == 1
     names = [*stored(tmp_path / "cut")]
